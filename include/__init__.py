@@ -1,0 +1,1 @@
+"""What the stages share: the recipe, the artifact store, templates, checks, the training engine, the registries."""

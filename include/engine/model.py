@@ -1,0 +1,96 @@
+"""Loading: a frozen base, with a new adapter, with a saved one, or with none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from include.engine.plan import Plan
+from include.errors import BadRecipe, Missing
+
+
+def load_base(base: str, recipe: dict[str, Any], plan: Plan) -> Any:
+    """The base model, frozen, in 4 bits (nf4, double quantization) where the recipe says so.
+
+    Args:
+        base: folder with config.json and safetensors.
+        recipe: the recipe's fields.
+
+    Raises:
+        Missing: the folder holds no model that transformers can load.
+    """
+    import torch
+
+    dtype = getattr(torch, plan.dtype)
+    if plan.engine == "unsloth":
+        from unsloth import FastLanguageModel
+
+        model, _ = FastLanguageModel.from_pretrained(
+            base, max_seq_length=recipe["max_seq_length"], dtype=dtype, load_in_4bit=recipe["load_in_4bit"]
+        )
+        return model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = None
+    if recipe["load_in_4bit"]:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base, quantization_config=quantization, dtype=dtype, device_map={"": plan.device}, use_safetensors=True
+        )
+    except OSError as error:
+        problem = " ".join(str(error).split())
+        raise Missing(f"field 'base_model': {base} cannot be loaded: {problem}", "Check the model's files") from error
+    for module in model.modules() if plan.device == "cpu" else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes' packed bfloat16 kernel for inference rounds otherwise than training does, exists on some
+            # processors only and refuses widths that are no multiples of 32: measure with what was trained.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def add_adapter(model: Any, recipe: dict[str, Any], plan: Plan) -> Any:
+    """A new LoRA adapter on the recipe's projections.
+
+    Raises:
+        BadRecipe: the base has none of the `target_modules`.
+    """
+    settings: dict[str, Any] = {
+        "r": recipe["r"],
+        "lora_alpha": recipe["lora_alpha"],
+        "lora_dropout": recipe["lora_dropout"],
+        "target_modules": recipe["target_modules"],
+        "bias": "none",
+    }
+    try:
+        if plan.engine == "unsloth":
+            from unsloth import FastLanguageModel
+
+            return FastLanguageModel.get_peft_model(
+                model, **settings, use_gradient_checkpointing=plan.gradient_checkpointing, random_state=recipe["seed"]
+            )
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    except ValueError as error:
+        raise BadRecipe(f"field 'target_modules': {error}", "Name projections that the base model has") from error
+
+
+def load_adapter(model: Any, folder: str | Path, name: str = "default") -> Any:
+    """The base with a saved adapter, as a user of the published adapter would load it.
+
+    Raises:
+        Missing: the folder holds no adapter that fits the base.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    except (OSError, ValueError, RuntimeError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise Missing(f"the adapter in {folder} cannot be loaded: {problem}", "Train it again") from error

@@ -1,0 +1,231 @@
+"""The train job: a LoRA adapter from token ids and labels, with checkpoints that a later try goes on from."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from include.engine.model import add_adapter, load_base
+from include.engine.plan import make_plan
+from include.errors import BadData, ProcessLost
+from include.store import MANIFEST, describe_files, to_json, write_aside
+
+ADAPTER, CHECKPOINTS, TRAINING_LOG = "adapter", "checkpoints", "training_log.jsonl"
+
+
+def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
+    """Train, from the newest whole checkpoint where there is one.
+
+    Args:
+        job: `recipe` (its fields), `base`, `tokenizer` (folders), `rows` (the Arrow stream), `out` (folder),
+            `base_name` and `base_revision` (what the adapter's config names as its base).
+        say: takes a line for people.
+
+    Returns:
+        Plan, steps, seconds, tokens, losses and memory as plain JSON values.
+
+    Raises:
+        ProcessLost: SIGTERM came; a checkpoint of the last finished step has been saved.
+        BadData: the loss is not a number any more.
+    """
+    recipe, out = job["recipe"], Path(job["out"])
+    plan = make_plan(recipe)  # imports unsloth, where it is to be used, before transformers
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    for note in plan.notes:
+        say(note)
+    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
+    if plan.engine == "transformers":
+        set_seed(recipe["seed"])  # the adapter's first weights; Unsloth takes the seed itself
+    model = add_adapter(load_base(job["base"], recipe, plan), recipe, plan)
+    rows = Dataset.from_file(job["rows"])
+    settings = SFTConfig(
+        output_dir=str(out / CHECKPOINTS),
+        per_device_train_batch_size=recipe["per_device_train_batch_size"],
+        gradient_accumulation_steps=recipe["gradient_accumulation_steps"],
+        max_steps=recipe["max_steps"],
+        num_train_epochs=recipe["num_train_epochs"],
+        learning_rate=recipe["learning_rate"],
+        lr_scheduler_type=recipe["lr_scheduler_type"],
+        warmup_steps=recipe["warmup_steps"],
+        optim=plan.optim,
+        weight_decay=recipe["weight_decay"],
+        seed=recipe["seed"],
+        bf16=plan.dtype == "bfloat16",
+        fp16=plan.dtype == "float16",
+        use_cpu=plan.device == "cpu",
+        gradient_checkpointing=bool(plan.gradient_checkpointing),
+        max_length=recipe["max_seq_length"],
+        packing=recipe["packing"],
+        dataset_kwargs={"skip_prepare_dataset": True},
+        include_num_input_tokens_seen="non_padding",
+        logging_steps=recipe["logging_steps"],
+        logging_nan_inf_filter=False,
+        save_steps=recipe["save_steps"],
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_num_workers=0,
+        dataloader_pin_memory=plan.device == "cuda",
+    )
+    if recipe["packing"]:
+        from trl import pack_dataset
+
+        rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe["max_seq_length"])
+    types = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    journal = _journal_class()(out, recipe, say)
+    trainer = SFTTrainer(
+        model=model, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[journal]
+    )
+    for name, parameter in trainer.model.named_parameters():
+        # TRL casts the adapter of a quantized base to bfloat16, in which small updates are lost.
+        if parameter.requires_grad and name in types:
+            parameter.data = parameter.data.to(types[name])
+    checkpoint = newest_checkpoint(out / CHECKPOINTS)
+    if checkpoint:
+        say(f"going on from {checkpoint.name}")
+        journal.keep_log_until(int(checkpoint.name.rsplit("-", 1)[1]))
+    journal.watch_signals()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if journal.stopped:
+        raise ProcessLost(
+            f"training was asked to stop and saved step {trainer.state.global_step}",
+            "Run again: it goes on from there",
+        )
+    _save(trainer, tokenizer, job, out / ADAPTER)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    losses = [entry["loss"] for entry in journal.entries]
+    return {
+        "plan": plan.as_dict(),
+        "steps": trainer.state.global_step,
+        "resumed_from": checkpoint.name if checkpoint else None,
+        "seconds": round(journal.seconds(), 2),
+        "tokens_per_second": round(journal.tokens_per_second(), 1),
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "first_losses": sum(losses[:10]) / len(losses[:10]),
+        "last_losses": sum(losses[-10:]) / len(losses[-10:]),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "peak_memory_bytes": torch.cuda.max_memory_reserved() if plan.device == "cuda" else _peak_memory(),
+    }
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: its manifest, written last, names files that are all there."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    for checkpoint in found:
+        try:
+            files = orjson.loads((checkpoint / MANIFEST).read_bytes())["files"]
+            if all((checkpoint / name).stat().st_size == file["bytes"] for name, file in files.items()):
+                return checkpoint
+        except (OSError, orjson.JSONDecodeError, KeyError):
+            pass
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _save(trainer: Any, tokenizer: Any, job: dict[str, Any], folder: Path) -> None:
+    """The adapter with its tokenizer; its config names the pinned base, not a folder of this machine's cache."""
+    config = trainer.model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = job["base_name"], job["base_revision"]
+    trainer.model.save_pretrained(str(folder), safe_serialization=True)
+    tokenizer.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `publish` writes the real one
+
+
+def _peak_memory() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _journal_class() -> type:
+    """The callback's class; made on demand, since its base class costs seconds to import."""
+    from transformers import TrainerCallback
+
+    class Journal(TrainerCallback):
+        """Log file, lines for people, whole checkpoints, and SIGTERM."""
+
+        def __init__(self, out: Path, recipe: dict[str, Any], say: Any):
+            self.path, self.recipe, self.say = out / TRAINING_LOG, recipe, say
+            self.entries: list[dict[str, Any]] = []
+            self.stopped = False
+            self._said = self._began = time.monotonic()
+            self._earlier = {"step": 0, "tokens": 0, "seconds": 0.0}  # where the tries before this one got to
+
+        def watch_signals(self) -> None:
+            """SIGTERM means: finish the step, save, stop."""
+
+            def stop(*_: Any) -> None:
+                self.stopped = True
+
+            signal.signal(signal.SIGTERM, stop)
+
+        def keep_log_until(self, step: int) -> None:
+            """Forget log entries of steps that were done after the checkpoint and are done again."""
+            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+            self.entries = [entry for line in lines if (entry := orjson.loads(line))["step"] <= step]
+            write_aside(self.path, b"".join(orjson.dumps(entry) + b"\n" for entry in self.entries))
+            if self.entries:
+                self._earlier = self.entries[-1]
+
+        def seconds(self) -> float:
+            """Seconds of training so far, over all tries."""
+            return self._earlier["seconds"] + time.monotonic() - self._began
+
+        def tokens_per_second(self) -> float:
+            """Non-padding tokens a second, over all tries."""
+            return self.entries[-1]["tokens"] / max(self.entries[-1]["seconds"], 1e-9)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._began = time.monotonic()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if not logs or "loss" not in logs:
+                return
+            entry = {
+                "step": state.global_step,
+                "loss": float(logs["loss"]),
+                "learning_rate": float(logs["learning_rate"]),
+                "grad_norm": float(logs.get("grad_norm") or 0.0),
+                "tokens": int(state.num_input_tokens_seen),
+                "seconds": round(self.seconds(), 3),
+            }
+            if not math.isfinite(entry["loss"]):
+                raise BadData(
+                    f"the loss is {entry['loss']} at step {state.global_step}",
+                    "Lower learning_rate, or look at the rows of that batch",
+                )
+            self.entries.append(entry)
+            with self.path.open("ab") as file:
+                file.write(orjson.dumps(entry) + b"\n")
+            last = state.global_step >= state.max_steps
+            if time.monotonic() - self._said >= 2 or len(self.entries) == 1 or last:  # a log for people, not a stream
+                self._said = time.monotonic()
+                self.say(self._line(entry, state.max_steps))
+
+        def _line(self, entry: dict[str, Any], steps: int) -> str:
+            seconds, tokens, done = (entry[key] - self._earlier[key] for key in ("seconds", "tokens", "step"))
+            rate, left = tokens / max(seconds, 1e-9), seconds / max(done, 1) * (steps - entry["step"])
+            return (
+                f"step {entry['step']}/{steps}  loss {entry['loss']:.3f}  lr {entry['learning_rate']:.1e}  "
+                f"{rate:,.0f} tokens/s  {left:.0f} s left"
+            )
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.stopped:
+                control.should_save = control.should_training_stop = True
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_aside(folder / MANIFEST, to_json({"step": state.global_step, "files": describe_files(folder)}))
+
+    return Journal

@@ -1,0 +1,63 @@
+"""Errors for people: what was wrong, where, and what to do.
+
+A stage raises one of these. Whether a retry can help is a property of the class, so that one retry policy decides
+for every task (see `dags/finetune.py`).
+"""
+
+from __future__ import annotations
+
+
+class RetuneError(Exception):
+    """One clear sentence about a failure.
+
+    Args:
+        what: what was wrong, with the value and the place.
+        do: what the reader can do about it.
+    """
+
+    retryable = False
+
+    def __init__(self, what: str, do: str = ""):
+        self.what, self.do = what.rstrip(". "), do.rstrip(". ")
+        super().__init__(f"{self.what}. {self.do}." if self.do else f"{self.what}.")
+
+    def __reduce__(self):
+        return type(self), (self.what, self.do)
+
+
+class PermanentError(RetuneError):
+    """A retry would fail in the same way: bad recipe, bad data, refused by the gate, missing permission."""
+
+
+class TransientError(RetuneError):
+    """A retry may succeed: the network, a lost process, a device that went away."""
+
+    retryable = True
+
+
+class BadRecipe(PermanentError):
+    """A recipe file or a value given at trigger time is wrong; the message names the field."""
+
+
+class BadData(PermanentError):
+    """The dataset cannot be trained on."""
+
+
+class Missing(PermanentError):
+    """A file, folder, dataset, model or version that was named does not exist."""
+
+
+class NoPermission(PermanentError):
+    """The account or the file system does not allow it."""
+
+
+class Refused(PermanentError):
+    """The gate did not let the candidate through."""
+
+
+class Unreachable(TransientError):
+    """A service did not answer."""
+
+
+class ProcessLost(TransientError):
+    """The training process died or was told to stop; the next try goes on from its last checkpoint."""

@@ -1,0 +1,299 @@
+"""The recipe: one file that describes one model.
+
+`Recipe` is the single source of the checks on a recipe file, of the checks on what is typed at trigger time, of the
+trigger form and of the documentation of every field. Field names are those of the libraries that consume them.
+The defaults are the reference recipe's: Unsloth's "Llama-3.2 (1B and 3B) Conversational" notebook.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from include.errors import BadRecipe, Missing
+from include.settings import recipe_files
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CHECKS = ("not_empty", "stops", "no_special_tokens", "no_repetition", "no_echo", "differs_from_base", "as_expected")
+Check = Literal[
+    "not_empty", "stops", "no_special_tokens", "no_repetition", "no_echo", "differs_from_base", "as_expected"
+]
+Share = Annotated[float, Field(ge=0, le=1)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # what Airflow, file systems and the Hub all take
+
+
+class Prompt(BaseModel):
+    """One prompt of the smoke test."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1, description="What the user says.")
+    system: str | None = Field(None, description="The system message, if any.")
+    expect: str | None = Field(None, description="A regular expression that the answer must contain (case ignored).")
+
+    @field_validator("expect")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        return pattern
+
+
+class Data(BaseModel):
+    """Where the conversations come from and what is done with bad ones."""
+
+    dataset: str = Field(
+        "mlabonne/FineTome-100k",
+        min_length=1,
+        description="A dataset on the Hugging Face Hub (`owner/name`), or a path or URL of a parquet, jsonl(.gz), "
+        "json or csv file.",
+    )
+    dataset_config: str | None = Field(None, description="The Hub dataset's configuration, where it has several.")
+    dataset_split: str = Field("train", min_length=1, description="The Hub dataset's split.")
+    dataset_revision: str | None = Field(
+        None, description="Branch, tag or commit of the Hub dataset. Empty: the newest; a run pins what it found."
+    )
+    max_rows: int | None = Field(None, ge=1, description="Use only the first so many rows. Empty: all.")
+    max_refused_share: Share = Field(0.05, description="The run fails when validation refuses more than this share.")
+    holdout_share: Share = Field(0.05, lt=1, description="Share of rows kept out of training, to measure the adapter.")
+    max_holdout_rows: int = Field(500, ge=1, description="No more holdout rows than this are measured.")
+
+
+class Model(BaseModel):
+    """The base model and how conversations are rendered for it."""
+
+    base_model: str = Field(
+        "unsloth/Llama-3.2-3B-Instruct",
+        min_length=1,
+        description="A model on the Hugging Face Hub (`owner/name`), a local folder, or `demo://little-llama`, which "
+        "the project pretrains itself.",
+    )
+    base_revision: str | None = Field(
+        None, description="Branch, tag or commit of the base model. Empty: the newest; a run pins what it found."
+    )
+    chat_template: Literal["llama-3.1", "llama-3", "chatml", "alpaca", "vicuna", "tokenizer"] = Field(
+        "llama-3.1", description="How a conversation is rendered; `tokenizer` takes the one of the base's tokenizer."
+    )
+    missing_special_tokens: Literal["refuse", "split"] = Field(
+        "refuse",
+        description="When the template writes special tokens that the base's vocabulary lacks: refuse the run, or let "
+        "them be split into ordinary tokens, with a warning in log, report and model card.",
+    )
+    max_seq_length: int = Field(
+        2048, ge=16, le=1_048_576, description="Longest conversation in tokens. Longer ones are left out and counted."
+    )
+    load_in_4bit: bool = Field(True, description="Load the frozen base in 4 bits (nf4, double quantization): QLoRA.")
+
+
+class Lora(BaseModel):
+    """The adapter."""
+
+    r: int = Field(16, ge=1, le=1024, description="Rank of the adapter.")
+    lora_alpha: int = Field(16, ge=1, le=4096, description="Scale of the adapter: updates are multiplied by alpha/r.")
+    lora_dropout: Share = Field(0.0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: list[str] = Field(
+        PROJECTIONS,
+        min_length=1,
+        description="The projections that get an adapter.",
+        examples=PROJECTIONS,
+    )
+
+
+class Training(BaseModel):
+    """How the adapter is trained."""
+
+    engine: Literal["auto", "unsloth", "transformers"] = Field(
+        "auto", description="`unsloth` needs a supported GPU; `transformers` (with PEFT and bitsandbytes) runs anywhere;"
+        " `auto` takes Unsloth where there is a GPU for it."
+    )
+    per_device_train_batch_size: int = Field(2, ge=1, le=4096, description="Conversations per device and micro-step.")
+    gradient_accumulation_steps: int = Field(4, ge=1, le=4096, description="Micro-steps per optimizer step.")
+    max_steps: int = Field(60, ge=-1, description="Optimizer steps; -1: as many as num_train_epochs asks for.")
+    num_train_epochs: float = Field(1.0, gt=0, le=1000, description="Passes over the data, when max_steps is -1.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Highest learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="How the learning rate falls after the warm-up."
+    )
+    warmup_steps: int = Field(5, ge=0, description="Steps over which the learning rate rises.")
+    optim: Literal["adamw_8bit", "adamw_torch"] = Field(
+        "adamw_8bit", description="Optimizer. Without a GPU, adamw_torch takes the place of adamw_8bit."
+    )
+    weight_decay: float = Field(0.01, ge=0, le=1, description="Weight decay.")
+    packing: bool = Field(False, description="Put several conversations into one sequence of max_seq_length.")
+    save_steps: int = Field(20, ge=1, description="A checkpoint every so many steps; a killed run loses no more.")
+    logging_steps: int = Field(1, ge=1, description="A line in the training log every so many steps.")
+    seed: int = Field(3407, ge=0, le=2**31 - 1, description="Seed of adapter, data order and sampling.")
+
+
+class SmokeTest(BaseModel):
+    """The questions put to the freshly trained adapter, and the gate's demands on the answers."""
+
+    prompts: list[Prompt] = Field(
+        [Prompt(prompt="Continue the Fibonacci sequence: 1, 1, 2, 3, 5, 8,", expect=r"\b13\b")],
+        min_length=1,
+        description="Prompts of the smoke test: a list of texts, or of {prompt, system, expect}.",
+    )
+    required_checks: list[Check] = Field(
+        ["not_empty", "no_special_tokens", "as_expected"],
+        description="Checks that every answer must pass for the adapter to be published; the others are reported.",
+        examples=list(CHECKS),
+    )
+    max_new_tokens: int = Field(128, ge=1, le=32768, description="Longest answer in tokens.")
+    do_sample: bool = Field(False, description="Sample instead of taking the likeliest token.")
+    temperature: float = Field(1.5, gt=0, le=10, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
+    min_p: Share = Field(0.1, description="Drops tokens less likely than this share of the likeliest.")
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _texts(cls, prompts: Any) -> Any:
+        return [{"prompt": p} if isinstance(p, str) else p for p in prompts] if isinstance(prompts, list) else prompts
+
+
+class Gate(BaseModel):
+    """What decides whether a candidate goes live."""
+
+    gate_margin: float = Field(
+        0.0,
+        ge=0,
+        description="By how much (nats per token, mean over holdout rows) a candidate may be worse than the live "
+        "adapter and still replace it; 0: it must be measurably better.",
+    )
+    gate_confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the gate's bootstrap intervals.")
+
+
+class Publishing(BaseModel):
+    """Where the adapter goes."""
+
+    registry: str | None = Field(
+        None,
+        pattern=r"^(file://|hf://[^/]+/[^/]+$)",
+        description="`hf://owner/name` for the Hugging Face Hub or `file:///folder`. Empty: a folder under `var/`.",
+    )
+    private: bool = Field(True, description="Create the Hub repository as a private one.")
+
+
+class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing):
+    """One model: its data, its base, its adapter, how it is trained, tested and published."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(pattern=NAME, description="Name of the recipe, of its file and of its DAG.")
+    description: str = Field("", description="One sentence for the DAG's page.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0: give a number of steps, or -1 to train num_train_epochs")
+        return self
+
+    def part(self, fields: Iterable[str]) -> dict[str, Any]:
+        """The named fields as plain JSON values: what a stage's fingerprint depends on."""
+        return self.model_dump(mode="json", include=set(fields))
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "Data": Data,
+    "Model": Model,
+    "LoRA": Lora,
+    "Training": Training,
+    "Smoke test": SmokeTest,
+    "Gate": Gate,
+    "Publishing": Publishing,
+}
+
+
+def check(values: dict[str, Any], where: str) -> Recipe:
+    """The values as a recipe.
+
+    Raises:
+        BadRecipe: names every wrong field, its value and what is expected there.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise BadRecipe(f"{where}: " + "; ".join(_say(e) for e in error.errors()), "Correct it and run again") from None
+
+
+def _say(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden":
+        near = _nearest(field)
+        return f"unknown field '{field}'" + (f" (did you mean '{near}'?)" if near else "")
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{message}" if field == "recipe" else f"field '{field}': {message}, got {error['input']!r}"
+
+
+def _nearest(field: str) -> str | None:
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(field, Recipe.model_fields, n=1)), None)
+
+
+def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe in a YAML file, with the values given at trigger time in place of the file's.
+
+    Raises:
+        Missing: there is no such file.
+        BadRecipe: the file is not YAML, or a field is unknown, of the wrong type or out of range.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Missing(f"the recipe file {path} cannot be read ({error.strerror})", "Check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise BadRecipe(f"{path} is not a YAML file: {problem}", "Correct the line it names") from None
+    if not isinstance(values, dict):
+        raise BadRecipe(f"{path} holds no fields", "Write `field: value` lines, see include/recipes/demo.yaml")
+    return check({"name": path.stem, **values, **(overrides or {})}, str(path))
+
+
+def find(name_or_path: str) -> Path:
+    """The file of a recipe that is given by name, or by path.
+
+    Raises:
+        Missing: lists the recipes that there are.
+    """
+    if name_or_path.endswith((".yaml", ".yml")):
+        path = Path(name_or_path).resolve()
+        if path.is_file():
+            return path
+        raise Missing(f"there is no recipe file {path}", "Check the path")
+    files = {file.stem: file for file in recipe_files()}
+    if name_or_path not in files:
+        raise Missing(f"there is no recipe '{name_or_path}'", f"Choose one of: {', '.join(sorted(files))}; or a path")
+    return files[name_or_path]
+
+
+def form(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """For each field: its value in this recipe, and the JSON schema and section that the trigger form shows.
+
+    The schema is pydantic's own, with `anyOf [X, null]` folded into `type: [X, null]`, which the form understands.
+    """
+    schema = Recipe.model_json_schema()
+    definitions = schema.get("$defs", {})
+    values = recipe.model_dump(mode="json")
+    fields = {}
+    for section, model in SECTIONS.items():
+        for name in model.model_fields:
+            entry = dict(schema["properties"][name])
+            if "anyOf" in entry:
+                kinds = entry.pop("anyOf")
+                for kind in kinds:
+                    entry.update({key: value for key, value in kind.items() if key != "type"})
+                entry["type"] = [kind["type"] for kind in kinds]
+            if entry.get("items", {}).get("$ref"):
+                entry["items"] = definitions[entry["items"]["$ref"].rsplit("/", 1)[-1]]
+            entry.pop("default", None)
+            fields[name] = {"value": values[name], "section": section, "schema": {**entry, "title": name}}
+    return fields

@@ -1,0 +1,41 @@
+"""Where things are: the checkout, the state folder and the store. Read from the environment, never cached."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def var() -> Path:
+    """The state folder of this machine (`RETUNE_VAR`, by default `var/` in the checkout)."""
+    return Path(os.environ.get("RETUNE_VAR", PROJECT / "var")).resolve()
+
+
+def store_uri() -> str:
+    """The URI of the artifact store (`RETUNE_STORE`, by default `file://<var>/store`)."""
+    return os.environ.get("RETUNE_STORE", f"file://{var() / 'store'}").rstrip("/")
+
+
+def recipe_files() -> list[Path]:
+    """Every recipe file: `include/recipes/*.yaml`, then the files and folders named in `RETUNE_RECIPES`
+    (separated by colons)."""
+    places = [PROJECT / "include" / "recipes"]
+    places += [Path(place) for place in os.environ.get("RETUNE_RECIPES", "").split(":") if place]
+    files: list[Path] = []
+    for place in places:
+        files += sorted(place.glob("*.yaml")) if place.is_dir() else [place]
+    return files
+
+
+# State that libraries would otherwise write into the home folder; a value from outside wins.
+for _name, _value in {
+    "HF_HOME": str(var() / "cache" / "huggingface"),
+    "MPLCONFIGDIR": str(var() / "cache" / "matplotlib"),
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # tokenizers warns in every process that forks afterwards
+}.items():
+    os.environ.setdefault(_name, _value)

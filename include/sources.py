@@ -1,0 +1,269 @@
+"""Datasets and base models: pin them to a revision, fetch what was pinned.
+
+A dataset is a Hub id (`owner/name`), or a path or URL of a parquet, jsonl(.gz), json(.gz) or csv file. A base model
+is a Hub id, a local folder, or `demo://little-llama`. Revisions are commit shas on the Hub and content digests
+elsewhere, so that a run knows exactly what it used.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+import orjson
+
+from include.errors import BadData, Missing, NoPermission, RetuneError, Unreachable
+from include.recipe import Recipe
+from include.settings import PROJECT, var
+from include.store import Store, file_digest, fingerprint
+
+DEMO_BASE = "demo://little-llama"
+FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "config.json", "chat_template*", "generation_config.json"]
+ROWS_PER_GROUP = 5_000  # one huge row group is slow to read in slices
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a dataset or model name means the Hub: `owner/name`, and neither a file type nor something on disk."""
+    plain = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "~"))
+    return bool(plain) and not name.endswith(FORMATS) and not (PROJECT / name).exists()
+
+
+def absolute(place: str) -> str:
+    """A path relative to the checkout as an absolute one; URLs as they are."""
+    return place if "://" in place else str((PROJECT / Path(place).expanduser()).resolve())
+
+
+@contextmanager
+def hub_errors(what: str, field: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one sentence about the field that asked for it.
+
+    Raises:
+        Missing, NoPermission: a retry would not help.
+        Unreachable: the Hub did not answer, or asked for patience.
+    """
+    import httpx
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise NoPermission(
+            f"field '{field}': {what} is gated", "Accept its terms on the Hub with the account of your HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise Missing(f"field '{field}': {what} has no such revision", "Correct the revision, or leave it empty") from error
+    except errors.RepositoryNotFoundError as error:
+        raise Missing(
+            f"field '{field}': {what} is not on the Hub, or is private",
+            "Check the name; for a private repository set HF_TOKEN to a token that can read it",
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        if status in (401, 403):
+            raise NoPermission(f"field '{field}': the Hub refused {what} ({status})", "Check HF_TOKEN") from error
+        raise Unreachable(f"the Hub answered {status} for {what}", "Retry the task in a while") from error
+    except (httpx.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError) as error:
+        raise Unreachable(
+            f"field '{field}': {what} needs the Hub, and {constants.ENDPOINT} cannot be reached",
+            "Check the network or HF_ENDPOINT; to work without a network, name a local file or folder",
+        ) from error
+
+
+def pin_dataset(recipe: Recipe) -> str:
+    """The revision of the recipe's dataset as it is now.
+
+    Raises:
+        Missing, NoPermission, Unreachable: it is not there, not readable, or its server does not answer.
+    """
+    name = recipe.dataset
+    if is_hub_id(name):
+        from huggingface_hub import HfApi
+
+        with hub_errors(f"the dataset {name}", "dataset"):
+            return str(HfApi().dataset_info(name, revision=recipe.dataset_revision).sha)
+    if not name.endswith(FORMATS):
+        raise Missing(
+            f"field 'dataset': '{name}' is neither a Hub id (owner/name) nor a file of a known type",
+            f"Name a file that ends in {', '.join(FORMATS)}",
+        )
+    with file_errors(name):
+        if "://" not in name:
+            return file_digest(Path(absolute(name)))
+        fs, path = fsspec.url_to_fs(name)
+        info = fs.info(path)
+        if tag := info.get("ETag"):
+            return fingerprint([name, tag])
+        with fs.open(path) as file:
+            return fingerprint([zlib.crc32(file.read()), info.get("size")])
+
+
+@contextmanager
+def file_errors(name: str) -> Iterator[None]:
+    """Turns what file systems and decompressors raise into one sentence about the dataset's file.
+
+    Raises:
+        Missing, NoPermission, BadData, Unreachable: see there.
+    """
+    try:
+        yield
+    except RetuneError:
+        raise
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise Missing(f"field 'dataset': there is no file {name}", "Check the path; it is taken from the checkout") from error
+    except PermissionError as error:
+        raise NoPermission(f"field 'dataset': {name} cannot be read", "Correct its permissions") from error
+    except (EOFError, zlib.error, OSError, ValueError) as error:
+        if isinstance(error, OSError) and "://" in name:
+            raise Unreachable(f"field 'dataset': {name} cannot be fetched ({error})", "Check the address") from error
+        raise BadData(f"field 'dataset': {name} cannot be read: {error}", "The file is cut or damaged: replace it") from error
+
+
+def read_rows(recipe: Recipe) -> Iterator[bytes]:
+    """Every row of the pinned dataset as it stands, as one JSON document each.
+
+    A line of a jsonl file that is no JSON is passed on as it is: judging rows is the business of `validate`.
+
+    Raises:
+        Missing, NoPermission, BadData, Unreachable: see `pin_dataset`; BadData names the file.
+    """
+    name = recipe.dataset
+    if is_hub_id(name):
+        yield from _hub_rows(recipe)
+        return
+    with file_errors(name):
+        place = absolute(name)
+        kind = next(k for k in sorted(FORMATS, key=len, reverse=True) if place.endswith(k)).removesuffix(".gz")
+        if kind == ".parquet":
+            yield from _parquet_rows(place)
+            return
+        with fsspec.open(place, "rb", compression="infer") as file:
+            yield from {".jsonl": _lines, ".json": _json_rows, ".csv": _csv_rows}[kind](file)
+
+
+def _hub_rows(recipe: Recipe) -> Iterator[bytes]:
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    with hub_errors(f"the dataset {recipe.dataset}", "dataset"):
+        try:
+            rows = load_dataset(
+                recipe.dataset,
+                recipe.dataset_config,
+                split=recipe.dataset_split,
+                revision=recipe.dataset_revision,
+                # datasets falls back to another revision that it has in the same cache when the Hub fails
+                cache_dir=str(var() / "cache" / "datasets" / str(recipe.dataset_revision)),
+            )
+        except ValueError as error:  # an unknown configuration or split; the message lists the known ones
+            problem = " ".join(str(error).split())
+            raise Missing(f"field 'dataset': {problem}", "Set dataset_config and dataset_split") from error
+    for row in rows:
+        yield orjson.dumps(row, default=str)
+
+
+def _parquet_rows(place: str) -> Iterator[bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with fsspec.open(place, "rb") as file:
+        try:
+            for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_GROUP):
+                yield from (orjson.dumps(row, default=str) for row in batch.to_pylist())
+        except pa.ArrowException as error:
+            raise BadData(f"field 'dataset': {place} is no whole parquet file: {error}", "Replace the file") from error
+
+
+def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
+    for number, line in enumerate(file):
+        if number == 0:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line := line.strip():
+            yield line
+
+
+def _json_rows(file: io.BufferedIOBase) -> Iterator[bytes]:
+    content = file.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        rows = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        if content.lstrip()[:1] == b"{":  # lines of JSON under the name of .json
+            yield from _lines(io.BytesIO(content))
+            return
+        raise ValueError(f"not JSON, {error}") from None
+    if isinstance(rows, dict):
+        rows = next((value for value in rows.values() if isinstance(value, list)), [rows])
+    if not isinstance(rows, list):
+        raise ValueError("it holds no list of rows")
+    yield from (orjson.dumps(row) for row in rows)
+
+
+def _csv_rows(file: io.BufferedIOBase) -> Iterator[bytes]:
+    csv.field_size_limit(2**31 - 1)
+    try:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        yield from (orjson.dumps(row, option=orjson.OPT_NON_STR_KEYS) for row in csv.DictReader(text))
+    except csv.Error as error:
+        raise ValueError(f"not CSV, {error}") from error
+
+
+def pin_base(recipe: Recipe) -> str:
+    """The revision of the recipe's base model as it is now.
+
+    Raises:
+        Missing, NoPermission, Unreachable: it is not there, not readable, or the Hub does not answer.
+    """
+    name = recipe.base_model
+    if name == DEMO_BASE:
+        from include.world import SETTINGS
+
+        return fingerprint(SETTINGS)
+    if is_hub_id(name):
+        from huggingface_hub import HfApi
+
+        with hub_errors(f"the model {name}", "base_model"):
+            info = HfApi().model_info(name, revision=recipe.base_revision)
+        names = {file.rfilename for file in info.siblings or ()}
+        if not any(file.endswith(".safetensors") for file in names):
+            raise Missing(f"field 'base_model': {name} has no safetensors files", "Choose a model that has")
+        return str(info.sha)
+    folder = Path(absolute(name))
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors", ".jinja", ".model"))
+    if not (folder / "config.json").is_file() or not any(p.suffix == ".safetensors" for p in files):
+        raise Missing(
+            f"field 'base_model': there is no model in {folder} (config.json and *.safetensors)",
+            "Name a folder that save_pretrained wrote, or a model on the Hub as owner/name",
+        )
+    return fingerprint([[p.name, file_digest(p)] for p in files])
+
+
+def fetch_base(recipe: Recipe, store: Store, tokenizer_only: bool = False) -> Path:
+    """The folder with the pinned base model on this machine; fetched once into its cache.
+
+    Raises:
+        Missing, NoPermission, Unreachable: see `pin_base`.
+    """
+    if recipe.base_model == DEMO_BASE:
+        artifact = store.find(recipe.name, "pretrain", str(recipe.base_revision))
+        if artifact is None:
+            raise Missing(f"the demo's base model {recipe.base_revision} is not in {store.uri}", "Clear the task pretrain")
+        return artifact.local()
+    if is_hub_id(recipe.base_model):
+        from huggingface_hub import snapshot_download
+
+        with hub_errors(f"the model {recipe.base_model}", "base_model"):
+            return Path(
+                snapshot_download(
+                    recipe.base_model,
+                    revision=recipe.base_revision,
+                    allow_patterns=TOKENIZER_FILES if tokenizer_only else [*TOKENIZER_FILES, "*.safetensors*"],
+                    cache_dir=var() / "cache" / "hub",
+                )
+            )
+    return Path(absolute(recipe.base_model))

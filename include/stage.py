@@ -1,0 +1,205 @@
+"""What every stage does around its own work: fingerprint, reuse, manifest, and the record that people follow."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+from filelock import FileLock
+
+from include.errors import RetuneError
+from include.recipe import Recipe
+from include.settings import var
+from include.store import Artifact, Store, fingerprint, now
+
+log = logging.getLogger("airflow.task.retune")  # below Airflow's own task logger, so that the UI shows it
+
+Ref = dict[str, str]  # {recipe, run, stage, fingerprint}: all that goes from task to task
+
+
+@dataclass
+class Result:
+    """What a stage has to say: one line for people, and facts (plain JSON values) for later stages."""
+
+    line: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    unchanged: bool = False  # the stage looked, and everything was as it should be already
+
+
+@dataclass
+class Job:
+    """What a stage works with."""
+
+    recipe: Recipe
+    run_id: str
+    store: Store
+    out: Path
+    record: Record
+
+    def say(self, line: str) -> None:
+        """One line to the task's log and to whoever follows the run."""
+        self.record.say(line)
+
+
+class Record:
+    """The stage's document in the run's folder: state, line, seconds, error."""
+
+    def __init__(self, store: Store, recipe: str, run_id: str, stage: str):
+        self._store, self._recipe, self._run_id, self._stage = store, recipe, run_id, stage
+        self._began = time.monotonic()
+        self.content: dict[str, Any] = {"stage": stage, "state": "running", "started_at": now(), "line": ""}
+        self._write()
+
+    def say(self, line: str) -> None:
+        """A line while the work goes on."""
+        log.info("%s", line)
+        self.content["line"] = line
+        self._write()
+
+    def close(self, state: str, **content: Any) -> None:
+        """The last word."""
+        self.content.update(state=state, seconds=round(time.monotonic() - self._began, 2), **content)
+        self._write()
+
+    def _write(self) -> None:
+        self._store.record(self._recipe, self._run_id, self._stage, self.content)
+
+
+@contextmanager
+def recorded(store: Store, recipe: str, run_id: str, stage: str) -> Iterator[Record]:
+    """Keeps the run's record of a stage, also of its failure, and logs the failure in one line."""
+    record = Record(store, recipe, run_id, stage)
+    try:
+        yield record
+    except BaseException as error:
+        known = isinstance(error, RetuneError)
+        what = error.what if known else f"{type(error).__name__}: {error}"
+        do = error.do if known else "See the log above; this is a fault of Retune or of its surroundings"
+        record.close("failed", line=what, error={"kind": type(error).__name__, "what": what, "do": do})
+        log.error("%s failed: %s. %s.", stage, what, do)
+        raise
+
+
+class Stage:
+    """A stage of the pipeline: called with references, it returns a reference to its committed artifact.
+
+    Args:
+        work: `work(job, **artifacts) -> Result`; the names of its parameters are the stages that it reads.
+        version: raised by hand when the code gives another output for the same input.
+        uses: the fields of the recipe that decide the output.
+        facts: `facts(job, **artifacts)`, what else decides the output (say, what is live now), as JSON values.
+        resumable: keep the unfinished work folder of an earlier try, since the stage can go on from it.
+        reuse: False for a stage that must look at the world each time.
+        named_by: `named_by(job)`, the fingerprint itself, where others must know it without asking the stage.
+    """
+
+    def __init__(
+        self,
+        work: Callable[..., Result],
+        version: int,
+        uses: Iterable[str],
+        facts: Callable[..., Any] | None = None,
+        resumable: bool = False,
+        reuse: bool = True,
+        named_by: Callable[[Job], str] | None = None,
+    ):
+        self.work, self.version, self.uses = work, version, tuple(uses)
+        self.facts, self.resumable, self.reuse, self.named_by = facts, resumable, reuse, named_by
+        self.name = work.__name__
+        self.__name__, self.__doc__ = work.__name__, work.__doc__
+        self.reads = tuple(inspect.signature(work).parameters)[1:]
+
+    def __call__(self, frozen: Ref, **refs: Ref) -> Ref:
+        """Make the artifact, or find it made.
+
+        Args:
+            frozen: the reference that `resolve` returned.
+            refs: for each stage in `reads`, the reference that it returned.
+        """
+        store = Store()
+        with recorded(store, frozen["recipe"], frozen["run"], self.name) as record:
+            recipe = frozen_recipe(store, frozen)
+            inputs = {name: open_ref(store, refs[name]) for name in self.reads}
+            return self.run(Job(recipe, frozen["run"], store, Path(), record), inputs)
+
+    def fingerprint(self, job: Job, inputs: dict[str, Artifact]) -> str:
+        """What decides the output, as the name of its folder."""
+        if self.named_by:
+            return self.named_by(job)
+        return fingerprint(
+            {
+                "stage": self.name,
+                "version": self.version,
+                "inputs": {name: artifact.fingerprint for name, artifact in inputs.items()},
+                "recipe": job.recipe.part(self.uses),
+                "facts": self.facts(job, **inputs) if self.facts else None,
+            }
+        )
+
+    def run(self, job: Job, inputs: dict[str, Artifact]) -> Ref:
+        """Reuse or make the artifact; one process of a machine at a time works on one fingerprint."""
+        recipe, mark = job.recipe.name, self.fingerprint(job, inputs)
+        job.out = var() / "work" / recipe / self.name / mark
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(job.out.with_name(f".{mark}.lock")):
+            artifact = job.store.find(recipe, self.name, mark) if self.reuse else None
+            reused = artifact is not None
+            if artifact is None:
+                artifact, reused = self._make(job, inputs, mark)
+        line = artifact.manifest["line"]
+        job.record.close("done", reused=reused, line=line, fingerprint=mark, folder=str(artifact.folder))
+        log.info("%s %s: %s (%s)", self.name, "reused" if reused else "done", line, artifact.folder)
+        return {"recipe": recipe, "run": job.run_id, "stage": self.name, "fingerprint": mark}
+
+    def _make(self, job: Job, inputs: dict[str, Artifact], mark: str) -> tuple[Artifact, bool]:
+        if not self.resumable and job.out.exists():
+            shutil.rmtree(job.out)
+        job.out.mkdir(exist_ok=True)
+        began = time.monotonic()
+        result = self.work(job, **inputs)
+        artifact = job.store.commit(
+            job.out,
+            job.recipe.name,
+            self.name,
+            mark,
+            version=self.version,
+            inputs={name: artifact.fingerprint for name, artifact in inputs.items()},
+            settings=job.recipe.part(self.uses),
+            seconds=round(time.monotonic() - began, 2),
+            line=result.line,
+            facts=result.facts,
+        )
+        return artifact, result.unchanged
+
+
+def stage(version: int, uses: Iterable[str] = (), **options: Any) -> Callable[[Callable[..., Result]], Stage]:
+    """Makes a `Stage` of a function; see there for the arguments."""
+    return lambda work: Stage(work, version, uses, **options)
+
+
+def open_ref(store: Store, ref: Ref) -> Artifact:
+    """The artifact that a reference names.
+
+    Raises:
+        RetuneError: it has been removed from the store since.
+    """
+    artifact = store.find(ref["recipe"], ref["stage"], ref["fingerprint"])
+    if artifact is None:
+        raise RetuneError(
+            f"the output of {ref['stage']} ({ref['fingerprint']}) is no longer whole in {store.uri}",
+            f"Clear the task {ref['stage']} to make it again",
+        )
+    return artifact
+
+
+def frozen_recipe(store: Store, frozen: Ref) -> Recipe:
+    """The full recipe of a run, with its revisions pinned, as `resolve` left it."""
+    return Recipe.model_validate(orjson.loads((open_ref(store, frozen).folder / "recipe.json").read_bytes()))

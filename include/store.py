@@ -1,0 +1,242 @@
+"""The artifact store: every stage's output in a folder of its own, committed by a manifest that is written last.
+
+`<store>/<recipe>/<stage>/<fingerprint>/manifest.json`. A folder with a valid manifest is complete and is never
+written again; one without is worth nothing. The store is a URI that fsspec understands; tasks share nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import orjson
+from upath import UPath
+
+from include.errors import NoPermission, TransientError
+from include.settings import store_uri, var
+
+MANIFEST = "manifest.json"
+PACKAGES = (
+    "apache-airflow", "accelerate", "bitsandbytes", "datasets", "great-expectations", "huggingface-hub", "peft",
+    "tokenizers", "torch", "transformers", "trl", "unsloth",
+)  # fmt: skip
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def fingerprint(facts: Any) -> str:
+    """sha256 (hex, first 16 digits) of JSON values, independent of the order of keys."""
+    return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and sha256 of every file below a folder, by relative path, the manifest itself left out."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != MANIFEST)
+    return {
+        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files
+    }
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of the packages that decide what a run produces."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = package_version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def to_json(value: Any) -> bytes:
+    """Readable JSON bytes with a newline at the end; NumPy scalars and paths are understood."""
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    return orjson.dumps(value, option=options, default=str)
+
+
+def write_aside(path: UPath | Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_local(path):
+        path.write_bytes(content)  # object stores make an object visible only when it is whole
+        return
+    target = Path(path.path if isinstance(path, UPath) else path)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _is_local(path: UPath | Path) -> bool:
+    return not isinstance(path, UPath) or path.protocol in ("", "file", "local")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One committed folder of the store."""
+
+    folder: UPath
+    manifest: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of the folder: what the content was made of."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stage found out, as plain JSON values."""
+        return self.manifest["facts"]
+
+    def local(self) -> Path:
+        """The folder on this machine's disk; fetched once into `var/cache` where the store is elsewhere."""
+        if _is_local(self.folder):
+            return Path(self.folder.path)
+        target = var() / "cache" / "store" / hashlib.sha256(str(self.folder).encode()).hexdigest()[:16]
+        if not (target / MANIFEST).exists():
+            aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            for name in [*self.manifest["files"], MANIFEST]:
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                self.folder.fs.get_file((self.folder / name).path, str(aside / name))
+            try:
+                os.rename(aside, target)
+            except OSError:  # another task of this machine was faster
+                shutil.rmtree(aside)
+        return target
+
+
+class Store:
+    """The artifact store at a URI (by default the one of the environment)."""
+
+    def __init__(self, uri: str | None = None):
+        self.uri = uri or store_uri()
+        self.root = UPath(self.uri)
+
+    def path(self, *parts: str) -> UPath:
+        """A place in the store."""
+        return self.root.joinpath(*parts)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns what file systems say into a sentence about the store.
+
+        Raises:
+            NoPermission: the store cannot be written.
+            TransientError: no space is left, or the object store did not answer.
+        """
+        try:
+            yield
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise NoPermission(
+                f"the store {self.uri} cannot be written ({error.strerror or error})",
+                "Set RETUNE_STORE to a place that this account can write, or correct its permissions",
+            ) from error
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if error.errno == errno.EROFS:
+                raise NoPermission(f"the store {self.uri} is on a read-only file system", "Set RETUNE_STORE") from error
+            raise TransientError(
+                f"the store {self.uri} " + ("has no space left" if full else f"did not take the files ({error})"),
+                "Free some space and retry the task" if full else "Retry the task; check the store if it persists",
+            ) from error
+
+    def find(self, recipe: str, stage: str, fingerprint: str) -> Artifact | None:
+        """The committed artifact, or None where there is none or a file of it is missing."""
+        folder = self.path(recipe, stage, fingerprint)
+        try:
+            manifest = orjson.loads((folder / MANIFEST).read_bytes())
+            whole = all((folder / name).stat().st_size == file["bytes"] for name, file in manifest["files"].items())
+        except (OSError, orjson.JSONDecodeError, KeyError):
+            return None
+        return Artifact(folder, manifest) if whole and manifest["fingerprint"] == fingerprint else None
+
+    def commit(self, work: Path, recipe: str, stage: str, fingerprint: str, **facts: Any) -> Artifact:
+        """Move a finished work folder into the store, its manifest last, and return the artifact.
+
+        Raises:
+            NoPermission, TransientError: see `writing`; the work folder is left as it is.
+        """
+        folder = self.path(recipe, stage, fingerprint)
+        manifest = {
+            "stage": stage,
+            "recipe": recipe,
+            "fingerprint": fingerprint,
+            "made_at": now(),
+            **facts,
+            "packages": installed_packages(),
+            "files": describe_files(work),
+        }
+        with self.writing():
+            if _is_local(folder):
+                write_aside(work / MANIFEST, to_json(manifest))
+                _move(work, Path(folder.path))
+            else:
+                for name in manifest["files"]:
+                    folder.fs.put_file(str(work / name), (folder / name).path)
+                write_aside(folder / MANIFEST, to_json(manifest))
+                shutil.rmtree(work)
+        return Artifact(folder, orjson.loads(to_json(manifest)))
+
+    def record(self, recipe: str, run_id: str, name: str, content: dict[str, Any]) -> None:
+        """Write one small JSON document about a run, for the report and for whoever follows the run."""
+        with self.writing():
+            write_aside(self.run_folder(recipe, run_id) / f"{name}.json", to_json(content))
+
+    def records(self, recipe: str, run_id: str) -> dict[str, dict[str, Any]]:
+        """The documents about a run, by name."""
+        folder = self.run_folder(recipe, run_id)
+        found = {}
+        for path in folder.glob("*.json") if folder.exists() else ():
+            try:
+                found[path.stem] = orjson.loads(path.read_bytes())
+            except (FileNotFoundError, orjson.JSONDecodeError):
+                continue
+        return found
+
+    def run_folder(self, recipe: str, run_id: str) -> UPath:
+        """Where the documents about a run are."""
+        return self.path(recipe, "runs", re.sub(r"[^A-Za-z0-9_.-]", "_", run_id))
+
+
+def _move(work: Path, target: Path) -> None:
+    """Put a finished folder in its place in one step, also across file systems."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        os.rename(work, aside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(work, aside)
+        shutil.rmtree(work)
+    if target.exists():  # left by a run that lost a file of it
+        os.rename(target, target.with_name(f".{target.name}.old-{uuid.uuid4().hex}"))
+    os.rename(aside, target)
+    for old in target.parent.glob(f".{target.name}.old-*"):
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,59 @@
+"""resolve: the recipe and what was typed at trigger time become one full recipe with everything pinned."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from include.recipe import find, load
+from include.settings import var
+from include.sources import absolute, is_hub_id, pin_base, pin_dataset
+from include.stage import Ref, log, recorded
+from include.store import Store, fingerprint, to_json, write_aside
+
+
+def resolve(recipe_file: str, values: dict[str, Any], run_id: str) -> Ref:
+    """Check the recipe, pin the dataset and the base model to their revisions, and freeze the result.
+
+    Args:
+        recipe_file: name or path of the recipe.
+        values: fields given at trigger time, which take the place of the file's.
+        run_id: the run's name; its records and report are kept under it.
+
+    Raises:
+        BadRecipe: a field is unknown, of the wrong type or out of range; the message names it.
+        Missing, NoPermission, Unreachable: the dataset or the base model is not there or does not answer.
+        NoPermission: the store cannot be written.
+    """
+    store, name = Store(), Path(recipe_file).stem
+    with recorded(store, name, run_id, "resolve") as record:
+        recipe = load(find(recipe_file), values)
+        dataset, base = pin_dataset(recipe), pin_base(recipe)
+        frozen = recipe.model_copy(
+            update={
+                "dataset": recipe.dataset if is_hub_id(recipe.dataset) else absolute(recipe.dataset),
+                "dataset_revision": dataset,
+                "base_model": recipe.base_model if is_hub_id(recipe.base_model) else absolute(recipe.base_model),
+                "base_revision": base,
+                "registry": recipe.registry or f"file://{var() / 'registry' / recipe.name}",
+            }
+        )
+        line = f"dataset {_short(recipe.dataset)}@{dataset[:8]}, base {_short(recipe.base_model)}@{base[:8]}"
+        content = frozen.model_dump(mode="json")
+        mark = fingerprint(content)
+        artifact = store.find(name, "resolve", mark)
+        reused = artifact is not None
+        if artifact is None:
+            out = var() / "work" / name / "resolve" / mark
+            shutil.rmtree(out, ignore_errors=True)
+            with store.writing():
+                write_aside(out / "recipe.json", to_json(content))
+            artifact = store.commit(out, name, "resolve", mark, line=line, facts={}, inputs={})
+        record.close("done", reused=reused, line=line, fingerprint=mark, folder=str(artifact.folder))
+        log.info("resolve done: %s", line)
+    return {"recipe": name, "run": run_id, "stage": "resolve", "fingerprint": mark}
+
+
+def _short(place: str) -> str:
+    return place if is_hub_id(place) else place.rstrip("/").rsplit("/", 1)[-1]
