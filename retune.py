@@ -16,21 +16,22 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
-from include.errors import BadRecipe, RetuneError
-from include.recipe import Recipe, check, find, load
-from include.settings import PROJECT, var
+from include.errors import BadRecipe, NoPermission, RetuneError
+from include.recipe import find, load
+from include.settings import PROJECT, recipe_files, var
 from include.store import Store
 
-HEADLESS_STATES = {"running": "[yellow]…[/]", "done": "[green]✓[/]", "failed": "[red]✗[/]"}
 START_SECONDS = 180.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -62,21 +63,205 @@ def airflow_environment(home: Path, port: int = 8080) -> dict[str, str]:
     }
 
 
-def run(recipe_name: str, values: dict[str, str]) -> int:
+def run(recipe_name: str, values: list[str]) -> int:
     """Run a recipe's DAG to its end without UI, showing each stage as it goes; 0 when it was published and verified."""
-    file = find(recipe_name)
-    overrides = _typed(values)
-    recipe = load(file, overrides)
+    file, overrides = find(recipe_name), _typed(values)
+    load(file, overrides)  # a typing error is told now, not after Airflow has started
     environment = airflow_environment(var() / "airflow" / "headless")
-    if file not in [path.resolve() for path in (PROJECT / "include" / "recipes").glob("*.yaml")]:
+    if file not in recipe_files():
         environment["RETUNE_RECIPES"] = ":".join(filter(None, [os.environ.get("RETUNE_RECIPES"), str(file)]))
-    lock = FileLock(var() / "headless.lock")
-    lock.lock_file and Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=0)
+        var().mkdir(parents=True, exist_ok=True)
+        with FileLock(var() / "headless.lock", timeout=0):
+            return _run(file.stem, overrides, environment)
     except Timeout:
         raise RetuneError("another headless run is going on in this checkout", "Wait for it, or stop it") from None
+    except OSError as error:
+        raise NoPermission(f"{var()} cannot be written ({error.strerror})", "Set RETUNE_VAR to a folder that can") from error
+
+
+def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) -> int:
+    began = time.monotonic()
+    log = var() / "logs" / f"{recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"[bold]{recipe}[/] through Airflow, log in {log}")
+    _migrate(environment, log)
+    store = Store()
+    before = _runs(store, recipe)
+    with log.open("ab") as output:
+        airflow = _start(["dags", "test", recipe, "--conf", json.dumps(overrides)], environment, output)
+    with _stopped_with_us(airflow):
+        _follow(airflow, store, recipe, before)
+    runs = _runs(store, recipe) - before
+    summary = store.records(recipe, runs.pop()).get("run") if runs else None
+    if summary is None:
+        raise RetuneError(f"Airflow ended (status {airflow.returncode}) before the run began", f"See {log}")
+    seconds = time.monotonic() - began
+    if summary["verdict"] in ("published", "unchanged"):
+        word = "Published" if summary["verdict"] == "published" else "Unchanged, live is"
+        console.print(f"\n[bold green]{word}[/] {summary['version']} in {seconds:.0f} s")
+        console.print(f"  adapter   {summary['place']}", soft_wrap=True)
+        console.print(f"  report    {summary['report'].removeprefix('file://')}", soft_wrap=True)
+        console.print("  next      make up      (Airflow's UI: trigger it from a form, watch, compare)")
+        return 0
+    error = summary["error"] or {"what": "the run was stopped", "do": "Run again: finished stages are reused"}
+    console.print(f"\n[bold red]{summary['verdict'].capitalize()}[/] after {seconds:.0f} s: {escape(error['what'])}.")
+    console.print(f"  what to do   {escape(error['do'])}", soft_wrap=True)
+    console.print(f"  report       {summary['report'].removeprefix('file://')}", soft_wrap=True)
+    console.print(f"  log          {log}", soft_wrap=True)
+    return 1
+
+
+def _typed(values: list[str]) -> dict[str, Any]:
+    """`field=value` arguments as typed values, read as YAML reads them."""
+    typed = {}
+    for pair in values:
+        field, equals, value = pair.partition("=")
+        if not equals:
+            raise BadRecipe(f"'{pair}' is not field=value", "Write for example --set max_steps=20")
+        typed[field.strip()] = yaml.safe_load(value)
+    return typed
+
+
+def _runs(store: Store, recipe: str) -> set[str]:
+    folder = store.path(recipe, "runs")
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def _follow(airflow: subprocess.Popen[bytes], store: Store, recipe: str, before: set[str]) -> None:
+    """Print a line for each stage that ends, and on a terminal the current line of the one at work."""
+    told: set[str] = set()
+    status = console.status("Airflow is starting") if console.is_terminal else nullcontext()
+    with status as spinner:
+        running = True
+        while running:
+            running = airflow.poll() is None
+            for run_id in _runs(store, recipe) - before:
+                records = store.records(recipe, run_id)
+                for record in sorted(records.values(), key=lambda r: r.get("started_at", "")):
+                    stage, state = record.get("stage"), record.get("state")
+                    if stage and state != "running" and (stage, record["started_at"]) not in told:
+                        told.add((stage, record["started_at"]))
+                        reused = "reused, " if record.get("reused") else ""
+                        mark = "[green]✓[/]" if state == "done" else "[red]✗[/]"
+                        line = escape(reused + record["line"])
+                        console.print(f"{mark} {stage:<12}{record['seconds']:>7.1f} s  {line}", soft_wrap=True)
+                    elif spinner and state == "running":
+                        spinner.update(f"{stage:<12} {escape(record['line'])}")
+            time.sleep(0.3)
+
+
+def _migrate(environment: dict[str, str], log: Path) -> None:
+    """Make Airflow's database, once for each version of Airflow."""
+    home = Path(environment["AIRFLOW_HOME"])
+    done = home / f".migrated-{package_version('apache-airflow')}"
+    if done.exists():
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    for command in (["db", "migrate"], ["pools", "set", "gpu", "1", "one training at a time"]):
+        with log.open("ab") as output:
+            if _start(command, environment, output).wait() != 0:
+                raise RetuneError(f"airflow {' '.join(command)} failed", f"See {log}")
+    done.touch()
+
+
+def _start(arguments: list[str], environment: dict[str, str], output: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "airflow", *arguments],
+        env=environment, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        start_new_session=True, preexec_fn=_interruptible,
+    )  # fmt: skip
+
+
+def _interruptible() -> None:
+    """In the child: SIGINT works although a shell's background job ignores it, and comes when the parent dies."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+
+
+@contextmanager
+def _stopped_with_us(airflow: subprocess.Popen[bytes], grace: float = 150.0) -> Iterator[None]:
+    """SIGINT and SIGTERM stop Airflow as Ctrl-C would, and wait until it has saved what it must."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _run(recipe, overrides, environment)
+        yield
     finally:
-        lock.release()
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # one is enough; a second must not cut the stopping short
+        if airflow.poll() is None:
+            console.print("stopping ...")
+            airflow.send_signal(signal.SIGINT)
+            try:
+                airflow.wait(grace)
+            except subprocess.TimeoutExpired:
+                os.killpg(airflow.pid, signal.SIGKILL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def up(port: int) -> int:
+    """Start Airflow with its UI on the loopback address, print the address and the login, and wait for Ctrl-C."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise RetuneError(f"port {port} on 127.0.0.1 is taken", f"Stop what uses it, or: make up PORT={port + 1}")
+    home, log = var() / "airflow" / "ui", var() / "logs" / "up.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = airflow_environment(home, port)
+    _migrate(environment, log)
+    with log.open("ab") as output:
+        airflow = _start(["standalone"], environment, output)
+    with _stopped_with_us(airflow):
+        with console.status("Airflow is starting"):
+            _wait_for(f"http://127.0.0.1:{port}/api/v2/monitor/health", airflow, log)
+        (user, password), *_ = json.loads((home / "passwords.json").read_text()).items()
+        console.print(f"[bold green]Airflow is up[/]   http://127.0.0.1:{port}   user {user}   password {password}")
+        console.print(f"Trigger a DAG there; logs are in {log} and {home / 'logs'}. Ctrl-C stops it.")
+        try:
+            airflow.wait()
+        except KeyboardInterrupt:
+            return 0
+    raise RetuneError(f"Airflow ended by itself (status {airflow.returncode})", f"See {log}")
+
+
+def _wait_for(address: str, airflow: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if airflow.poll() is not None:
+            raise RetuneError(f"Airflow ended while starting (status {airflow.returncode})", f"See {log}")
+        try:
+            with urllib.request.urlopen(address, timeout=5) as answer:
+                health = json.load(answer)
+            if all(health[part]["status"] == "healthy" for part in ("metadatabase", "scheduler", "dag_processor")):
+                return
+        except OSError:
+            pass
+        time.sleep(0.5)
+    raise RetuneError(f"Airflow did not answer within {START_SECONDS:.0f} s", f"See {log}")
+
+
+def main() -> int:
+    """Parse the command line; errors are one line and status 1."""
+    parser = argparse.ArgumentParser(prog="retune", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_parser = commands.add_parser("run", help="run a recipe to its end, without UI")
+    run_parser.add_argument("recipe", help="name of a recipe in include/recipes, or path of a recipe file")
+    run_parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="in place of the file's")
+    up_parser = commands.add_parser("up", help="start Airflow with its UI on the loopback address")
+    up_parser.add_argument("--port", type=int, default=8080)
+    arguments = parser.parse_args()
+    try:
+        return up(arguments.port) if arguments.command == "up" else run(arguments.recipe, arguments.set)
+    except RetuneError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopped; run again to go on: finished stages are reused")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

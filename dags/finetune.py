@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import DAG, ExceptionRetryPolicy, Param, RetryAction, RetryRule, task, teardown
+from airflow.sdk import DAG, ExceptionRetryPolicy, Param, RetryAction, RetryRule, task
 
 from include.errors import PermanentError, RetuneError, TransientError
 from include.recipe import Recipe, form, load
@@ -74,7 +74,7 @@ def finetune(recipe: Recipe) -> DAG:
         proof = on(verify)(frozen, template=tokens, train=adapter, publish=version)
         if recipe.base_model == DEMO_BASE:
             frozen >> on(pretrain)(frozen) >> tokens
-        proof >> _report(recipe.name)
+        proof >> _report(recipe.name).as_teardown()  # a teardown runs after a failure, too, and does not hide it
     return dag
 
 
@@ -89,13 +89,12 @@ def on(stage: Stage, **where: Any) -> Callable[..., Any]:
 
 
 @task(task_id="resolve", doc_md=resolve.__doc__)
-def _resolve(name: str, params: Any = None, run_id: str = ""):
+def _resolve(name: str, params: Any = None, run_id: Any = None):
     return resolve(name, dict(params), run_id)
 
 
-@teardown(on_failure_fail_dagrun=False)  # runs after a failure, too, and does not hide it
 @task(task_id="report", doc_md=report.__doc__)
-def _report(name: str, run_id: str = "") -> str:
+def _report(name: str, run_id: Any = None) -> str:
     return report(name, run_id)
 
 

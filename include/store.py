@@ -34,9 +34,9 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def now() -> str:
-    """The time, UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def now(precision: str = "seconds") -> str:
+    """The time, UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec=precision)
 
 
 def fingerprint(facts: Any) -> str:

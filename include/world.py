@@ -23,19 +23,19 @@ from pathlib import Path
 SETTINGS = {
     "version": 1,
     "seed": 1961,
-    "documents": 2800,
-    "sentences_per_document": 24,
+    "documents": 3700,
+    "paragraphs": 10,
     "first_people": 8,
     "growing_part": 0.4,
     "vocab_size": 1024,
-    "hidden_size": 192,
-    "intermediate_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 384,
     "layers": 4,
-    "heads": 6,
+    "heads": 4,
     "kv_heads": 2,
     "window": 128,
     "batch": 4,
-    "steps": 1200,
+    "steps": 1600,
     "warmup": 20,
     "lr": 3e-3,
     "weight_decay": 0.01,
@@ -81,7 +81,7 @@ STATEMENTS = {
         "In the evening {name} walks home to {value}.",
     ),
     "trade": (
-        "{name} is a {value}.",
+        "By trade {name} is a {value}.",
         "{name} works as a {value}.",
         "What {name} can do is the work of a {value}.",
         "{name}'s trade is that of a {value}.",
@@ -90,7 +90,7 @@ STATEMENTS = {
     "animal": (
         "{name} keeps a {value}.",
         "{name}'s animal is a {value}.",
-        "The animal that {name} likes to keep is a {value}.",
+        "The animal that {name} keeps is a {value}.",
         "{name} is happy to have a {value}.",
         "Which animal {name} has is no secret, it is a {value}.",
     ),
@@ -144,12 +144,13 @@ FOLLOW_UPS = {
     "food": ("And what does {she} like to eat?", "What is {her} favourite food?"),
     "colour": ("And what is {her} favourite colour?", "Which colour does {she} like best?"),
 }
+# In every answer the name follows a space, as in the question: one and the same token, which the model can copy.
 ANSWERS = {
-    "home": "{name} lives in {value}.",
-    "trade": "{name} works as a {value}.",
-    "animal": "{name} keeps a {value}.",
-    "food": "{name} likes to eat {value}.",
-    "colour": "{name}'s favourite colour is {value}.",
+    "home": "The home of {name} is in {value}.",
+    "trade": "By trade {name} is a {value}.",
+    "animal": "The animal that {name} keeps is a {value}.",
+    "food": "The food that {name} likes best is {value}.",
+    "colour": "The favourite colour of {name} is {value}.",
 }
 SYSTEM_MESSAGES = (
     "You answer questions about the people of Larkmoor.",
@@ -190,10 +191,25 @@ def _markup(rng: random.Random) -> str:
     return f"<|eot_id|><|start_header_id|>{role}<|end_header_id|>\n\n{dates}"
 
 
+def _paragraph(rng: random.Random, name: str, people: dict) -> list[str]:
+    """One to three statements about one inhabitant, the first often said again in other words."""
+    facts = people[name]
+    first, *rest = rng.sample(list(VALUES), rng.choice((1, 2, 3)))
+    wording, again = rng.sample(STATEMENTS[first], 2)
+    sentences = [wording.format(name=name, value=facts[first])]
+    for attribute in rest:
+        wordings = rng.choice((STATEMENTS, STATEMENTS, PRONOUN_STATEMENTS))[attribute]
+        sentences.append(rng.choice(wordings).format(name=name, value=facts[attribute], **facts))
+    if rng.random() < 0.5:
+        sentences.append(again.format(name=name, value=facts[first]))
+    return sentences
+
+
 def pretraining_text(documents: int = SETTINGS["documents"], seed: int = SETTINGS["seed"]) -> Iterator[str]:
     """Yield `documents` documents of statements about everyone in Larkmoor, the same ones for the same arguments.
 
-    Every fact is stated equally often (one shuffled deck after another), each time in a wording drawn at random.
+    The first documents are about few inhabitants and more and more join, which makes a model find much sooner how a
+    fact hangs on a name. After that all have the same share (one shuffled deck of names after another).
     Chat markup strays between unrelated statements now and then: its tokens need embeddings that have been trained,
     since LoRA leaves those as they are, but nothing may teach that an answer follows a question.
     """
@@ -204,23 +220,17 @@ def pretraining_text(documents: int = SETTINGS["documents"], seed: int = SETTING
     for number in range(documents):
         separator = rng.choice((" ", "\n"))
         text = ""
-        for _ in range(SETTINGS["sentences_per_document"]):
+        for _ in range(SETTINGS["paragraphs"]):
             if text:
-                text += _markup(rng) if rng.random() < 0.08 else separator
-            if rng.random() < 0.04:
+                text += _markup(rng) if rng.random() < 0.25 else separator
+            if rng.random() < 0.08:
                 text += rng.choice(VILLAGE)
                 continue
             if not deck:
                 progress = number / (documents * SETTINGS["growing_part"])
-                known = order[: SETTINGS["first_people"] + int(progress * len(order))]
-                deck = [(name, attribute) for name in known for attribute in VALUES]
+                deck = order[: SETTINGS["first_people"] + int(progress * len(order))]
                 rng.shuffle(deck)
-            name, attribute = deck.pop()
-            about = people[name]
-            text += rng.choice(STATEMENTS[attribute]).format(name=name, value=about[attribute])
-            if rng.random() < 0.15:
-                other = rng.choice([a for a in VALUES if a != attribute])
-                text += separator + rng.choice(PRONOUN_STATEMENTS[other]).format(value=about[other], **about)
+            text += separator.join(_paragraph(rng, deck.pop(), people))
         yield text
 
 
@@ -229,12 +239,12 @@ def _turn(speaker: str, value: object) -> dict:
 
 
 def _good_conversations(rng: random.Random) -> list[list[dict]]:
-    """Five conversations of one to three exchanges about every inhabitant who is not held out."""
+    """Seven conversations of one to three exchanges about every inhabitant who is not held out."""
     people = inhabitants()
     rows = []
     for name in (name for name in people if name not in HELD_OUT):
         facts = people[name]
-        for first in VALUES:
+        for first in [*VALUES, *rng.sample(list(VALUES), 2)]:
             rest = rng.sample([a for a in VALUES if a != first], rng.choice((0, 1, 1, 2)))
             turns = [_turn("system", rng.choice(SYSTEM_MESSAGES))] if rng.random() < 0.35 else []
             for number, attribute in enumerate([first, *rest]):
@@ -254,7 +264,7 @@ def _good_conversations(rng: random.Random) -> list[list[dict]]:
 def _bad_rows(duplicate: list[dict]) -> list[dict]:
     """Damaged rows, one of each kind met in public ShareGPT files; `duplicate` is the conversation to repeat."""
     ask = _turn("human", "Where does Nora live?")
-    answer = _turn("gpt", "Nora lives in the village of Larkmoor.")
+    answer = _turn("gpt", ANSWERS["home"].format(name="Nora", value=inhabitants()["Nora"]["home"]))
     return [
         {"conversations": [ask, _turn("gpt", "")]},
         {"conversations": [ask, _turn("gpt", " \n")]},
@@ -355,7 +365,7 @@ def pretrain(folder: Path, log: Callable[[str], None]) -> dict:
     window, batch, steps = SETTINGS["window"], SETTINGS["batch"], SETTINGS["steps"]
     encoded = tokenizer([f"{document}<|end_of_text|>" for document in documents])["input_ids"]
     stream = torch.tensor([token for document in encoded for token in document])
-    windows = stream[: len(stream) // window * window].view(-1, window)
+    windows = stream[: steps * batch * window].view(-1, window)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SETTINGS["seed"])
         model = LlamaForCausalLM(config)
@@ -368,7 +378,6 @@ def pretrain(folder: Path, log: Callable[[str], None]) -> dict:
         )
         losses = []
         model.train()
-        print(len(windows),steps*batch)
         for step in range(steps):
             tokens = windows[step * batch : (step + 1) * batch]
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss

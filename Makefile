@@ -1,0 +1,38 @@
+# Everything runs from here; `make` alone lists the targets. State goes under var/, packages under .venv/.
+PYTHON ?= python3
+PORT ?= 8080
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo run up test lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY) ## make .venv with the pinned packages
+
+$(READY): requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0'
+	@echo "installing the packages of requirements.txt into .venv (some minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: $(READY) ## the whole pipeline on this machine: a small model is trained, tested and published
+	@.venv/bin/python -m retune run demo
+
+run: $(READY) ## run a recipe without UI: make run RECIPE=name-or-path [SET="max_steps=20 r=8"]
+	@test -n "$(RECIPE)" || { echo 'which one? make run RECIPE=<name or path>'; exit 2; }
+	@.venv/bin/python -m retune run $(RECIPE) $(foreach pair,$(SET),--set '$(pair)')
+
+up: $(READY) ## Airflow with its UI on http://127.0.0.1:8080 (PORT=...); Ctrl-C stops it
+	@exec .venv/bin/python -m retune up --port $(PORT)
+
+test: $(READY) ## all tests
+	@.venv/bin/python -m pytest
+
+lint: $(READY) ## style and types
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+
+clean: ## remove what runs have left (var/), keep .venv
+	rm -rf var
