@@ -108,7 +108,8 @@ class ChatFormat:
     @property
     def bos_count(self) -> int:
         """How many beginning-of-text tokens the template writes (0 or 1; more is a template written twice)."""
-        return sum(p.token == self.tokenizer.bos_token_id for p in self._shape(("user", "assistant"), False) if p.token)
+        bos = self.tokenizer.bos_token_id
+        return sum(p.token == bos for p in self._shape(("user", "assistant"), False) if p.token is not None)
 
     def render(self, messages: list[Message], generation_prompt: bool = False) -> str:
         """The conversation as text, by the template."""

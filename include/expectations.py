@@ -6,6 +6,7 @@ way. Each rule carries the sentence that a person reads in the log, the quaranti
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,7 @@ def validate(
     """
     import great_expectations as gx
 
+    logging.getLogger("great_expectations").setLevel(logging.WARNING)
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False, "metric_calculations": False}  # type: ignore[assignment]
     context.add_data_docs_site(
@@ -135,12 +137,14 @@ def validate(
 
 
 def _findings(rules: tuple[Rule, ...], results: list[Any]) -> Findings:
+    import numpy as np
+
     findings = Findings()
     by_column = {(r.expectation_config.kwargs["column"], r.expectation_config.type): r for r in results}
     snake = {r.expectation_config.type.replace("_", ""): r.expectation_config.type for r in results}
     for rule in rules:
         result = by_column[rule.column, snake[rule.kind.lower()]]
-        rows = [entry["row"] for entry in result.result.get("unexpected_index_list") or ()]
+        rows = [row for entry in result.result.get("unexpected_index_list") or () for row in np.atleast_1d(entry["row"])]
         trouble = [e["exception_message"] for e in _exceptions(result.exception_info) if e.get("raised_exception")]
         findings.table.append(
             {"says": rule.says, "severity": rule.severity, "column": rule.column, "rows": len(rows),
@@ -151,7 +155,7 @@ def _findings(rules: tuple[Rule, ...], results: list[Any]) -> Findings:
         elif not result.success:
             findings.broken.append(rule.says)
         for row in rows:
-            findings.failed.setdefault(row, []).append(rule)
+            findings.failed.setdefault(int(row), []).append(rule)
     return findings
 
 

@@ -43,7 +43,7 @@ def load_base(base: str, recipe: dict[str, Any], plan: Plan) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             base, quantization_config=quantization, dtype=dtype, device_map={"": plan.device}, use_safetensors=True
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())
         raise Missing(f"field 'base_model': {base} cannot be loaded: {problem}", "Check the model's files") from error
     for module in model.modules() if plan.device == "cpu" else ():

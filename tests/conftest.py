@@ -1,0 +1,163 @@
+"""Fixtures that every test may use. Each test has a state folder of its own; nothing here stands in for the product."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).resolve().parent.parent
+MATERIAL = PROJECT.parent / "shared" / "material"
+
+os.environ.update(
+    HF_HUB_DISABLE_XET="1",  # the test hub has no xet
+    HF_UPDATE_DOWNLOAD_COUNTS="0",
+    HF_ENDPOINT="http://127.0.0.1:9",  # no test reaches the real Hub; those that need one start tests/hub.py
+)
+
+
+@pytest.fixture(scope="session")
+def material() -> Path:
+    """Real tokenizers, models and datasets that the project did not write."""
+    if not MATERIAL.is_dir():
+        pytest.skip(f"{MATERIAL} is not there")
+    return MATERIAL
+
+
+@pytest.fixture(autouse=True)
+def var(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state folder of this test."""
+    folder = tmp_path / "var"
+    monkeypatch.setenv("RETUNE_VAR", str(folder))
+    monkeypatch.delenv("RETUNE_STORE", raising=False)
+    monkeypatch.delenv("RETUNE_RECIPES", raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with random weights and the special tokens of Llama 3, small enough to train in a second."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [(PROJECT / "include" / "world.py").read_text(encoding="utf-8")],
+        trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=special[0], eos_token=special[4])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=4,
+        )
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny_base")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def conversation(question: str, answer: str) -> dict[str, Any]:
+    """A ShareGPT row of two turns."""
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """Sixty good rows as jsonl."""
+    path = tmp_path / "rows.jsonl"
+    rows = [conversation(f"What is {i} plus {i + 1}?", f"It is {2 * i + 1}.") for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes a recipe file and makes it known; fields by keyword."""
+
+    def write(name: str = "small", **fields: Any) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"description": "a test's recipe", **fields}))
+        monkeypatch.setenv("RETUNE_RECIPES", str(path))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def small_recipe(write_recipe: Callable[..., Path], dataset: Path, tiny_base: Path) -> Callable[..., Path]:
+    """A recipe that trains the tiny base on the sixty rows; fields by keyword replace its own."""
+
+    def write(name: str = "small", **fields: Any) -> Path:
+        own = {
+            "dataset": str(dataset), "base_model": str(tiny_base), "max_seq_length": 256, "max_steps": 8,
+            "save_steps": 2, "learning_rate": 0.01, "holdout_share": 0.2, "prompts": ["What is 2 plus 3?"],
+            "required_checks": [], "max_new_tokens": 8,
+        }  # fmt: skip
+        return write_recipe(name, **{**own, **fields})
+
+    return write
+
+
+STAGES = ("download", "validate", "standardize", "template", "train", "smoke_test", "evaluate", "publish", "verify")
+
+
+@pytest.fixture
+def pipeline() -> Callable[..., dict[str, Any]]:
+    """Runs the stages in this process, without Airflow, up to one of them; returns the references by stage."""
+    import importlib
+
+    from tasks.resolve import resolve
+
+    def run(recipe: Path, until: str = "verify", run_id: str = "test", **values: Any) -> dict[str, Any]:
+        refs = {"resolve": resolve(recipe.stem, values, run_id)}
+        for name in STAGES[: STAGES.index(until) + 1]:
+            stage = getattr(importlib.import_module(f"tasks.{name}"), name)
+            refs[name] = stage(refs["resolve"], **{read: refs[read] for read in stage.reads})
+        return refs
+
+    return run
+
+
+@pytest.fixture
+def artifact() -> Callable[[dict[str, str]], Any]:
+    """The artifact that a reference names."""
+    from include.stage import open_ref
+    from include.store import Store
+
+    return lambda ref: open_ref(Store(), ref)
+
+
+@pytest.fixture
+def retune(var: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs `python -m retune` as a person would; returns the finished process with its output."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "retune", *arguments], cwd=PROJECT, env={**os.environ, **environment},
+            capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+
+    yield run
+
+
+def last_run(var: Path) -> dict[str, Any]:
+    """What the newest run left for programs."""
+    return json.loads((var / "last_run.json").read_text())

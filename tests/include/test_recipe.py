@@ -1,0 +1,84 @@
+"""The recipe's checks: every wrong field is named, with what is expected there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from include.errors import BadRecipe, Missing
+from include.recipe import SECTIONS, Recipe, check, find, form, load
+from include.settings import recipe_files
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_rank": 8}, "unknown field 'lora_rank'"),
+        ({"learning_rat": 1e-4}, "did you mean 'learning_rate'?"),
+        ({"r": "sixteen"}, "field 'r': input should be a valid integer"),
+        ({"r": 0}, "field 'r': input should be greater than or equal to 1, got 0"),
+        ({"lora_dropout": 1.0}, "field 'lora_dropout': input should be less than 1"),
+        ({"learning_rate": float("nan")}, "field 'learning_rate'"),
+        ({"chat_template": "lama"}, "field 'chat_template': input should be 'llama-3.1'"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"registry": "s3://bucket"}, "field 'registry'"),
+        ({"prompts": [{"prompt": "hi", "expect": "("}]}, "not a regular expression"),
+        ({"prompts": "hi"}, "field 'prompts': input should be a valid list"),
+        ({"required_checks": ["pretty"]}, "field 'required_checks.0'"),
+    ],
+)
+def test_wrong_values_are_named(values: dict, message: str) -> None:
+    with pytest.raises(BadRecipe) as caught:
+        check({"name": "x", **values}, "x.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    with pytest.raises(BadRecipe) as caught:
+        check({"name": "x", "r": -1, "seed": "a", "nonsense": 1}, "x.yaml")
+    assert all(f"'{name}'" in str(caught.value) for name in ("r", "seed", "nonsense"))
+
+
+def test_the_defaults_are_the_reference_recipe() -> None:
+    recipe = load(find("llama32_3b_finetome"))
+    assert (recipe.base_model, recipe.dataset) == ("unsloth/Llama-3.2-3B-Instruct", "mlabonne/FineTome-100k")
+    assert (recipe.r, recipe.lora_alpha, recipe.lora_dropout, len(recipe.target_modules)) == (16, 16, 0.0, 7)
+    assert (recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps) == (2, 4)
+    assert (recipe.warmup_steps, recipe.max_steps, recipe.learning_rate) == (5, 60, 2e-4)
+    assert (recipe.max_seq_length, recipe.load_in_4bit, recipe.chat_template) == (2048, True, "llama-3.1")
+
+
+@pytest.mark.parametrize("file", recipe_files(), ids=lambda file: file.stem)
+def test_shipped_recipes_load_and_their_values_fit_the_form(file: Path) -> None:
+    fields = form(load(file))
+    assert set(fields) == set(Recipe.model_fields) - {"name", "description"}
+    for field in fields.values():
+        jsonschema.validate(field["value"], field["schema"])
+        assert field["schema"]["description"]
+        assert "anyOf" not in field["schema"]
+        assert "$ref" not in str(field["schema"])
+
+
+def test_every_field_is_in_one_section() -> None:
+    names = [name for model in SECTIONS.values() for name in model.model_fields]
+    assert len(names) == len(set(names))
+
+
+def test_a_file_that_is_no_recipe_is_said_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    for content in ("a: [1", "- just\n- a list", ""):
+        path.write_text(content)
+        with pytest.raises(BadRecipe) as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_lists_those_there_are() -> None:
+    with pytest.raises(Missing, match="demo, llama32_3b_finetome"):
+        find("dmeo")
+    with pytest.raises(Missing, match="no recipe file"):
+        find("nowhere/dmeo.yaml")
