@@ -81,12 +81,12 @@ def run(recipe_name: str, values: list[str]) -> int:
 
 
 def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) -> int:
-    began = time.monotonic()
+    began, store = time.monotonic(), Store()
+    store.probe()
     log = var() / "logs" / f"{recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"[bold]{recipe}[/] through Airflow, log in {log}")
     _migrate(environment, log)
-    store = Store()
     before = _runs(store, recipe)
     with log.open("ab") as output:
         airflow = _start(["dags", "test", recipe, "--conf", json.dumps(overrides)], environment, output)

@@ -32,8 +32,8 @@ from tasks.validate import validate
 from tasks.verify import verify
 
 RETRIES = {
-    "retries": 2,
-    "retry_delay": timedelta(seconds=30),
+    "retries": 3,
+    "retry_delay": timedelta(seconds=10),
     "retry_exponential_backoff": True,
     "retry_policy": ExceptionRetryPolicy(
         rules=[

@@ -76,14 +76,18 @@ class Record:
 @contextmanager
 def recorded(store: Store, recipe: str, run_id: str, stage: str) -> Iterator[Record]:
     """Keeps the run's record of a stage, also of its failure, and logs the failure in one line."""
-    record = Record(store, recipe, run_id, stage)
+    record = None
     try:
+        record = Record(store, recipe, run_id, stage)
         yield record
     except BaseException as error:
-        known = isinstance(error, RetuneError)
-        what = error.what if known else f"{type(error).__name__}: {error}"
-        do = error.do if known else "See the log above; this is a fault of Retune or of its surroundings"
-        record.close("failed", line=what, error={"kind": type(error).__name__, "what": what, "do": do})
+        what, do = f"{type(error).__name__}: {error}", "See the log; this is a fault of Retune or of its surroundings"
+        if isinstance(error, RetuneError):
+            what, do = error.what, error.do
+        elif isinstance(error, KeyboardInterrupt):
+            what, do = f"{stage} was stopped", "Run again: finished stages are reused"
+        if record:
+            record.close("failed", line=what, error={"kind": type(error).__name__, "what": what, "do": do})
         log.error("%s failed: %s. %s.", stage, what, do)
         raise
 

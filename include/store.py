@@ -152,7 +152,7 @@ class Store:
         """
         try:
             yield
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
             raise NoPermission(
                 f"the store {self.uri} cannot be written ({error.strerror or error})",
                 "Set RETUNE_STORE to a place that this account can write, or correct its permissions",
@@ -165,6 +165,15 @@ class Store:
                 f"the store {self.uri} " + ("has no space left" if full else f"did not take the files ({error})"),
                 "Free some space and retry the task" if full else "Retry the task; check the store if it persists",
             ) from error
+
+    def probe(self) -> None:
+        """Make sure that the store can be written.
+
+        Raises:
+            NoPermission, TransientError: see `writing`.
+        """
+        with self.writing():
+            write_aside(self.path(".probe"), b"")
 
     def find(self, recipe: str, stage: str, fingerprint: str) -> Artifact | None:
         """The committed artifact, or None where there is none or a file of it is missing."""

@@ -1,0 +1,191 @@
+"""Runs through Airflow other than the demo's: real input, bad input, refused candidates, the scheduler and its UI."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import PROJECT, last_run
+from tests.test_demo import processes
+
+
+def test_real_rows_and_a_real_model_end_in_a_published_adapter(
+    material: Path, var: Path, write_recipe: Callable, retune: Callable
+) -> None:
+    recipe = write_recipe(
+        "stories",
+        dataset=str(material / "datasets" / "fastchat_dummy_conversation.json"),
+        base_model=str(material / "models" / "stories260K"), chat_template="vicuna", max_seq_length=512, max_steps=30,
+        prompts=["Who are you?"], required_checks=["not_empty", "no_special_tokens"], max_new_tokens=32,
+    )  # fmt: skip
+    done = retune("run", str(recipe), RETUNE_RECIPES="")
+    assert done.returncode == 0, done.stdout
+    summary = last_run(var)
+    assert summary["verdict"] == "published"
+    assert (Path(summary["place"]) / "adapter_model.safetensors").is_file()
+    assert summary["stages"]["validate"]["line"].startswith("500 good, 0 refused")
+
+
+def test_a_template_that_the_vocabulary_cannot_write_is_reported(
+    material: Path, write_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    recipe = write_recipe(
+        "stories", dataset=str(material / "datasets" / "fastchat_dummy_conversation.json"),
+        base_model=str(material / "models" / "stories260K"), chat_template="chatml", max_seq_length=512,
+        missing_special_tokens="split",
+    )  # fmt: skip
+    facts = artifact(pipeline(recipe, "template")["template"]).facts
+    assert facts["missing_special_tokens"] == ["<|im_end|>", "<|im_start|>"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "dmeo"], "there is no recipe 'dmeo'. Choose one of: demo, llama32_3b_finetome"),
+        (["run", "demo", "--set", "lora_rank=8"], "unknown field 'lora_rank'"),
+        (["run", "demo", "--set", "r=many"], "field 'r': input should be a valid integer"),
+        (["run", "demo", "--set", "r=0"], "field 'r': input should be greater than or equal to 1"),
+        (["run", "demo", "--set", "r"], "'r' is not field=value"),
+    ],
+)
+def test_a_typing_error_is_one_line_before_anything_starts(arguments: list[str], said: str, retune: Callable) -> None:
+    done = retune(*arguments)
+    assert done.returncode == 1
+    assert said in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
+
+
+def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path, retune: Callable) -> None:
+    (tmp_path / "file").write_text("")
+    done = retune("run", "demo", RETUNE_STORE=f"file://{tmp_path}/file/store")
+    assert done.returncode == 1
+    assert "error: the store" in done.stdout
+    assert "cannot be written" in done.stdout
+
+
+def test_a_missing_file_fails_at_once_and_the_report_says_so(var: Path, small_recipe: Callable, retune: Callable) -> None:
+    done = retune("run", "small", RETUNE_RECIPES=str(small_recipe(dataset="/nowhere/rows.jsonl")))
+    assert done.returncode == 1
+    assert "Failed after" in done.stdout
+    assert done.stdout.count("field 'dataset': there is no file /nowhere/rows.jsonl") == 2, "the stage and the end"
+    summary = last_run(var)
+    assert summary["verdict"] == "failed"
+    assert summary["error"]["kind"] == "Missing"
+    assert list(summary["stages"]) == ["resolve"]
+
+
+def test_no_network_says_which_field_asked_for_it(write_recipe: Callable, pipeline: Callable) -> None:
+    from include.errors import Unreachable
+
+    with pytest.raises(Unreachable, match=r"field 'dataset': the dataset mlabonne/FineTome-100k needs the Hub, and "):
+        pipeline(write_recipe("remote"), "download")
+
+
+def test_a_candidate_that_is_not_better_is_refused_and_what_was_live_stays(
+    var: Path, small_recipe: Callable, retune: Callable
+) -> None:
+    assert retune("run", "small", RETUNE_RECIPES=str(small_recipe())).returncode == 0
+    worse = retune("run", "small", "--set", "max_steps=1", "--set", "learning_rate=1.0e-7")
+    assert worse.returncode == 1
+    assert "not better than what is live" in worse.stdout
+    summary = last_run(var)
+    assert (summary["verdict"], summary["error"]["kind"]) == ("refused", "Refused")
+    versions = var / "registry" / "small" / "versions"
+    assert [path.name for path in versions.glob("v*")] == ["v1"]
+
+
+def test_a_tampered_version_is_found(var: Path, small_recipe: Callable, pipeline: Callable) -> None:
+    from include.errors import PermanentError
+
+    recipe = small_recipe()
+    pipeline(recipe)
+    weights = var / "registry" / "small" / "versions" / "v1" / "adapter_model.safetensors"
+    weights.chmod(0o644)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(PermanentError, match="is not what was published: adapter_model.safetensors"):
+        pipeline(recipe, run_id="again")
+
+
+class Airflow:
+    """`retune up` in a process of its own, and its REST API."""
+
+    def __init__(self, port: int, password: str):
+        self.url = f"http://127.0.0.1:{port}"
+        self.token = ""
+        self.token = self.call("POST", "/auth/token", {"username": "admin", "password": password})["access_token"]
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode() if body is not None else None,
+            {"Content-Type": "application/json", "Authorization": f"Bearer {self.token}"}, method=method,
+        )  # fmt: skip
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture
+def airflow(var: Path, small_recipe: Callable) -> Iterator[Airflow]:
+    (small_recipe().parent / "broken.yaml").write_text("lora_rank: 8\n")
+    os.environ["RETUNE_RECIPES"] += f":{small_recipe().parent / 'broken.yaml'}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (var.parent / "up.log").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "retune", "up", "--port", str(port)], cwd=PROJECT, stdout=log, stderr=log
+        )
+        try:
+            deadline = time.monotonic() + 240
+            while "Airflow is up" not in (said := (var.parent / "up.log").read_text()):
+                assert process.poll() is None and time.monotonic() < deadline, said
+                time.sleep(0.2)
+            assert f"http://127.0.0.1:{port}" in said
+            yield Airflow(port, said.split("password")[1].split()[0])
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(180) == 0
+            assert not processes(var), "Ctrl-C leaves no process behind"
+
+
+def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var: Path) -> None:
+    dags = {dag["dag_id"]: dag for dag in airflow.call("GET", "/api/v2/dags")["dags"]}
+    assert {"demo", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken"} <= set(dags)
+    assert "unknown field 'lora_rank'" in dags["broken"]["description"]
+    assert airflow.call("GET", "/api/v2/importErrors")["total_entries"] == 0
+
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        airflow.call("POST", "/api/v2/dags/small/dagRuns", {"logical_date": None, "conf": {"r": 0}})
+    assert refused.value.code == 400
+    assert "0 is less than the minimum of 1" in refused.value.read().decode()
+
+    run = airflow.call("POST", "/api/v2/dags/small/dagRuns", {"logical_date": None, "conf": {"max_steps": 5}})
+    path = f"/api/v2/dags/small/dagRuns/{run['dag_run_id']}"
+    deadline = time.monotonic() + 240
+    while (state := airflow.call("GET", path)["state"]) not in ("success", "failed"):
+        assert time.monotonic() < deadline, state
+        time.sleep(0.5)
+    tasks = {task["task_id"]: task for task in airflow.call("GET", f"{path}/taskInstances")["task_instances"]}
+    assert state == "success", {name: task["state"] for name, task in tasks.items()}
+    assert {name for name, task in tasks.items() if task["queue"] == "gpu"} == {"train", "smoke_test", "evaluate"}
+    assert tasks["train"]["pool"] == "gpu"
+    assert airflow.call("GET", "/api/v2/pools/gpu")["slots"] == 1
+    summary = last_run(var)
+    assert (summary["verdict"], summary["run"]) == ("published", run["dag_run_id"])
+    assert summary["stages"]["train"]["line"].startswith("5 steps")
+    log = airflow.call("GET", f"{path}/taskInstances/train/logs/1")
+    assert any("step 5/5  loss" in str(entry) for entry in log["content"])
