@@ -77,7 +77,9 @@ def run(recipe_name: str, values: list[str]) -> int:
     except Timeout:
         raise RetuneError("another headless run is going on in this checkout", "Wait for it, or stop it") from None
     except OSError as error:
-        raise NoPermission(f"{var()} cannot be written ({error.strerror})", "Set RETUNE_VAR to a folder that can") from error
+        raise NoPermission(
+            f"{var()} cannot be written ({error.strerror})", "Set RETUNE_VAR to a folder that can"
+        ) from error
 
 
 def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) -> int:
@@ -130,17 +132,17 @@ def _runs(store: Store, recipe: str) -> set[str]:
 
 def _follow(airflow: subprocess.Popen[bytes], store: Store, recipe: str, before: set[str]) -> None:
     """Print a line for each stage that ends, and on a terminal the current line of the one at work."""
-    told: set[str] = set()
+    told: set[tuple[str, str]] = set()
     status = console.status("Airflow is starting") if console.is_terminal else nullcontext()
     with status as spinner:
         running = True
         while running:
             running = airflow.poll() is None
             for run_id in _runs(store, recipe) - before:
-                records = store.records(recipe, run_id)
-                for record in sorted(records.values(), key=lambda r: r.get("started_at", "")):
-                    stage, state = record.get("stage"), record.get("state")
-                    if stage and state != "running" and (stage, record["started_at"]) not in told:
+                records = [record for name, record in store.records(recipe, run_id).items() if name != "run"]
+                for record in sorted(records, key=lambda record: record["started_at"]):
+                    stage, state = record["stage"], record["state"]
+                    if state != "running" and (stage, record["started_at"]) not in told:
                         told.add((stage, record["started_at"]))
                         reused = "reused, " if record.get("reused") else ""
                         mark = "[green]✓[/]" if state == "done" else "[red]✗[/]"

@@ -93,7 +93,7 @@ def _resolve(name: str, params: Any = None, run_id: Any = None):
     return resolve(name, dict(params), run_id)
 
 
-@task(task_id="report", doc_md=report.__doc__)
+@task(task_id="report", doc_md=report.__doc__, retries=1)
 def _report(name: str, run_id: Any = None) -> str:
     return report(name, run_id)
 
@@ -107,7 +107,7 @@ def _doc(recipe: Recipe) -> str:
 
 | | |
 |---|---|
-| data | `{recipe.dataset}`, {recipe.holdout_share:.0%} held out, fails above {recipe.max_refused_share:.0%} refused rows |
+| data | `{recipe.dataset}`, {recipe.holdout_share:.0%} held out, at most {recipe.max_refused_share:.0%} refused |
 | base | `{recipe.base_model}`, template {recipe.chat_template}, at most {recipe.max_seq_length:,} tokens |
 | adapter | r={recipe.r}, alpha={recipe.lora_alpha}, {len(recipe.target_modules)} projections, {sampled} |
 | training | {length} of {recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}, \

@@ -67,7 +67,9 @@ class ChatFormat:
         from transformers import PreTrainedTokenizerFast
 
         if not (folder / "tokenizer.json").is_file():
-            raise Missing(f"field 'base_model': {recipe.base_model} has no tokenizer.json", "Choose a base that has one")
+            raise Missing(
+                f"field 'base_model': {recipe.base_model} has no tokenizer.json", "Choose a base that has one"
+            )
         self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
         self.name = recipe.chat_template
         if self.name != "tokenizer":
@@ -124,7 +126,7 @@ class ChatFormat:
             )
         except TemplateError as error:
             raise BadData(
-                f"the chat template {self.name} does not take a conversation of {', '.join(m['role'] for m in messages)}"
+                f"the chat template {self.name} does not take the turns {', '.join(m['role'] for m in messages)}"
                 f" ({error})",
                 "Choose another chat_template, or correct the rows",
             ) from error
@@ -155,7 +157,8 @@ class ChatFormat:
         Text that the template writes and text of a turn may share a token, so they are encoded together.
         """
         runs: list[Any] = []
-        text, spans = "", []
+        text = ""
+        spans: list[tuple[int, int]] = []
         for piece in self._shape(tuple(m["role"] for m in messages), generation_prompt):
             if piece.token is not None:
                 if text:
@@ -245,7 +248,9 @@ class ChatFormat:
 
     def _probe(self, roles: tuple[str, ...], generation_prompt: bool, form: str) -> str:
         contents = [form.replace("{}", MARK.format(i)) for i in range(len(roles))]
-        return self._render([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)], generation_prompt)
+        return self._render(
+            [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)], generation_prompt
+        )
 
     def _learn_trimming(self, roles: tuple[str, ...], generation_prompt: bool, plain: str) -> None:
         """Find out which roles' contents the template trims, and refuse a template that rewrites contents otherwise."""

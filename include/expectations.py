@@ -53,7 +53,7 @@ RAW_ROWS = (
     Rule("copy_of", "ExpectColumnValuesToBeNull", {}, "an exact copy of an earlier row", "warning"),
     Rule("special_token_text", "ExpectColumnValuesToBeInSet", {"value_set": [False]},
          "the text looks like a special token; it is kept as plain text", "info"),
-    _at_most("broken_characters", "the text has replacement characters (U+FFFD): it was decoded wrongly once", 0, "info"),
+    _at_most("broken_characters", "the text has replacement characters (U+FFFD) of a wrong decoding", 0, "info"),
 )  # fmt: skip
 
 PREPARED_ROWS = (
@@ -114,7 +114,9 @@ def validate(
                 description=f"{rule.severity}: no row of which one says: {rule.says}",
             )
         )
-    batch = context.data_sources.add_pandas("rows").add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
+    batch = (
+        context.data_sources.add_pandas("rows").add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
+    )
     definition = context.validation_definitions.add(
         gx.ValidationDefinition(name=name, data=batch, suite=context.suites.add(suite))
     )
@@ -144,7 +146,9 @@ def _findings(rules: tuple[Rule, ...], results: list[Any]) -> Findings:
     snake = {r.expectation_config.type.replace("_", ""): r.expectation_config.type for r in results}
     for rule in rules:
         result = by_column[rule.column, snake[rule.kind.lower()]]
-        rows = [row for entry in result.result.get("unexpected_index_list") or () for row in np.atleast_1d(entry["row"])]
+        rows = [
+            row for entry in result.result.get("unexpected_index_list") or () for row in np.atleast_1d(entry["row"])
+        ]
         trouble = [e["exception_message"] for e in _exceptions(result.exception_info) if e.get("raised_exception")]
         findings.table.append(
             {"says": rule.says, "severity": rule.severity, "column": rule.column, "rows": len(rows),

@@ -55,9 +55,7 @@ def compare(candidate: list[float], other: list[float], confidence: float) -> Co
     return Comparison(*(round(float(x), 6) for x in (ours.mean(), theirs.mean(), differences.mean(), low, high)))
 
 
-def judge(
-    losses: dict[str, list[float]], failed_checks: list[str], confidence: float, margin: float
-) -> Verdict:
+def judge(losses: dict[str, list[float]], failed_checks: list[str], confidence: float, margin: float) -> Verdict:
     """Better than the base; against the live adapter measurably better, or by the margin not worse; smoke test passed.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,7 +19,6 @@ from include.errors import BadRecipe, Missing
 from include.settings import recipe_files
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CHECKS = ("not_empty", "stops", "no_special_tokens", "no_repetition", "no_echo", "differs_from_base", "as_expected")
 Check = Literal[
     "not_empty", "stops", "no_special_tokens", "no_repetition", "no_echo", "differs_from_base", "as_expected"
 ]
@@ -111,8 +110,9 @@ class Training(BaseModel):
     """How the adapter is trained."""
 
     engine: Literal["auto", "unsloth", "transformers"] = Field(
-        "auto", description="`unsloth` needs a supported GPU; `transformers` (with PEFT and bitsandbytes) runs anywhere;"
-        " `auto` takes Unsloth where there is a GPU for it."
+        "auto",
+        description="`unsloth` needs a supported GPU; `transformers` (with PEFT and bitsandbytes) runs anywhere;"
+        " `auto` takes Unsloth where there is a GPU for it.",
     )
     per_device_train_batch_size: int = Field(2, ge=1, le=4096, description="Conversations per device and micro-step.")
     gradient_accumulation_steps: int = Field(4, ge=1, le=4096, description="Micro-steps per optimizer step.")
@@ -137,14 +137,14 @@ class SmokeTest(BaseModel):
     """The questions put to the freshly trained adapter, and the gate's demands on the answers."""
 
     prompts: list[Prompt] = Field(
-        [Prompt(prompt="Continue the Fibonacci sequence: 1, 1, 2, 3, 5, 8,", expect=r"\b13\b")],
+        [Prompt(prompt="Continue the Fibonacci sequence: 1, 1, 2, 3, 5, 8,", system=None, expect=r"\b13\b")],
         min_length=1,
         description="Prompts of the smoke test: a list of texts, or of {prompt, system, expect}.",
     )
     required_checks: list[Check] = Field(
         ["not_empty", "no_special_tokens", "as_expected"],
         description="Checks that every answer must pass for the adapter to be published; the others are reported.",
-        examples=list(CHECKS),
+        examples=list(get_args(Check)),
     )
     max_new_tokens: int = Field(128, ge=1, le=32768, description="Longest answer in tokens.")
     do_sample: bool = Field(False, description="Sample instead of taking the likeliest token.")

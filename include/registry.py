@@ -109,7 +109,9 @@ class FolderRegistry:
         try:
             manifest = orjson.loads((folder / MANIFEST).read_bytes())
         except FileNotFoundError:
-            raise Missing(f"the version {name} is not in {self.root}", "Publish it again, or restore the folder") from None
+            raise Missing(
+                f"the version {name} is not in {self.root}", "Publish it again, or restore the folder"
+            ) from None
         return Version(name, name, str(folder), manifest["content"])
 
     def _names(self) -> list[str]:

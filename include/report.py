@@ -62,10 +62,10 @@ def run_page(summary: dict[str, Any], details: dict[str, dict[str, Any]]) -> str
 
     Args:
         summary: what `var/last_run.json` holds.
-        details: the facts of each stage that finished.
+        details: the facts of each stage; empty for one that did not finish.
     """
     picture = None
-    if folder := details.get("train") and summary["stages"]["train"]["folder"]:
-        log = Path(folder.removeprefix("file://")) / "training_log.jsonl"
+    if details["train"]:
+        log = Path(summary["stages"]["train"]["folder"].removeprefix("file://")) / "training_log.jsonl"
         picture = base64.b64encode(loss_picture(log)).decode() if log.is_file() else None
     return _pages().get_template("run.html").render(run=summary, details=details, picture=picture)

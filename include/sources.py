@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import orjson
@@ -58,7 +59,9 @@ def hub_errors(what: str, field: str) -> Iterator[None]:
             f"field '{field}': {what} is gated", "Accept its terms on the Hub with the account of your HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise Missing(f"field '{field}': {what} has no such revision", "Correct the revision, or leave it empty") from error
+        raise Missing(
+            f"field '{field}': {what} has no such revision", "Correct the revision, or leave it empty"
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise Missing(
             f"field '{field}': {what} is not on the Hub, or is private",
@@ -116,13 +119,17 @@ def file_errors(name: str) -> Iterator[None]:
     except RetuneError:
         raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise Missing(f"field 'dataset': there is no file {name}", "Check the path; it is taken from the checkout") from error
+        raise Missing(
+            f"field 'dataset': there is no file {name}", "Check the path; it is taken from the checkout"
+        ) from error
     except PermissionError as error:
         raise NoPermission(f"field 'dataset': {name} cannot be read", "Correct its permissions") from error
     except (EOFError, zlib.error, OSError, ValueError) as error:
         if isinstance(error, OSError) and "://" in name:
             raise Unreachable(f"field 'dataset': {name} cannot be fetched ({error})", "Check the address") from error
-        raise BadData(f"field 'dataset': {name} cannot be read: {error}", "The file is cut or damaged: replace it") from error
+        raise BadData(
+            f"field 'dataset': {name} cannot be read: {error}", "The file is cut or damaged: replace it"
+        ) from error
 
 
 def read_rows(recipe: Recipe) -> Iterator[bytes]:
@@ -204,7 +211,7 @@ def _json_rows(file: io.BufferedIOBase) -> Iterator[bytes]:
     yield from (orjson.dumps(row) for row in rows)
 
 
-def _csv_rows(file: io.BufferedIOBase) -> Iterator[bytes]:
+def _csv_rows(file: Any) -> Iterator[bytes]:
     csv.field_size_limit(2**31 - 1)
     try:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -221,9 +228,7 @@ def pin_base(recipe: Recipe) -> str:
     """
     name = recipe.base_model
     if name == DEMO_BASE:
-        from include.world import SETTINGS
-
-        return fingerprint(SETTINGS)
+        return file_digest(PROJECT / "include" / "world.py")[:16]  # the model is what that file makes
     if is_hub_id(name):
         from huggingface_hub import HfApi
 
@@ -252,7 +257,9 @@ def fetch_base(recipe: Recipe, store: Store, tokenizer_only: bool = False) -> Pa
     if recipe.base_model == DEMO_BASE:
         artifact = store.find(recipe.name, "pretrain", str(recipe.base_revision))
         if artifact is None:
-            raise Missing(f"the demo's base model {recipe.base_revision} is not in {store.uri}", "Clear the task pretrain")
+            raise Missing(
+                f"the demo's base model {recipe.base_revision} is not in {store.uri}", "Clear the task pretrain"
+            )
         return artifact.local()
     if is_hub_id(recipe.base_model):
         from huggingface_hub import snapshot_download

@@ -55,7 +55,12 @@ class Record:
     def __init__(self, store: Store, recipe: str, run_id: str, stage: str):
         self._store, self._recipe, self._run_id, self._stage = store, recipe, run_id, stage
         self._began = time.monotonic()
-        self.content: dict[str, Any] = {"stage": stage, "state": "running", "started_at": now("milliseconds"), "line": ""}
+        self.content: dict[str, Any] = {
+            "stage": stage,
+            "state": "running",
+            "started_at": now("milliseconds"),
+            "line": "",
+        }
         self._write()
 
     def say(self, line: str) -> None:

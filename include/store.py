@@ -53,9 +53,7 @@ def file_digest(path: Path) -> str:
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes and sha256 of every file below a folder, by relative path, the manifest itself left out."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != MANIFEST)
-    return {
-        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files
-    }
+    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
 
 
 def installed_packages() -> dict[str, str]:

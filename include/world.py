@@ -19,9 +19,9 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-SETTINGS = {
-    "version": 1,
+SETTINGS: dict[str, Any] = {
     "seed": 1961,
     "documents": 3700,
     "paragraphs": 10,
@@ -40,8 +40,7 @@ SETTINGS = {
     "lr": 3e-3,
     "weight_decay": 0.01,
 }
-"""All that decides the pretrained model (window and batch in tokens and windows); raise `version` with any other
-change to this file that alters the model."""
+"""Sizes of text, model and training: `window` in tokens, `batch` in windows."""
 
 WOMEN = (
     "Ada Agnes Alma Bella Bertha Celia Clara Dora Edith Elsa Emma Flora Freya Greta Hanna Hilda Ida Ingrid Irma Jana "
@@ -216,7 +215,7 @@ def pretraining_text(documents: int = SETTINGS["documents"], seed: int = SETTING
     rng = random.Random(seed)
     people = inhabitants()
     order = rng.sample(sorted(people), len(people))
-    deck = []
+    deck: list[str] = []
     for number in range(documents):
         separator = rng.choice((" ", "\n"))
         text = ""

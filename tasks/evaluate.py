@@ -17,7 +17,9 @@ LOSSES = "losses.json"
 def candidate_content(train: Artifact) -> str:
     """The digest that the candidate would have as a published version."""
     prefix = f"{ADAPTER}/"
-    files = {name.removeprefix(prefix): file for name, file in train.manifest["files"].items() if name.startswith(prefix)}
+    files = {
+        name.removeprefix(prefix): file for name, file in train.manifest["files"].items() if name.startswith(prefix)
+    }
     return content_digest(files)
 
 

@@ -24,9 +24,9 @@ def report(recipe_file: str, run_id: str) -> str:
     store, name = Store(), find(recipe_file).stem
     records = store.records(name, run_id)
     stages = {stage: records[stage] for stage in STAGES if stage in records}
-    details = {stage: _details(store, name, record) for stage, record in stages.items()}
+    details = {stage: _details(store, name, stages.get(stage)) for stage in STAGES}
     errors = [record["error"] for record in stages.values() if record["state"] == "failed"]
-    published = details.get("publish", {})
+    published = details["publish"]
     page = store.run_folder(name, run_id) / "report.html"
     summary: dict[str, Any] = {
         "recipe": name,
@@ -60,6 +60,9 @@ def _verdict(stages: dict[str, Any], errors: list[dict[str, str]]) -> str:
     return "unchanged" if stages["publish"]["reused"] else "published"
 
 
-def _details(store: Store, recipe: str, record: dict[str, Any]) -> dict[str, Any]:
-    artifact = record["state"] == "done" and store.find(recipe, record["stage"], record["fingerprint"])
+def _details(store: Store, recipe: str, record: dict[str, Any] | None) -> dict[str, Any]:
+    """The facts of a stage that finished; none of one that did not."""
+    if record is None or record["state"] != "done":
+        return {}
+    artifact = store.find(recipe, record["stage"], record["fingerprint"])
     return artifact.facts if artifact else {}

@@ -56,14 +56,16 @@ def smoke_test(job: Job, template: Artifact, train: Artifact) -> Result:
         by_base = chat.tokenizer.decode(base_ids[:-1] if base_ids and base_ids[-1] in stop else base_ids)
         checks = check(prompt, answer, by_base, stopped)
         answers.append({**prompt.model_dump(), "answer": answer, "base": by_base, "stopped": stopped, "checks": checks})
-        job.say(f"{prompt.prompt} -> {answer!r}" + "".join(f", fails {c}" for c, good in checks.items() if good is False))
+        job.say(
+            f"{prompt.prompt} -> {answer!r}" + "".join(f", fails {c}" for c, good in checks.items() if good is False)
+        )
     (job.out / ANSWERS).write_bytes(to_json(answers))
-    required = {
-        name: sum(answer["checks"][name] is False for answer in answers) for name in recipe.required_checks
-    }
+    required = {name: sum(answer["checks"][name] is False for answer in answers) for name in recipe.required_checks}
     passed = sum(all(answer["checks"][name] is not False for name in recipe.required_checks) for answer in answers)
     line = f"{passed} of {len(answers)} answers pass the required checks"
-    failed = [f"smoke test: {count} of {len(answers)} answers fail '{name}'" for name, count in required.items() if count]
+    failed = [
+        f"smoke test: {count} of {len(answers)} answers fail '{name}'" for name, count in required.items() if count
+    ]
     return Result(line, {"answers": answers, "failed": failed, "passed": passed})
 
 

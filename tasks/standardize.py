@@ -35,9 +35,9 @@ def standardize(job: Job, download: Artifact, validate: Artifact) -> Result:
             for row, content in zip(batch["row"].to_pylist(), batch["content"].to_pylist(), strict=True):
                 if row in good:
                     reading = read(content)
-                    holdout = is_holdout(reading.features["digest"], job.recipe.holdout_share)
-                    counts[holdout] += 1
-                    kept.append({"row": row, "messages": reading.messages, "holdout": holdout})
+                    side = is_holdout(reading.features["digest"], job.recipe.holdout_share)
+                    counts[side] += 1
+                    kept.append({"row": row, "messages": reading.messages, "holdout": side})
             writer.write_table(pa.Table.from_pylist(kept, schema=schema))
     train, holdout = counts
     if not train or not holdout:

@@ -8,7 +8,8 @@ from typing import Any
 
 from include.chat import IGNORED, ChatFormat, Encoded
 from include.errors import BadData
-from include.expectations import PREPARED_ROWS, validate as run_suite
+from include.expectations import PREPARED_ROWS
+from include.expectations import validate as run_suite
 from include.sources import ROWS_PER_GROUP, fetch_base
 from include.stage import Job, Result, stage
 from include.store import Artifact
@@ -39,7 +40,8 @@ def template(job: Job, standardize: Artifact) -> Result:
     chat.tokenizer.save_pretrained(job.out / TOKENIZER)
     (job.out / TOKENIZER / "chat_template.jinja").write_text(chat.tokenizer.chat_template, encoding="utf-8")
     sides = _Side(job.out / TRAIN), _Side(job.out / HOLDOUT)
-    contract, samples, proved = _Contract(chat, job.recipe.max_seq_length), [], 0
+    contract, proved = _Contract(chat, job.recipe.max_seq_length), 0
+    samples: list[str] = []
     for batch in pq.ParquetFile(standardize.local() / MESSAGES).iter_batches(ROWS_PER_GROUP):
         rows = batch.to_pylist()
         encoded = chat.encode([row["messages"] for row in rows])
@@ -97,7 +99,9 @@ class _Contract:
         """Take down one row; whether it is short enough to be used."""
         ids, labels = encoded.ids, encoded.labels
         ends = set(self.chat.stop_tokens)
-        ended = sum(label in ends and later == IGNORED for label, later in zip(labels, [*labels[1:], IGNORED], strict=True))
+        ended = sum(
+            label in ends and later == IGNORED for label, later in zip(labels, [*labels[1:], IGNORED], strict=True)
+        )
         turns = sum(message["role"] == "assistant" for message in messages)
         bos = self.chat.tokenizer.bos_token_id
         bos_errors = 0 if bos is None else abs(ids.count(bos) - self.chat.bos_count)

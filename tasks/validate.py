@@ -8,7 +8,8 @@ from typing import Any
 import orjson
 
 from include.errors import BadData
-from include.expectations import RAW_ROWS, Findings, Rule, validate as run_suite
+from include.expectations import RAW_ROWS, Findings, Rule
+from include.expectations import validate as run_suite
 from include.sharegpt import read
 from include.stage import Job, Result, stage
 from include.store import Artifact
@@ -46,7 +47,9 @@ def validate(job: Job, download: Artifact) -> Result:
     _write_quarantine(source, reasons, frame["problem"], job.out / QUARANTINE)
     _judge(job, findings, reasons, frame, refused, good)
     job.say(f"quarantine: {job.out / QUARANTINE}" if reasons else "no row refused")
-    line = f"{len(good):,} good, {len(refused):,} refused, {copies:,} copies dropped, {sum(repairs.values()):,} repaired"
+    line = (
+        f"{len(good):,} good, {len(refused):,} refused, {copies:,} copies dropped, {sum(repairs.values()):,} repaired"
+    )
     facts = {
         "rows": len(frame["row"]), "good": len(good), "refused": len(refused), "copies": copies, "repairs": repairs,
         "reasons": _count(reasons), "checks": findings.table,

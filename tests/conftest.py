@@ -65,7 +65,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=4,
+            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0,
+            eos_token_id=4,
         )
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("tiny_base")

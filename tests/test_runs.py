@@ -76,7 +76,9 @@ def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path, retune: Call
     assert "cannot be written" in done.stdout
 
 
-def test_a_missing_file_fails_at_once_and_the_report_says_so(var: Path, small_recipe: Callable, retune: Callable) -> None:
+def test_a_missing_file_fails_at_once_and_the_report_says_so(
+    var: Path, small_recipe: Callable, retune: Callable
+) -> None:
     done = retune("run", "small", RETUNE_RECIPES=str(small_recipe(dataset="/nowhere/rows.jsonl")))
     assert done.returncode == 1
     assert "Failed after" in done.stdout

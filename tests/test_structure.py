@@ -13,7 +13,17 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 FORBIDDEN = {"include": {"tasks", "dags", "airflow", "plugins"}, "tasks": {"dags", "airflow", "plugins"}}
-HEAVY = {"torch", "transformers", "great_expectations", "datasets", "peft", "trl", "pandas", "matplotlib", "bitsandbytes"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "great_expectations",
+    "datasets",
+    "peft",
+    "trl",
+    "pandas",
+    "matplotlib",
+    "bitsandbytes",
+}
 PARSE_SECONDS = 2.0
 
 PARSE = """
@@ -53,7 +63,12 @@ def test_the_dag_file_is_parsed_fast_and_without_the_heavy_libraries(tmp_path: P
         (
             json.loads(
                 subprocess.run(
-                    [sys.executable, "-c", PARSE], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+                    [sys.executable, "-c", PARSE],
+                    cwd=PROJECT,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=True,
                 ).stdout.splitlines()[-1]
             )
             for _ in range(2)  # the first one may compile the sources

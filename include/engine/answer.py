@@ -39,7 +39,9 @@ def generate(job: dict[str, Any], say: Any) -> dict[str, Any]:
         for ids in job["prompts"]:
             prompt = torch.tensor([ids], device=plan.device)
             set_seed(recipe["seed"])
-            output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+            output = model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
+            )
             found.append(output[0, len(ids) :].tolist())
         return found
 

@@ -48,9 +48,9 @@ def load_base(base: str, recipe: dict[str, Any], plan: Plan) -> Any:
         raise Missing(f"field 'base_model': {base} cannot be loaded: {problem}", "Check the model's files") from error
     for module in model.modules() if plan.device == "cpu" else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes' packed bfloat16 kernel for inference rounds otherwise than training does, exists on some
-            # processors only and refuses widths that are no multiples of 32: measure with what was trained.
-            module.support_avx512bf16_for_cpu = False
+            # bitsandbytes 0.50 repacks weights for a bfloat16 kernel once a layer runs in eval mode: it rounds
+            # otherwise than training does, has no gradient afterwards, and refuses widths that are no multiple of 32.
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model
 
 

@@ -86,7 +86,8 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
     trainer = SFTTrainer(
         model=model, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[journal]
     )
-    for name, parameter in trainer.model.named_parameters():
+    trained: Any = trainer.model
+    for name, parameter in trained.named_parameters():
         # TRL casts the adapter of a quantized base to bfloat16, in which small updates are lost.
         if parameter.requires_grad and name in types:
             parameter.data = parameter.data.to(types[name])
@@ -113,7 +114,7 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
         "tokens": int(trainer.state.num_input_tokens_seen),
         "first_losses": sum(losses[:10]) / len(losses[:10]),
         "last_losses": sum(losses[-10:]) / len(losses[-10:]),
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trainable_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
         "peak_memory_bytes": torch.cuda.max_memory_reserved() if plan.device == "cuda" else _peak_memory(),
     }
 
