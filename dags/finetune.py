@@ -61,17 +61,14 @@ def finetune(recipe: Recipe) -> DAG:
     ) as dag:  # fmt: skip
         frozen = _resolve(recipe.name)
         raw = on(download)(frozen)
-        good = on(validate)(frozen, download=raw)
-        messages = on(standardize)(frozen, download=raw, validate=good)
-        tokens = on(template)(frozen, standardize=messages)
-        adapter = on(train, **GPU)(frozen, template=tokens)
-        answers = on(smoke_test, **GPU)(frozen, template=tokens, train=adapter)
-        verdict = on(evaluate, **GPU)(frozen, template=tokens, train=adapter, smoke_test=answers)
-        version = on(publish)(
-            frozen, download=raw, validate=good, standardize=messages, template=tokens, train=adapter,
-            smoke_test=answers, evaluate=verdict,
-        )  # fmt: skip
-        proof = on(verify)(frozen, template=tokens, train=adapter, publish=version)
+        good = on(validate)(raw)
+        messages = on(standardize)(good)
+        tokens = on(template)(messages)
+        adapter = on(train, **GPU)(tokens)
+        answers = on(smoke_test, **GPU)(adapter)
+        verdict = on(evaluate, **GPU)(answers)
+        version = on(publish)(verdict)
+        proof = on(verify)(version)
         if recipe.base_model == DEMO_BASE:
             frozen >> on(pretrain)(frozen) >> tokens
         proof >> _report(recipe.name).as_teardown()  # a teardown runs after a failure, too, and does not hide it
@@ -82,8 +79,8 @@ def on(stage: Stage, **where: Any) -> Callable[..., Any]:
     """A stage as a task."""
 
     @task(task_id=stage.name, doc_md=stage.__doc__, **where)
-    def run(frozen: Any, **refs: Any):  # no return annotation: Airflow would push each key of the reference
-        return stage(frozen, **refs)
+    def run(trail: Any):  # no return annotation: Airflow would push each key of the trail as a value of its own
+        return stage(trail)
 
     return run
 

@@ -295,5 +295,6 @@ def form(recipe: Recipe) -> dict[str, dict[str, Any]]:
             if entry.get("items", {}).get("$ref"):
                 entry["items"] = definitions[entry["items"]["$ref"].rsplit("/", 1)[-1]]
             entry.pop("default", None)
+            entry["description_md"] = entry.pop("description")
             fields[name] = {"value": values[name], "section": section, "schema": {**entry, "title": name}}
     return fields

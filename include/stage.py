@@ -22,7 +22,7 @@ from include.store import Artifact, Store, fingerprint, now
 
 log = logging.getLogger("airflow.task.retune")  # below Airflow's own task logger, so that the UI shows it
 
-Ref = dict[str, str]  # {recipe, run, stage, fingerprint}: all that goes from task to task
+Trail = dict[str, str]  # recipe, run, and the fingerprint of each stage so far: all that goes from task to task
 
 
 @dataclass
@@ -98,7 +98,7 @@ def recorded(store: Store, recipe: str, run_id: str, stage: str) -> Iterator[Rec
 
 
 class Stage:
-    """A stage of the pipeline: called with references, it returns a reference to its committed artifact.
+    """A stage of the pipeline: called with the trail of the stages before it, it returns the trail with its own step.
 
     Args:
         work: `work(job, **artifacts) -> Result`; the names of its parameters are the stages that it reads.
@@ -126,18 +126,18 @@ class Stage:
         self.__name__, self.__doc__ = work.__name__, work.__doc__
         self.reads = tuple(inspect.signature(work).parameters)[1:]
 
-    def __call__(self, frozen: Ref, **refs: Ref) -> Ref:
+    def __call__(self, trail: Trail) -> Trail:
         """Make the artifact, or find it made.
 
         Args:
-            frozen: the reference that `resolve` returned.
-            refs: for each stage in `reads`, the reference that it returned.
+            trail: what the stages before this one returned; `resolve` begins it.
         """
         store = Store()
-        with recorded(store, frozen["recipe"], frozen["run"], self.name) as record:
-            recipe = frozen_recipe(store, frozen)
-            inputs = {name: open_ref(store, refs[name]) for name in self.reads}
-            return self.run(Job(recipe, frozen["run"], store, Path(), record), inputs)
+        with recorded(store, trail["recipe"], trail["run"], self.name) as record:
+            recipe = frozen_recipe(store, trail)
+            inputs = {name: artifact_of(store, trail, name) for name in self.reads}
+            mark = self.run(Job(recipe, trail["run"], store, Path(), record), inputs)
+        return {**trail, self.name: mark}
 
     def fingerprint(self, job: Job, inputs: dict[str, Artifact]) -> str:
         """What decides the output, as the name of its folder."""
@@ -153,8 +153,8 @@ class Stage:
             }
         )
 
-    def run(self, job: Job, inputs: dict[str, Artifact]) -> Ref:
-        """Reuse or make the artifact; one process of a machine at a time works on one fingerprint."""
+    def run(self, job: Job, inputs: dict[str, Artifact]) -> str:
+        """Reuse or make the artifact; returns its fingerprint. One process of a machine at a time works on one."""
         recipe, mark = job.recipe.name, self.fingerprint(job, inputs)
         job.out = var() / "work" / recipe / self.name / mark
         job.out.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ class Stage:
         line = artifact.manifest["line"]
         job.record.close("done", reused=reused, line=line, fingerprint=mark, folder=str(artifact.folder))
         log.info("%s %s: %s (%s)", self.name, "reused" if reused else "done", line, artifact.folder)
-        return {"recipe": recipe, "run": job.run_id, "stage": self.name, "fingerprint": mark}
+        return mark
 
     def _make(self, job: Job, inputs: dict[str, Artifact], mark: str) -> tuple[Artifact, bool]:
         if not self.resumable and job.out.exists():
@@ -194,21 +194,23 @@ def stage(version: int, uses: Iterable[str] = (), **options: Any) -> Callable[[C
     return lambda work: Stage(work, version, uses, **options)
 
 
-def open_ref(store: Store, ref: Ref) -> Artifact:
-    """The artifact that a reference names.
+def artifact_of(store: Store, trail: Trail, name: str) -> Artifact:
+    """What a stage on the trail left behind.
 
     Raises:
         RetuneError: it has been removed from the store since.
     """
-    artifact = store.find(ref["recipe"], ref["stage"], ref["fingerprint"])
+    artifact = store.find(trail["recipe"], name, trail[name])
     if artifact is None:
         raise RetuneError(
-            f"the output of {ref['stage']} ({ref['fingerprint']}) is no longer whole in {store.uri}",
-            f"Clear the task {ref['stage']} to make it again",
+            f"the output of {name} ({trail[name]}) is no longer whole in {store.uri}",
+            f"Clear the task {name} to make it again",
         )
     return artifact
 
 
-def frozen_recipe(store: Store, frozen: Ref) -> Recipe:
+def frozen_recipe(store: Store, trail: Trail) -> Recipe:
     """The full recipe of a run, with its revisions pinned, as `resolve` left it."""
-    return Recipe.model_validate(orjson.loads((open_ref(store, frozen).folder / "recipe.json").read_bytes()))
+    return Recipe.model_validate(
+        orjson.loads((artifact_of(store, trail, "resolve").folder / "recipe.json").read_bytes())
+    )

@@ -255,7 +255,8 @@ def _good_conversations(rng: random.Random) -> list[list[dict]]:
                 ]
             if len(turns) <= 4 and rng.random() < 0.2:
                 turns += [_turn("human", "Thank you!"), _turn("gpt", "You are welcome.")]
-            rows.append(turns)
+            if turns not in rows:
+                rows.append(turns)
     rng.shuffle(rows)
     return rows
 

@@ -9,11 +9,11 @@ from typing import Any
 from include.recipe import find, load
 from include.settings import var
 from include.sources import absolute, is_hub_id, pin_base, pin_dataset
-from include.stage import Ref, log, recorded
+from include.stage import Trail, log, recorded
 from include.store import Store, fingerprint, to_json, write_aside
 
 
-def resolve(recipe_file: str, values: dict[str, Any], run_id: str) -> Ref:
+def resolve(recipe_file: str, values: dict[str, Any], run_id: str) -> Trail:
     """Check the recipe, pin the dataset and the base model to their revisions, and freeze the result.
 
     Args:
@@ -52,7 +52,7 @@ def resolve(recipe_file: str, values: dict[str, Any], run_id: str) -> Ref:
             artifact = store.commit(out, name, "resolve", mark, line=line, facts={}, inputs={})
         record.close("done", reused=reused, line=line, fingerprint=mark, folder=str(artifact.folder))
         log.info("resolve done: %s", line)
-    return {"recipe": name, "run": run_id, "stage": "resolve", "fingerprint": mark}
+    return {"recipe": name, "run": run_id, "resolve": mark}
 
 
 def _short(place: str) -> str:

@@ -121,29 +121,28 @@ STAGES = ("download", "validate", "standardize", "template", "train", "smoke_tes
 
 
 @pytest.fixture
-def pipeline() -> Callable[..., dict[str, Any]]:
-    """Runs the stages in this process, without Airflow, up to one of them; returns the references by stage."""
+def pipeline() -> Callable[..., dict[str, str]]:
+    """Runs the stages in this process, without Airflow, up to one of them; returns the trail."""
     import importlib
 
     from tasks.resolve import resolve
 
-    def run(recipe: Path, until: str = "verify", run_id: str = "test", **values: Any) -> dict[str, Any]:
-        refs = {"resolve": resolve(recipe.stem, values, run_id)}
+    def run(recipe: Path, until: str = "verify", run_id: str = "test", **values: Any) -> dict[str, str]:
+        trail = resolve(recipe.stem, values, run_id)
         for name in STAGES[: STAGES.index(until) + 1]:
-            stage = getattr(importlib.import_module(f"tasks.{name}"), name)
-            refs[name] = stage(refs["resolve"], **{read: refs[read] for read in stage.reads})
-        return refs
+            trail = getattr(importlib.import_module(f"tasks.{name}"), name)(trail)
+        return trail
 
     return run
 
 
 @pytest.fixture
 def artifact() -> Callable[[dict[str, str]], Any]:
-    """The artifact that a reference names."""
-    from include.stage import open_ref
+    """The artifact of the newest stage on a trail, or of a named one."""
+    from include.stage import artifact_of
     from include.store import Store
 
-    return lambda ref: open_ref(Store(), ref)
+    return lambda trail, name=None: artifact_of(Store(), trail, name or list(trail)[-1])
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_a_template_that_the_vocabulary_cannot_write_is_reported(
         base_model=str(material / "models" / "stories260K"), chat_template="chatml", max_seq_length=512,
         missing_special_tokens="split",
     )  # fmt: skip
-    facts = artifact(pipeline(recipe, "template")["template"]).facts
+    facts = artifact(pipeline(recipe, "template")).facts
     assert facts["missing_special_tokens"] == ["<|im_end|>", "<|im_start|>"]
 
 

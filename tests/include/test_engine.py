@@ -44,10 +44,10 @@ def job(small_recipe: Callable, pipeline: Callable, artifact: Callable, tiny_bas
         from include.stage import frozen_recipe
         from include.store import Store
 
-        refs = pipeline(small_recipe(**fields), "template")
-        prepared = artifact(refs["template"]).local()
+        trail = pipeline(small_recipe(**fields), "template")
+        prepared = artifact(trail).local()
         return {
-            "recipe": frozen_recipe(Store(), refs["resolve"]).model_dump(mode="json"), "base": str(tiny_base),
+            "recipe": frozen_recipe(Store(), trail).model_dump(mode="json"), "base": str(tiny_base),
             "base_name": "owner/base", "base_revision": "abc", "tokenizer": str(prepared / "tokenizer"),
             "rows": str(prepared / "train.arrow"), "holdout": str(prepared / "holdout.arrow"), "out": str(out),
         }  # fmt: skip

@@ -57,7 +57,7 @@ def test_shipped_recipes_load_and_their_values_fit_the_form(file: Path) -> None:
     assert set(fields) == set(Recipe.model_fields) - {"name", "description"}
     for field in fields.values():
         jsonschema.validate(field["value"], field["schema"])
-        assert field["schema"]["description"]
+        assert field["schema"]["description_md"]
         assert "anyOf" not in field["schema"]
         assert "$ref" not in str(field["schema"])
 

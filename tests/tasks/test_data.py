@@ -51,8 +51,8 @@ def test_every_format_gives_the_same_messages(
     name: str, content: bytes, tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    refs = pipeline(small_recipe(dataset=str(tmp_path / name)), "standardize")
-    messages = pq.read_table(artifact(refs["standardize"]).local() / "messages.parquet").to_pylist()
+    trail = pipeline(small_recipe(dataset=str(tmp_path / name)), "standardize")
+    messages = pq.read_table(artifact(trail).local() / "messages.parquet").to_pylist()
     assert [[m["content"] for m in row["messages"]] for row in messages] == [
         [turn["value"] for turn in row["conversations"]] for row in ROWS
     ]
@@ -74,8 +74,8 @@ def test_bad_rows_are_in_the_quarantine_with_their_number_reason_and_content(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(ROWS) + b"\n".join(raw for raw, _ in BAD_ROWS))
-    refs = pipeline(small_recipe(dataset=str(path), max_refused_share=0.2), "standardize")
-    found = artifact(refs["validate"])
+    trail = pipeline(small_recipe(dataset=str(path), max_refused_share=0.2), "standardize")
+    found = artifact(trail, "validate")
     entries = [json.loads(line) for line in (found.local() / "quarantine.jsonl").read_text().splitlines()]
     assert [entry["row"] for entry in entries] == list(range(40, 47))
     for entry, (raw, reason) in zip(entries, BAD_ROWS, strict=True):
@@ -83,7 +83,7 @@ def test_bad_rows_are_in_the_quarantine_with_their_number_reason_and_content(
         assert entry["content"] == raw.decode()
     assert (found.facts["good"], found.facts["refused"], found.facts["copies"]) == (40, 6, 1)
     assert "sharegpt_rows" in (found.local() / "data_docs" / "index.html").read_text()
-    kept = pq.read_table(artifact(refs["standardize"]).local() / "messages.parquet")["row"].to_pylist()
+    kept = pq.read_table(artifact(trail).local() / "messages.parquet")["row"].to_pylist()
     assert kept == list(range(40))
 
 
@@ -141,8 +141,7 @@ def test_a_row_keeps_its_side_when_rows_are_added_or_moved(
         path = tmp_path / "a.jsonl"
         path.write_bytes(lines(rows))
         table = pq.read_table(
-            artifact(pipeline(small_recipe(dataset=str(path)), "standardize")["standardize"]).local()
-            / "messages.parquet"
+            artifact(pipeline(small_recipe(dataset=str(path)), "standardize")).local() / "messages.parquet"
         )
         return {row["messages"][0]["content"]: row["holdout"] for row in table.to_pylist()}
 
@@ -159,7 +158,7 @@ def test_what_is_prepared_is_what_the_trainer_gets(
     rows = [*ROWS, conversation("A long one?", "word " * 400)]
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(rows))
-    found = artifact(pipeline(small_recipe(dataset=str(path)), "template")["template"])
+    found = artifact(pipeline(small_recipe(dataset=str(path)), "template"))
     assert found.facts["too_long"] == 1, "the long row is counted, not cut"
     train, holdout = (Dataset.from_file(str(found.local() / f"{side}.arrow")) for side in ("train", "holdout"))
     assert len(train) + len(holdout) == 40
