@@ -48,7 +48,7 @@ def validate(job: Job, download: Artifact) -> Result:
     _judge(job, findings, reasons, frame, refused, good)
     job.say(f"quarantine: {job.out / QUARANTINE}" if reasons else "no row refused")
     line = (
-        f"{len(good):,} good, {len(refused):,} refused, {copies:,} copies dropped, {sum(repairs.values()):,} repaired"
+        f"{len(good):,} good, {len(refused):,} refused, {copies:,} dropped as copies, {sum(repairs.values()):,} repaired"
     )
     facts = {
         "rows": len(frame["row"]), "good": len(good), "refused": len(refused), "copies": copies, "repairs": repairs,
