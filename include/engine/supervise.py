@@ -48,7 +48,7 @@ def run(command: str, job: dict[str, Any], folder: Path, say: Callable[[str], No
             stderr=log,
             pass_fds=(writer,),
             cwd=PROJECT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(PROJECT)},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},  # cwd puts the checkout on its path
             start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor only, which then decides
         )
     os.close(writer)
