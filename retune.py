@@ -22,13 +22,12 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
-from include.errors import BadRecipe, NoPermission, RetuneError
-from include.recipe import find, load
+from include.errors import NoPermission, RetuneError
+from include.recipe import find, load, typed
 from include.settings import PROJECT, recipe_files, var
 from include.store import Store
 
@@ -65,7 +64,7 @@ def airflow_environment(home: Path, port: int = 8080) -> dict[str, str]:
 
 def run(recipe_name: str, values: list[str]) -> int:
     """Run a recipe's DAG to its end without UI, showing each stage as it goes; 0 when it was published and verified."""
-    file, overrides = find(recipe_name), _typed(values)
+    file, overrides = find(recipe_name), typed(values)
     load(file, overrides)  # a typing error is told now, not after Airflow has started
     environment = airflow_environment(var() / "airflow" / "headless")
     if file not in recipe_files():
@@ -112,17 +111,6 @@ def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) ->
     console.print(f"  report       {summary['report'].removeprefix('file://')}", soft_wrap=True)
     console.print(f"  log          {log}", soft_wrap=True)
     return 1
-
-
-def _typed(values: list[str]) -> dict[str, Any]:
-    """`field=value` arguments as typed values, read as YAML reads them."""
-    typed = {}
-    for pair in values:
-        field, equals, value = pair.partition("=")
-        if not equals:
-            raise BadRecipe(f"'{pair}' is not field=value", "Write for example --set max_steps=20")
-        typed[field.strip()] = yaml.safe_load(value)
-    return typed
 
 
 def _runs(store: Store, recipe: str) -> set[str]:

@@ -258,6 +258,24 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     return check({"name": path.stem, **values, **(overrides or {})}, str(path))
 
 
+def typed(pairs: Iterable[str]) -> dict[str, Any]:
+    """`field=value` texts as typed values, read as YAML reads them.
+
+    Raises:
+        BadRecipe: a text has no equals sign, or its value is not YAML.
+    """
+    values = {}
+    for pair in pairs:
+        field, equals, value = pair.partition("=")
+        try:
+            values[field.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise BadRecipe(f"'{pair}' is not field=value", "Write for example --set max_steps=20")
+    return values
+
+
 def find(name_or_path: str) -> Path:
     """The file of a recipe that is given by name, or by path.
 

@@ -117,23 +117,12 @@ def small_recipe(write_recipe: Callable[..., Path], dataset: Path, tiny_base: Pa
     return write
 
 
-STAGES = ("download", "validate", "standardize", "template", "train", "smoke_test", "evaluate", "publish", "verify")
-
-
 @pytest.fixture
 def pipeline() -> Callable[..., dict[str, str]]:
     """Runs the stages in this process, without Airflow, up to one of them; returns the trail."""
-    import importlib
+    from tasks.__main__ import run
 
-    from tasks.resolve import resolve
-
-    def run(recipe: Path, until: str = "verify", run_id: str = "test", **values: Any) -> dict[str, str]:
-        trail = resolve(recipe.stem, values, run_id)
-        for name in STAGES[: STAGES.index(until) + 1]:
-            trail = getattr(importlib.import_module(f"tasks.{name}"), name)(trail)
-        return trail
-
-    return run
+    return lambda recipe, until="verify", run_id="test", **values: run(recipe.stem, values, run_id, until)
 
 
 @pytest.fixture

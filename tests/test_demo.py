@@ -15,12 +15,8 @@ import orjson
 from safetensors.torch import load_file
 
 from include.store import describe_files
+from tasks.report import STAGES
 from tests.conftest import PROJECT, last_run
-
-STAGES = [
-    "resolve", "pretrain", "download", "validate", "standardize", "template", "train", "smoke_test", "evaluate",
-    "publish", "verify",
-]  # fmt: skip
 
 
 def steps_done(var: Path) -> int:
@@ -65,7 +61,7 @@ def test_the_demo_survives_being_killed_and_is_published_once(var: Path, retune:
     assert "Published v1" in finished.stdout
     summary = last_run(var)
     assert (summary["recipe"], summary["verdict"], summary["version"]) == ("demo", "published", "v1")
-    assert list(summary["stages"]) == STAGES
+    assert tuple(summary["stages"]) == STAGES
     assert summary["stages"]["pretrain"]["reused"]
     assert "went on from checkpoint-1" in summary["stages"]["train"]["line"], "of step 100 or later"
     assert all(Path(s["folder"].removeprefix("file://")).is_dir() for s in summary["stages"].values())

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import PROJECT, last_run
+from tests.hub import Hub
 from tests.test_demo import processes
 
 
@@ -121,6 +122,31 @@ def test_a_tampered_version_is_found(var: Path, small_recipe: Callable, pipeline
     weights.write_bytes(content)
     with pytest.raises(PermanentError, match="is not what was published: adapter_model.safetensors"):
         pipeline(recipe, run_id="again")
+
+
+def test_data_base_and_registry_on_the_hub(var: Path, small_recipe: Callable, tiny_base: Path, dataset: Path) -> None:
+    with Hub() as hub:
+        owner = next(iter(hub.tokens.values()))[0]
+        sha = hub.put(f"{owner}/rows", {"data/train.jsonl": dataset.read_bytes()}, kind="dataset")
+        base = hub.put(f"{owner}/base", {path.name: path.read_bytes() for path in tiny_base.iterdir()})
+        small_recipe(dataset=f"{owner}/rows", base_model=f"{owner}/base", registry=f"hf://{owner}/adapter")
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.write_token}
+        for verdict in ("published", "unchanged"):
+            done = subprocess.run(
+                [sys.executable, "-m", "tasks", "small"], cwd=PROJECT, env=environment, capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert last_run(var)["verdict"] == verdict
+        repository = hub.repos[f"model:{owner}/adapter"]
+        assert [commit.title for commit in repository.commits][1:] == ["v1: adapter published by Retune"]
+        files = repository.head.files
+        config = json.loads(files["adapter_config.json"])
+        assert (config["base_model_name_or_path"], config["revision"]) == (f"{owner}/base", base)
+        manifest = json.loads(files["manifest.json"])
+        assert (manifest["dataset"]["revision"], manifest["base"]["revision"]) == (sha, base)
+        assert f'base_model: "{owner}/base"' in files["README.md"].decode()
+        assert last_run(var)["place"] == f"{hub.url}/{owner}/adapter/tree/{repository.head.sha}"
 
 
 class Airflow:

@@ -1,0 +1,52 @@
+"""`python -m tasks RECIPE [--until STAGE] [--set FIELD=VALUE]`: the stages one after another, here, without Airflow.
+
+For a look at one stage, a debugger, a test. Finished stages are reused, as always.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from include.errors import RetuneError
+from include.recipe import find, load, typed
+from include.sources import DEMO_BASE
+from include.stage import Trail
+from tasks.report import STAGES, report
+from tasks.resolve import resolve
+
+
+def run(recipe: str, values: dict[str, Any], run_id: str, until: str = STAGES[-1]) -> Trail:
+    """The trail of a recipe's stages up to one of them; errors are those of the stages."""
+    trail = resolve(recipe, values, run_id)
+    for name in STAGES[1 : STAGES.index(until) + 1]:
+        if name != "pretrain" or load(find(recipe), values).base_model == DEMO_BASE:
+            trail = getattr(importlib.import_module(f"tasks.{name}"), name)(trail)
+    return trail
+
+
+def main() -> int:
+    """Parse the command line; an error is one line, which the stage has logged, and status 1."""
+    parser = argparse.ArgumentParser(prog="tasks", description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", help="name of a recipe")
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="in place of the file's")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("airflow.task.retune").setLevel(logging.INFO)
+    run_id = f"shell__{datetime.now(UTC).isoformat()}"
+    try:
+        run(arguments.recipe, typed(arguments.set), run_id, arguments.until)
+    except RetuneError:
+        return 1
+    finally:
+        report(arguments.recipe, run_id)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
