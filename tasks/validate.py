@@ -46,7 +46,8 @@ def validate(job: Job, download: Artifact) -> Result:
     pq.write_table(pa.table({"row": pa.array(good, pa.int64())}), job.out / GOOD)
     _write_quarantine(source, reasons, frame["problem"], job.out / QUARANTINE)
     _judge(job, findings, reasons, frame, refused, good)
-    line = f"{len(good):,} good, {len(refused):,} refused, {copies:,} dropped as copies, {sum(repairs.values()):,} repaired"
+    repaired = sum(repairs.values())
+    line = f"{len(good):,} good, {len(refused):,} refused, {copies:,} dropped as copies, {repaired:,} repaired"
     facts = {
         "rows": len(frame["row"]), "good": len(good), "refused": len(refused), "copies": copies, "repairs": repairs,
         "reasons": _count(reasons), "checks": findings.table,
