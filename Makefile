@@ -4,7 +4,7 @@ PORT ?= 8080
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run up test lint clean
+.PHONY: help setup demo run up test lint bench-data clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,9 @@ test: $(READY) ## all tests
 
 lint: $(READY) ## style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+
+bench-data: $(READY) ## time the data leg against its floor and the notebook's way (ROWS="10000 100000")
+	@.venv/bin/python -m bench.data $(if $(ROWS),--rows $(ROWS))
 
 clean: ## remove what runs have left (var/), keep .venv
 	rm -rf var

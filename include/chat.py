@@ -9,10 +9,14 @@ checks that on real rows.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from include.encoder import Spans, TokenizersEncoder, fast_encoder
 from include.errors import BadData, BadRecipe, Missing
 from include.recipe import Recipe
 from include.settings import PROJECT
@@ -45,10 +49,33 @@ class Piece:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as the trainer sees it: `ids` and `labels` have the same length."""
+    """Conversations as the trainer sees them, one after another in flat arrays.
 
-    ids: list[int]
-    labels: list[int]
+    Attributes:
+        ids: token ids (int32).
+        trained: whether the loss counts a token (bool, same length).
+        ends: where each conversation ends in the two (int64, one for each conversation).
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The ids where the loss counts, else -100 (int32)."""
+        return np.where(self.trained, self.ids, np.int32(IGNORED))
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each conversation begins."""
+        return np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+
+    def rows(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Ids and labels of each conversation, as lists."""
+        labels = self.labels
+        for start, end in zip(self.starts, self.ends, strict=True):
+            yield self.ids[start:end].tolist(), labels[start:end].tolist()
 
 
 class ChatFormat:
@@ -84,7 +111,9 @@ class ChatFormat:
             self.tokenizer.pad_token = next(spare, self.tokenizer.eos_token)
         self._backend = self.tokenizer.backend_tokenizer
         self._backend.encode_special_tokens = True  # what looks like a special token in a text stays text
+        self.encoder = fast_encoder(self._backend)
         self._special = {token.content: id for id, token in self.tokenizer.added_tokens_decoder.items()}
+        self._token_arrays = {id: np.array([id], np.int32) for id in self._special.values()}
         self._shapes: dict[tuple[tuple[str, ...], bool], list[Piece]] = {}
         self._trimmed: dict[str, bool] = {}
         self.missing = self._missing_tokens()
@@ -131,25 +160,42 @@ class ChatFormat:
                 "Choose another chat_template, or correct the rows",
             ) from error
 
-    def encode(self, conversations: list[list[Message]]) -> list[Encoded]:
-        """Token ids and labels of conversations; labels are the ids of assistant turns and their ends, else -100.
+    def encode(self, conversations: list[list[Message]]) -> Encoded:
+        """Token ids of conversations, and which of them are trained: assistant turns and their ends.
 
         Raises:
             BadData: the template does not take a conversation's order of roles.
         """
-        return [self._join(*parts) for parts in self._encode(conversations, generation_prompt=False)]
+        return self._encode(conversations, generation_prompt=False)
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Token ids of a conversation that the assistant is to continue."""
-        ((pieces, texts),) = self._encode([messages], generation_prompt=True)
-        return self._join(pieces, texts).ids
+        return self._encode([messages], generation_prompt=True).ids.tolist()
 
-    def _encode(self, conversations: list[list[Message]], generation_prompt: bool) -> list[tuple[list, list]]:
-        """For each conversation: its runs (special tokens and texts with their trained spans) and the encoded texts."""
-        runs = [self._runs(messages, generation_prompt) for messages in conversations]
-        texts = [run[0] for row in runs for run in row if not isinstance(run, Piece)]
-        encoded = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        return [(row, [next(encoded) for run in row if not isinstance(run, Piece)]) for row in runs]
+    def _encode(self, conversations: list[list[Message]], generation_prompt: bool) -> Encoded:
+        rows = [self._runs(messages, generation_prompt) for messages in conversations]
+        encodings = iter(self.encoder.encode([run for row in rows for run in row if not isinstance(run, Piece)]))
+        parts: list[np.ndarray] = []
+        spans: Spans = []
+        ends: list[int] = []
+        length = 0
+        for row in rows:
+            for run in row:
+                if isinstance(run, Piece):
+                    ids, ranges = self._token_arrays[run.token], [(0, 1)] if run.trained else []
+                else:
+                    ids, ranges = next(encodings)
+                spans += [(length + begin, length + end) for begin, end in ranges]
+                parts.append(ids)
+                length += len(ids)
+            ends.append(length)
+        change = np.zeros(length + 1, np.int8)  # +1 where a trained stretch begins, -1 where it ends
+        if spans:
+            begins, stops = np.array(spans).T
+            np.add.at(change, begins, 1)
+            np.add.at(change, stops, -1)
+        ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        return Encoded(ids, change[:-1].cumsum() > 0, np.array(ends, np.int64))
 
     def _runs(self, messages: list[Message], generation_prompt: bool) -> list[Any]:
         """The conversation cut at special tokens: Pieces, and (text, trained spans in characters) between them.
@@ -158,7 +204,7 @@ class ChatFormat:
         """
         runs: list[Any] = []
         text = ""
-        spans: list[tuple[int, int]] = []
+        spans: Spans = []
         for piece in self._shape(tuple(m["role"] for m in messages), generation_prompt):
             if piece.token is not None:
                 if text:
@@ -176,27 +222,6 @@ class ChatFormat:
         if text:
             runs.append((text, spans))
         return runs
-
-    @staticmethod
-    def _join(runs: list[Any], texts: list[Any]) -> Encoded:
-        ids: list[int] = []
-        labels: list[int] = []
-        encodings = iter(texts)
-        for run in runs:
-            if isinstance(run, Piece):
-                ids.append(run.token)  # type: ignore[arg-type]
-                labels.append(run.token if run.trained else IGNORED)  # type: ignore[arg-type]
-                continue
-            encoding, spans = next(encodings), run[1]
-            ids += encoding.ids
-            if not spans:
-                labels += [IGNORED] * len(encoding.ids)
-                continue
-            labels += [
-                token if any(start < b and end > a for a, b in spans) else IGNORED
-                for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            ]
-        return Encoded(ids, labels)
 
     def _shape(self, roles: tuple[str, ...], generation_prompt: bool) -> list[Piece]:
         """The template for one order of roles, as pieces."""
@@ -271,26 +296,32 @@ class ChatFormat:
     def prove(self, conversations: list[list[Message]]) -> int:
         """Compare ids with `apply_chat_template(tokenize=True)`, row by row; returns how many rows were compared.
 
-        Rows whose text looks like a special token are passed over: there the two differ on purpose.
+        Rows whose text looks like a special token are passed over: there the two differ on purpose. Where the fast
+        encoder differs, the tokenizer itself takes its place from then on.
 
         Raises:
-            BadRecipe: they differ.
+            BadRecipe: the tokenizer's own encoder differs, too.
         """
-        compared = 0
         self._backend.encode_special_tokens = False
         try:
             plain = [m for m in conversations if not any(re.search(CONTROL, turn["content"]) for turn in m)]
             theirs = [
-                self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False) for messages in plain
+                list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+                for messages in plain
             ]
         finally:
             self._backend.encode_special_tokens = True
-        for messages, ids, ours in zip(plain, theirs, self.encode(plain), strict=True):
-            compared += 1
-            if list(ids) != ours.ids:
-                raise BadRecipe(
-                    f"field 'chat_template': the ids of {self.name} differ from the tokenizer's own for a conversation "
-                    f"that begins {messages[0]['content'][:60]!r}",
-                    "Report this base and template; until then choose another template",
-                )
-        return compared
+        if self._first_difference(plain, theirs) is not None and self.encoder.name != TokenizersEncoder.name:
+            self.encoder = TokenizersEncoder(self._backend)
+        row = self._first_difference(plain, theirs)
+        if row is not None:
+            raise BadRecipe(
+                f"field 'chat_template': the ids of {self.name} differ from the tokenizer's own for a conversation "
+                f"that begins {plain[row][0]['content'][:60]!r}",
+                "Report this base and template; until then choose another template",
+            )
+        return len(plain)
+
+    def _first_difference(self, conversations: list[list[Message]], theirs: list[list[int]]) -> int | None:
+        ours = [ids for ids, _ in self.encode(conversations).rows()]
+        return next((row for row, ids in enumerate(theirs) if ids != ours[row]), None)

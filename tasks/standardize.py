@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import orjson
+
 from include.errors import BadData
+from include.parallel import in_order
 from include.sharegpt import read
-from include.sources import ROWS_PER_GROUP
 from include.stage import Job, Result, stage
 from include.store import Artifact
 from tasks.download import ROWS
@@ -13,9 +17,9 @@ from tasks.validate import GOOD
 MESSAGES = "messages.parquet"
 
 
-@stage(version=1, uses=("holdout_share",))
+@stage(version=2, uses=("holdout_share",))
 def standardize(job: Job, download: Artifact, validate: Artifact) -> Result:
-    """Write `messages.parquet`: `row`, `messages` (list of role, content) and `holdout` (bool).
+    """Write `messages.parquet`: `row`, `messages` (JSON: list of role, content) and `holdout` (bool).
 
     The side of a row follows from its content alone, so that it keeps it when the data around it changes.
 
@@ -25,20 +29,16 @@ def standardize(job: Job, download: Artifact, validate: Artifact) -> Result:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    schema = pa.schema([("row", pa.int64()), ("messages", pa.list_(message)), ("holdout", pa.bool_())])
-    good = set(pq.read_table(validate.local() / GOOD)["row"].to_pylist())
+    schema = pa.schema([("row", pa.int64()), ("messages", pa.binary()), ("holdout", pa.bool_())])
+    source = download.local() / ROWS
+    good = set(pq.read_table(validate.local() / GOOD, use_threads=False)["row"].to_pylist())
     counts = [0, 0]
+    groups = range(pq.ParquetFile(source).num_row_groups)
     with pq.ParquetWriter(job.out / MESSAGES, schema, compression="zstd") as writer:
-        for batch in pq.ParquetFile(download.local() / ROWS).iter_batches(ROWS_PER_GROUP):
-            kept = []
-            for row, content in zip(batch["row"].to_pylist(), batch["content"].to_pylist(), strict=True):
-                if row in good:
-                    reading = read(content)
-                    side = is_holdout(reading.features["digest"], job.recipe.holdout_share)
-                    counts[side] += 1
-                    kept.append({"row": row, "messages": reading.messages, "holdout": side})
-            writer.write_table(pa.Table.from_pylist(kept, schema=schema))
+        for columns in in_order(lambda i: _group_messages(source, i, good, job.recipe.holdout_share), groups):
+            writer.write_table(pa.table(list(columns), schema=schema))
+            for side in (False, True):
+                counts[side] += columns[2].count(side)
     train, holdout = counts
     if not train or not holdout:
         empty = "training" if not train else "holdout"
@@ -47,6 +47,20 @@ def standardize(job: Job, download: Artifact, validate: Artifact) -> Result:
             "Change holdout_share, or use more rows",
         )
     return Result(f"{train:,} rows to train on, {holdout:,} held out", {"train": train, "holdout": holdout})
+
+
+def _group_messages(source: Path, index: int, good: set[int], share: float) -> tuple[list, list, list]:
+    import pyarrow.parquet as pq
+
+    columns: tuple[list, list, list] = ([], [], [])
+    table = pq.ParquetFile(source).read_row_group(index, use_threads=False)
+    for row, content in zip(table["row"].to_pylist(), table["content"].to_pylist(), strict=True):
+        if row in good:
+            reading = read(content)
+            side = is_holdout(reading.features["digest"], share)
+            for column, value in zip(columns, (row, orjson.dumps(reading.messages), side), strict=True):
+                column.append(value)
+    return columns
 
 
 def is_holdout(digest: str, share: float) -> bool:

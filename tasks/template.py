@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import orjson
 
 from include.chat import IGNORED, ChatFormat, Encoded
 from include.errors import BadData
 from include.expectations import PREPARED_ROWS
 from include.expectations import validate as run_suite
-from include.sources import ROWS_PER_GROUP, fetch_base
+from include.parallel import in_order
+from include.sources import fetch_base
 from include.stage import Job, Result, stage
 from include.store import Artifact
 from tasks.standardize import MESSAGES
@@ -20,7 +24,7 @@ PROVED_ROWS, SHOWN_ROWS = 256, 10
 
 
 @stage(
-    version=1,
+    version=2,
     uses=("base_model", "base_revision", "chat_template", "missing_special_tokens", "max_seq_length"),
 )
 def template(job: Job, standardize: Artifact) -> Result:
@@ -39,125 +43,171 @@ def template(job: Job, standardize: Artifact) -> Result:
         job.say(f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens")
     chat.tokenizer.save_pretrained(job.out / TOKENIZER)
     (job.out / TOKENIZER / "chat_template.jinja").write_text(chat.tokenizer.chat_template, encoding="utf-8")
+    source = standardize.local() / MESSAGES
+    proved = chat.prove(_spread_rows(source))
+    job.say(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
+
     sides = _Side(job.out / TRAIN), _Side(job.out / HOLDOUT)
-    contract, proved = _Contract(chat, job.recipe.max_seq_length), 0
+    frames: list[pd.DataFrame] = []
     samples: list[str] = []
-    for batch in pq.ParquetFile(standardize.local() / MESSAGES).iter_batches(ROWS_PER_GROUP):
-        rows = batch.to_pylist()
-        encoded = chat.encode([row["messages"] for row in rows])
-        if proved < PROVED_ROWS:
-            proved += chat.prove([row["messages"] for row in rows[: PROVED_ROWS - proved]])
-        for row, tokens in zip(rows, encoded, strict=True):
-            if contract.note(row["row"], row["messages"], tokens):
-                sides[row["holdout"]].add(row["row"], tokens)
-                if len(samples) < SHOWN_ROWS and not row["holdout"]:
-                    samples.append(f"row {row['row']}\n{_readable(chat, tokens)}\n")
-        for side in sides:
-            side.flush()
-    findings = run_suite(
-        pd.DataFrame(contract.columns), PREPARED_ROWS, "prepared_rows",
-        lambda rule: 1.0 if rule.severity == "critical" else 0.0, job.out / DOCS,
-    )  # fmt: skip
+    groups = range(pq.ParquetFile(source).num_row_groups)
+    for group in in_order(lambda index: _encode_group(chat, source, index, job.recipe.max_seq_length), groups):
+        frames.append(pd.DataFrame(group.contract))
+        for side, batch in zip(sides, group.batches, strict=True):
+            side.add(batch)
+        if not samples:
+            samples = _readable_rows(chat, group.batches[0])
     (job.out / SAMPLES).write_text("\n".join(samples), encoding="utf-8")
+    contract = pd.concat(frames, ignore_index=True)
+    findings = run_suite(
+        contract, PREPARED_ROWS, "prepared_rows", lambda rule: 1.0 if rule.severity == "critical" else 0.0,
+        job.out / DOCS,
+    )  # fmt: skip
     if findings.broken:
         row = next(row for row, rules in findings.failed.items() if any(r.says == findings.broken[0] for r in rules))
         raise BadData(f"{findings.broken[0]} (first in row {row})", "This is a fault of the template or of Retune")
     train, holdout = (side.close() for side in sides)
-    over = sum(contract.columns["tokens_over"])
     if not train["rows"] or not holdout["rows"]:
         raise BadData(
             f"of the {'training' if not train['rows'] else 'holdout'} rows none has at most "
-            f"{job.recipe.max_seq_length:,} tokens (the shortest row has {min(contract.columns['tokens']):,})",
+            f"{job.recipe.max_seq_length:,} tokens (the shortest row has {contract['tokens'].min():,})",
             "Raise max_seq_length, or use shorter conversations",
         )
+    over = int(contract["tokens_over"].sum())
     line = (
         f"{train['tokens']:,} tokens in {train['rows']:,} rows, {train['trained'] / train['tokens']:.0%} trained; "
         f"{over:,} too long"
     )
+    quantiles = contract["tokens"].quantile([0, 0.25, 0.5, 0.75, 0.9, 0.99, 1], interpolation="lower")
     facts = {
-        "train": train, "holdout": holdout, "too_long": over, "proved_rows": proved,
+        "train": train, "holdout": holdout, "too_long": over, "proved_rows": proved, "encoder": chat.encoder.name,
         "missing_special_tokens": chat.missing, "stop_tokens": chat.stop_tokens,
-        "lengths": _spread(contract.columns["tokens"]), "checks": findings.table,
+        "lengths": {f"p{share * 100:.0f}": int(tokens) for share, tokens in quantiles.items()},
+        "checks": findings.table,
         "template_sha256": hashlib.sha256(chat.tokenizer.chat_template.encode()).hexdigest(),
     }  # fmt: skip
     return Result(line, facts)
 
 
 @dataclass
-class _Contract:
-    """The facts about the prepared rows that the suite checks."""
+class _Group:
+    """A row group of messages, encoded.
 
-    chat: ChatFormat
-    longest: int
-    columns: dict[str, list[Any]] = field(
-        default_factory=lambda: {
-            key: [] for key in ("row", "tokens", "tokens_over", "trained", "bos_errors", "unended_turns")
-        }
-    )
+    Attributes:
+        contract: columns of the facts that the suite checks, one entry per row.
+        batches: the Arrow record batches of the training and of the holdout rows that are short enough.
+    """
 
-    def note(self, row: int, messages: list[dict[str, str]], encoded: Encoded) -> bool:
-        """Take down one row; whether it is short enough to be used."""
-        ids, labels = encoded.ids, encoded.labels
-        ends = set(self.chat.stop_tokens)
-        ended = sum(
-            label in ends and later == IGNORED for label, later in zip(labels, [*labels[1:], IGNORED], strict=True)
-        )
-        turns = sum(message["role"] == "assistant" for message in messages)
-        bos = self.chat.tokenizer.bos_token_id
-        bos_errors = 0 if bos is None else abs(ids.count(bos) - self.chat.bos_count)
-        values = (
-            row, len(ids), int(len(ids) > self.longest), sum(label != IGNORED for label in labels),
-            bos_errors, 0 if self.chat.missing else turns - ended,
-        )  # fmt: skip
-        for column, value in zip(self.columns.values(), values, strict=True):
-            column.append(value)
-        return len(ids) <= self.longest
+    contract: dict[str, Any]
+    batches: tuple[Any, Any]
+
+
+def _encode_group(chat: ChatFormat, source: Path, index: int, longest: int) -> _Group:
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(source).read_row_group(index, use_threads=False)
+    conversations = [orjson.loads(messages) for messages in table["messages"].to_pylist()]
+    encoded = chat.encode(conversations)
+    rows = table["row"].to_numpy()
+    contract = {"row": rows, **_contract(chat, encoded, conversations, longest)}
+    fits, holdout = contract["tokens_over"] == 0, table["holdout"].to_numpy()
+    train, held_out = (_batch(encoded, rows, np.flatnonzero(fits & side)) for side in (~holdout, holdout))
+    return _Group(contract, (train, held_out))
+
+
+def _contract(
+    chat: ChatFormat, encoded: Encoded, conversations: list[list[dict[str, str]]], longest: int
+) -> dict[str, Any]:
+    """What the suite checks, for each conversation."""
+    import numpy as np
+
+    def count(flags: Any) -> Any:
+        return np.add.reduceat(flags.astype(np.int64), encoded.starts) if len(flags) else np.zeros(0, np.int64)
+
+    tokens = encoded.ends - encoded.starts
+    followed = np.append(encoded.trained[1:], False)
+    followed[encoded.ends - 1] = False  # the next conversation does not go on with this one's turn
+    ended = count(encoded.trained & ~followed & np.isin(encoded.ids, chat.stop_tokens))
+    turns = np.array([sum(m["role"] == "assistant" for m in messages) for messages in conversations])
+    bos = chat.tokenizer.bos_token_id
+    return {
+        "tokens": tokens,
+        "tokens_over": (tokens > longest).astype(np.int64),
+        "trained": count(encoded.trained),
+        "bos_errors": np.abs(count(encoded.ids == bos) - chat.bos_count) if bos is not None else tokens * 0,
+        "unended_turns": tokens * 0 if chat.missing else turns - ended,
+    }
+
+
+def _batch(encoded: Encoded, rows: Any, chosen: Any) -> Any:
+    """An Arrow record batch of the chosen conversations: `row`, `input_ids`, `labels`."""
+    import numpy as np
+    import pyarrow as pa
+
+    keep = np.zeros(len(rows), bool)
+    keep[chosen] = True
+    lengths = encoded.ends - encoded.starts
+    flat = np.repeat(keep, lengths)
+    offsets = pa.array(np.concatenate([[0], lengths[chosen].cumsum()]).astype(np.int32))
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values[flat])) for values in (encoded.ids, encoded.labels)]
+    return pa.RecordBatch.from_arrays([pa.array(rows[chosen]), *lists], ["row", "input_ids", "labels"])
 
 
 class _Side:
-    """One Arrow stream that is written in groups of rows, with the digest of its ids."""
+    """One Arrow stream, written batch by batch, with the digest of its ids and labels."""
 
-    def __init__(self, path: Any):
+    def __init__(self, path: Path):
         import pyarrow as pa
 
         ints = pa.list_(pa.int32())
-        self.schema = pa.schema([("row", pa.int64()), ("input_ids", ints), ("labels", ints)])
-        self.writer = pa.ipc.new_stream(str(path), self.schema)
-        self.digest, self.pending = hashlib.sha256(), []  # type: ignore[var-annotated]
+        schema = pa.schema([("row", pa.int64()), ("input_ids", ints), ("labels", ints)])
+        self.writer = pa.ipc.new_stream(str(path), schema)
+        self.digest = hashlib.sha256()
         self.facts = {"rows": 0, "tokens": 0, "trained": 0}
 
-    def add(self, row: int, encoded: Encoded) -> None:
-        self.pending.append({"row": row, "input_ids": encoded.ids, "labels": encoded.labels})
-        self.facts["rows"] += 1
-        self.facts["tokens"] += len(encoded.ids)
-        self.facts["trained"] += sum(label != IGNORED for label in encoded.labels)
-
-    def flush(self) -> None:
-        import pyarrow as pa
-
-        batch = pa.RecordBatch.from_pylist(self.pending, schema=self.schema)
-        for name in ("input_ids", "labels"):
-            self.digest.update(batch[name].flatten().to_numpy().tobytes())
+    def add(self, batch: Any) -> None:
+        labels = batch["labels"].flatten().to_numpy()
+        for values in (batch["input_ids"].flatten().to_numpy(), labels):
+            self.digest.update(values.tobytes())
+        self.facts["rows"] += len(batch)
+        self.facts["tokens"] += len(labels)
+        self.facts["trained"] += int((labels != IGNORED).sum())
         self.writer.write_batch(batch)
-        self.pending.clear()
 
     def close(self) -> dict[str, Any]:
         self.writer.close()
         return {**self.facts, "ids_sha256": self.digest.hexdigest()}
 
 
-def _readable(chat: ChatFormat, encoded: Encoded) -> str:
+def _spread_rows(source: Path) -> list[list[dict[str, str]]]:
+    """Rows for the proof, from all over the file."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(source)
+    groups = range(0, file.num_row_groups, max(1, file.num_row_groups // 4))
+    each = PROVED_ROWS // len(groups)
+    found: list[bytes] = []
+    for group in groups:
+        column = file.read_row_group(group, ["messages"], use_threads=False)["messages"]
+        found += column.take(list(range(0, len(column), max(1, len(column) // each)))[:each]).to_pylist()
+    return [orjson.loads(messages) for messages in found]
+
+
+def _readable_rows(chat: ChatFormat, batch: Any) -> list[str]:
+    return [
+        f"row {row['row']}\n{_readable(chat, row['input_ids'], row['labels'])}\n"
+        for row in batch.slice(0, SHOWN_ROWS).to_pylist()
+    ]
+
+
+def _readable(chat: ChatFormat, ids: list[int], labels: list[int]) -> str:
     """The text of the ids, with the trained stretches between » and «."""
     parts, begin = [], 0
-    trained = [label != IGNORED for label in encoded.labels]
+    trained = [label != IGNORED for label in labels]
     for end in range(1, len(trained) + 1):
         if end == len(trained) or trained[end] != trained[begin]:
-            text = chat.tokenizer.decode(encoded.ids[begin:end], skip_special_tokens=False)
+            text = chat.tokenizer.decode(ids[begin:end], skip_special_tokens=False)
             parts.append(f"»{text}«" if trained[begin] else text)
             begin = end
     return "".join(parts)
-
-
-def _spread(lengths: list[int]) -> dict[str, int]:
-    ordered = sorted(lengths)
-    return {f"p{p}": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (0, 25, 50, 75, 90, 99, 100)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import orjson
 from include.errors import BadData
 from include.expectations import RAW_ROWS, Findings, Rule
 from include.expectations import validate as run_suite
+from include.parallel import in_order
 from include.sharegpt import read
 from include.stage import Job, Result, stage
 from include.store import Artifact
@@ -59,21 +61,29 @@ def _features(source: Path) -> tuple[dict[str, list[Any]], dict[str, int]]:
     """The features of all rows as columns, and how often each repair was made."""
     import pyarrow.parquet as pq
 
-    columns: dict[str, list[Any]] = {"row": [], "copy_of": []}
-    repairs: dict[str, int] = {}
+    columns: dict[str, list[Any]] = {}
+    repairs: Counter[str] = Counter()
+    groups = range(pq.ParquetFile(source).num_row_groups)
+    for part, made in in_order(lambda index: _group_features(source, index), groups):
+        repairs += made
+        for name, values in part.items():
+            columns.setdefault(name, []).extend(values)
     first_with: dict[str, int] = {}
-    for batch in pq.ParquetFile(source).iter_batches():
-        for row, content in zip(batch["row"].to_pylist(), batch["content"].to_pylist(), strict=True):
-            reading = read(content)
-            columns["row"].append(row)
-            digest = reading.features["digest"]
-            first = first_with.setdefault(digest, row) if digest else row
-            columns["copy_of"].append(None if first == row else first)
-            for name, value in reading.features.items():
-                columns.setdefault(name, []).append(value)
-            for repair in reading.repairs:
-                repairs[repair] = repairs.get(repair, 0) + 1
-    return columns, repairs
+    firsts = [
+        first_with.setdefault(digest, row) if digest else row
+        for row, digest in zip(columns["row"], columns["digest"], strict=True)
+    ]
+    columns["copy_of"] = [None if first == row else first for row, first in zip(columns["row"], firsts, strict=True)]
+    return columns, dict(repairs)
+
+
+def _group_features(source: Path, index: int) -> tuple[dict[str, list[Any]], Counter[str]]:
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(source).read_row_group(index, use_threads=False)
+    readings = [read(content) for content in table["content"].to_pylist()]
+    columns = {name: [reading.features[name] for reading in readings] for name in readings[0].features}
+    return {"row": table["row"].to_pylist(), **columns}, Counter(r for reading in readings for r in reading.repairs)
 
 
 def _refusing(rules: list[Rule]) -> list[Rule]:

@@ -52,8 +52,8 @@ def test_every_format_gives_the_same_messages(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     trail = pipeline(small_recipe(dataset=str(tmp_path / name)), "standardize")
-    messages = pq.read_table(artifact(trail).local() / "messages.parquet").to_pylist()
-    assert [[m["content"] for m in row["messages"]] for row in messages] == [
+    messages = pq.read_table(artifact(trail).local() / "messages.parquet")["messages"].to_pylist()
+    assert [[m["content"] for m in json.loads(row)] for row in messages] == [
         [turn["value"] for turn in row["conversations"]] for row in ROWS
     ]
 
@@ -143,7 +143,7 @@ def test_a_row_keeps_its_side_when_rows_are_added_or_moved(
         table = pq.read_table(
             artifact(pipeline(small_recipe(dataset=str(path)), "standardize")).local() / "messages.parquet"
         )
-        return {row["messages"][0]["content"]: row["holdout"] for row in table.to_pylist()}
+        return {json.loads(row["messages"])[0]["content"]: row["holdout"] for row in table.to_pylist()}
 
     before = sides(ROWS)
     more = [conversation(f"Other {i}?", "Yes.") for i in range(40)]
@@ -174,3 +174,24 @@ def test_what_is_prepared_is_what_the_trainer_gets(
 def test_no_row_short_enough_says_how_long_they_are(small_recipe: Callable, pipeline: Callable) -> None:
     with pytest.raises(BadData, match="none has at most 16 tokens .the shortest row has"):
         pipeline(small_recipe(max_seq_length=16), "template")
+
+
+def test_many_rows_are_encoded_by_several_processes_in_their_order(
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, tiny_base: Path
+) -> None:
+    from include.chat import ChatFormat
+    from include.recipe import check
+
+    rows = [conversation(f"Q{i}?", f"A{i}.") for i in range(11_000)]  # three row groups
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(rows))
+    found = artifact(pipeline(small_recipe(dataset=str(path)), "template"))
+    train, holdout = (Dataset.from_file(str(found.local() / f"{side}.arrow")) for side in ("train", "holdout"))
+    assert sorted([*train["row"], *holdout["row"]]) == list(range(11_000))
+    assert train["row"] == sorted(train["row"])
+    chat = ChatFormat(tiny_base, check({"name": "x"}, "x"))
+    chosen = train.select(range(0, len(train), 500))
+    expected = chat.encode(
+        [[{"role": "user", "content": f"Q{i}?"}, {"role": "assistant", "content": f"A{i}."}] for i in chosen["row"]]
+    )
+    assert list(zip(chosen["input_ids"], chosen["labels"], strict=True)) == list(expected.rows())

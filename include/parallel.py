@@ -1,0 +1,50 @@
+"""Work on many parts of a dataset at once: forked processes, results in order, a bounded number of them in memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from include.errors import ProcessLost
+
+Part = TypeVar("Part")
+Outcome = TypeVar("Outcome")
+
+_work: Callable[[Any], Any]  # set before the processes fork, so that they have it with all that it refers to
+
+
+def in_order(work: Callable[[Part], Outcome], parts: Sequence[Part]) -> Iterator[Outcome]:
+    """`map(work, parts)` on all cores; `work` may be a closure, its outcomes must be picklable.
+
+    Forked processes share what the caller has built (a vocabulary, say) at no cost. One part is done here.
+
+    Raises:
+        ProcessLost: a process was killed.
+    """
+    processes = min(os.cpu_count() or 1, len(parts))
+    if processes < 2:
+        yield from map(work, parts)
+        return
+    global _work
+    _work = work
+    waiting: deque[Future[Any]] = deque()
+    rest = iter(parts)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        try:
+            while True:
+                while len(waiting) < 2 * processes and (part := next(rest, None)) is not None:
+                    waiting.append(pool.submit(_call, part))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise ProcessLost("a data process was killed, perhaps for want of memory", "Run again") from error
+
+
+def _call(part: Any) -> Any:
+    return _work(part)
