@@ -71,14 +71,13 @@ def run(recipe_name: str, values: list[str]) -> int:
         environment["RETUNE_RECIPES"] = ":".join(filter(None, [os.environ.get("RETUNE_RECIPES"), str(file)]))
     try:
         var().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NoPermission(f"{var()} cannot be made ({error.strerror})", "Set RETUNE_VAR to another folder") from error
+    try:
         with FileLock(var() / "headless.lock", timeout=0):
             return _run(file.stem, overrides, environment)
     except Timeout:
         raise RetuneError("another headless run is going on in this checkout", "Wait for it, or stop it") from None
-    except OSError as error:
-        raise NoPermission(
-            f"{var()} cannot be written ({error.strerror})", "Set RETUNE_VAR to a folder that can"
-        ) from error
 
 
 def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) -> int:
