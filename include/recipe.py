@@ -55,6 +55,11 @@ class Data(BaseModel):
         description="A dataset on the Hugging Face Hub (`owner/name`), or a path or URL of a parquet, jsonl(.gz), "
         "json or csv file.",
     )
+    dataset_format: Literal["sharegpt", "alpaca"] = Field(
+        "sharegpt",
+        description="`sharegpt`: rows with a list of turns; `alpaca`: rows with instruction, input and output (or "
+        "response), which become conversations of one exchange. Rows of the other kind are refused.",
+    )
     dataset_config: str | None = Field(None, description="The Hub dataset's configuration, where it has several.")
     dataset_split: str = Field("train", min_length=1, description="The Hub dataset's split.")
     dataset_revision: str | None = Field(

@@ -39,8 +39,13 @@ class Reading:
     repairs: list[str] = field(default_factory=list)
 
 
-def read(raw: bytes) -> Reading:
-    """Read one row. Never raises: what is wrong with the row shows in the features."""
+def read(raw: bytes, alpaca: bool = False) -> Reading:
+    """Read one row. Never raises: what is wrong with the row shows in the features.
+
+    Args:
+        raw: one JSON document, or what should be one.
+        alpaca: read instruction, input and output (or response) as a conversation of one exchange.
+    """
     reading = Reading(
         dict.fromkeys(
             ("problem", "columns", "turns", "malformed_turns", "unknown_roles", "tool_roles", "non_text_values",
@@ -48,13 +53,13 @@ def read(raw: bytes) -> Reading:
              "characters", "digest")
         )
     )  # fmt: skip
-    turns = _conversation(raw, reading)
+    turns = _conversation(raw, reading, alpaca)
     if turns is not None:
         _turns(turns, reading)
     return reading
 
 
-def _conversation(raw: bytes, reading: Reading) -> list[Any] | None:
+def _conversation(raw: bytes, reading: Reading, alpaca: bool) -> list[Any] | None:
     """The list of turns, or None with the problem noted."""
     features = reading.features
     try:
@@ -68,6 +73,8 @@ def _conversation(raw: bytes, reading: Reading) -> list[Any] | None:
         features["problem"] = f"not an object but {type(row).__name__}"
         return None
     features["columns"] = ", ".join(sorted(map(str, row)))
+    if alpaca:
+        return _alpaca_turns(row, reading)
     turns = next((row[name] for name in COLUMNS if row.get(name) is not None), None)
     if turns is None:
         features["problem"] = f"no conversations column (it has: {features['columns']})"
@@ -86,6 +93,19 @@ def _conversation(raw: bytes, reading: Reading) -> list[Any] | None:
         features["problem"] = f"the conversation is {type(turns).__name__}, not a list of turns"
         return None
     return turns
+
+
+def _alpaca_turns(row: dict[str, Any], reading: Reading) -> list[Any] | None:
+    """Stanford Alpaca's columns as turns: the input, where there is one, stands below the instruction."""
+    answer = row.get("output", row.get("response"))
+    if "instruction" not in row or answer is None:
+        reading.features["problem"] = f"no instruction and output columns (it has: {reading.features['columns']})"
+        return None
+    question, extra = row["instruction"], row.get("input")
+    if isinstance(question, str) and isinstance(extra, str) and extra.strip():
+        question = f"{question}\n\n{extra}"
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _turns(turns: list[Any], reading: Reading) -> None:

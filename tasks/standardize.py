@@ -8,6 +8,7 @@ import orjson
 
 from include.errors import BadData
 from include.parallel import in_order
+from include.recipe import Recipe
 from include.sharegpt import read
 from include.stage import Job, Result, stage
 from include.store import Artifact
@@ -17,7 +18,7 @@ from tasks.validate import GOOD
 MESSAGES = "messages.parquet"
 
 
-@stage(version=2, uses=("holdout_share",))
+@stage(version=2, uses=("dataset_format", "holdout_share"))
 def standardize(job: Job, download: Artifact, validate: Artifact) -> Result:
     """Write `messages.parquet`: `row`, `messages` (JSON: list of role, content) and `holdout` (bool).
 
@@ -35,7 +36,7 @@ def standardize(job: Job, download: Artifact, validate: Artifact) -> Result:
     counts = [0, 0]
     groups = range(pq.ParquetFile(source).num_row_groups)
     with pq.ParquetWriter(job.out / MESSAGES, schema, compression="zstd") as writer:
-        for columns in in_order(lambda i: _group_messages(source, i, good, job.recipe.holdout_share), groups):
+        for columns in in_order(lambda i: _group_messages(source, i, good, job.recipe), groups):
             writer.write_table(pa.table(list(columns), schema=schema))
             for side in (False, True):
                 counts[side] += columns[2].count(side)
@@ -49,15 +50,15 @@ def standardize(job: Job, download: Artifact, validate: Artifact) -> Result:
     return Result(f"{train:,} rows to train on, {holdout:,} held out", {"train": train, "holdout": holdout})
 
 
-def _group_messages(source: Path, index: int, good: set[int], share: float) -> tuple[list, list, list]:
+def _group_messages(source: Path, index: int, good: set[int], recipe: Recipe) -> tuple[list, list, list]:
     import pyarrow.parquet as pq
 
     columns: tuple[list, list, list] = ([], [], [])
     table = pq.ParquetFile(source).read_row_group(index, use_threads=False)
     for row, content in zip(table["row"].to_pylist(), table["content"].to_pylist(), strict=True):
         if row in good:
-            reading = read(content)
-            side = is_holdout(reading.features["digest"], share)
+            reading = read(content, recipe.dataset_format == "alpaca")
+            side = is_holdout(reading.features["digest"], recipe.holdout_share)
             for column, value in zip(columns, (row, orjson.dumps(reading.messages), side), strict=True):
                 column.append(value)
     return columns

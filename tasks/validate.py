@@ -20,7 +20,7 @@ from tasks.download import ROWS
 QUARANTINE, GOOD, DOCS = "quarantine.jsonl", "good.parquet", "data_docs"
 
 
-@stage(version=1, uses=("max_refused_share",))
+@stage(version=1, uses=("dataset_format", "max_refused_share"))
 def validate(job: Job, download: Artifact) -> Result:
     """Judge the raw rows with Great Expectations.
 
@@ -35,7 +35,7 @@ def validate(job: Job, download: Artifact) -> Result:
     import pyarrow.parquet as pq
 
     source = download.local() / ROWS
-    frame, repairs = _features(source)
+    frame, repairs = _features(source, job.recipe.dataset_format == "alpaca")
     budget = job.recipe.max_refused_share
     findings = run_suite(
         pd.DataFrame(frame), RAW_ROWS, "sharegpt_rows", lambda rule: 1 - budget if rule.severity == "critical" else 0.0,
@@ -57,14 +57,14 @@ def validate(job: Job, download: Artifact) -> Result:
     return Result(line, facts)
 
 
-def _features(source: Path) -> tuple[dict[str, list[Any]], dict[str, int]]:
+def _features(source: Path, alpaca: bool) -> tuple[dict[str, list[Any]], dict[str, int]]:
     """The features of all rows as columns, and how often each repair was made."""
     import pyarrow.parquet as pq
 
     columns: dict[str, list[Any]] = {}
     repairs: Counter[str] = Counter()
     groups = range(pq.ParquetFile(source).num_row_groups)
-    for part, made in in_order(lambda index: _group_features(source, index), groups):
+    for part, made in in_order(lambda index: _group_features(source, index, alpaca), groups):
         repairs += made
         for name, values in part.items():
             columns.setdefault(name, []).extend(values)
@@ -77,11 +77,11 @@ def _features(source: Path) -> tuple[dict[str, list[Any]], dict[str, int]]:
     return columns, dict(repairs)
 
 
-def _group_features(source: Path, index: int) -> tuple[dict[str, list[Any]], Counter[str]]:
+def _group_features(source: Path, index: int, alpaca: bool) -> tuple[dict[str, list[Any]], Counter[str]]:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(source).read_row_group(index, use_threads=False)
-    readings = [read(content) for content in table["content"].to_pylist()]
+    readings = [read(content, alpaca) for content in table["content"].to_pylist()]
     columns = {name: [reading.features[name] for reading in readings] for name in readings[0].features}
     return {"row": table["row"].to_pylist(), **columns}, Counter(r for reading in readings for r in reading.repairs)
 
@@ -124,8 +124,10 @@ def _judge(
     often, count = next(iter(_count(reasons).items()))
     known = {frame["columns"][row] for row in refused[:100]} - {None}
     hint = ""
-    if any({"instruction", "output"} <= set(columns.split(", ")) for columns in known):
-        hint = "; the rows look like Alpaca's (instruction/output), not like ShareGPT's"
+    if job.recipe.dataset_format != "alpaca" and any(
+        {"instruction", "output"} <= set(columns.split(", ")) for columns in known
+    ):
+        hint = "; the rows look like Alpaca's: set dataset_format: alpaca"
     if not good:
         raise BadData(f"none of the {rows:,} rows is usable: most often {often} ({count:,}){hint}", where)
     raise BadData(

@@ -101,8 +101,33 @@ def test_too_many_bad_rows_end_the_run_and_the_quarantine_stays(
 def test_alpaca_rows_are_recognized(tmp_path: Path, small_recipe: Callable, pipeline: Callable) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"instruction": "a", "input": "", "output": "b"}] * 3))
-    with pytest.raises(BadData, match="none of the 3 rows is usable.*look like Alpaca's"):
+    with pytest.raises(BadData, match="none of the 3 rows is usable.*look like Alpaca's: set dataset_format: alpaca"):
         pipeline(small_recipe(dataset=str(path)), "validate")
+
+
+def test_alpaca_rows_become_conversations_when_the_recipe_says_so(
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    rows: list[Any] = [{"instruction": f"Add {i}.", "input": "", "output": f"{i + 1}"} for i in range(30)]
+    rows.append({"instruction": "Add them.", "input": "1, 2", "response": "3", "system": "Be brief."})
+    rows.append(ROWS[0])
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(rows))
+    trail = pipeline(small_recipe(dataset=str(path), dataset_format="alpaca"), "standardize")
+    messages = [
+        json.loads(m) for m in pq.read_table(artifact(trail).local() / "messages.parquet")["messages"].to_pylist()
+    ]
+    assert messages[0] == [{"role": "user", "content": "Add 0."}, {"role": "assistant", "content": "1"}]
+    assert [m["content"] for m in messages[30]] == ["Be brief.", "Add them.\n\n1, 2", "3"]
+    assert artifact(trail, "validate").facts["refused"] == 1, "a ShareGPT row among them"
+
+
+def test_real_alpaca_rows(material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable) -> None:
+    recipe = small_recipe(dataset=str(material / "datasets" / "gpteacher_roleplay.json"), dataset_format="alpaca")
+    facts = artifact(pipeline(recipe, "validate")).facts
+    assert facts["rows"] == 1923
+    assert facts["good"] + facts["refused"] + facts["copies"] == 1923
+    assert facts["good"] > 1800
 
 
 @pytest.mark.parametrize(
