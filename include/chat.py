@@ -71,6 +71,12 @@ class Encoded:
         """Where each conversation begins."""
         return np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
 
+    def cut(self, longest: int) -> Encoded:
+        """The first so many tokens of each conversation."""
+        lengths = self.ends - self.starts
+        kept = np.arange(len(self.ids)) - np.repeat(self.starts, lengths) < longest
+        return Encoded(self.ids[kept], self.trained[kept], np.minimum(lengths, longest).cumsum())
+
     def rows(self) -> Iterator[tuple[list[int], list[int]]]:
         """Ids and labels of each conversation, as lists."""
         labels = self.labels

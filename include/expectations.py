@@ -57,7 +57,7 @@ RAW_ROWS = (
 )  # fmt: skip
 
 PREPARED_ROWS = (
-    _at_most("tokens_over", "the conversation is longer than max_seq_length; it is left out, not cut", 0, "warning"),
+    _at_most("tokens_over", "the conversation is longer than max_seq_length: on_too_long decides", 0, "warning"),
     Rule("trained", "ExpectColumnValuesToBeBetween", {"min_value": 1}, "no token is trained on"),
     Rule("bos_errors", "ExpectColumnValuesToBeInSet", {"value_set": [0]}, "the beginning-of-text token is not where "
          "the template writes it, once"),

@@ -92,7 +92,12 @@ class Model(BaseModel):
         "them be split into ordinary tokens, with a warning in log, report and model card.",
     )
     max_seq_length: int = Field(
-        2048, ge=16, le=1_048_576, description="Longest conversation in tokens. Longer ones are left out and counted."
+        2048, ge=16, le=1_048_576, description="Longest conversation in tokens; see on_too_long."
+    )
+    on_too_long: Literal["drop", "split", "truncate"] = Field(
+        "drop",
+        description="What becomes of a longer conversation (it is counted anyway): `drop` leaves it out; `split` makes "
+        "several of it, between exchanges, each with the system message; `truncate` keeps its first tokens.",
     )
     load_in_4bit: bool = Field(True, description="Load the frozen base in 4 bits (nf4, double quantization): QLoRA.")
 

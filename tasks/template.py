@@ -14,6 +14,7 @@ from include.errors import BadData
 from include.expectations import PREPARED_ROWS
 from include.expectations import validate as run_suite
 from include.parallel import in_order
+from include.recipe import Recipe
 from include.sources import fetch_base
 from include.stage import Job, Result, stage
 from include.store import Artifact
@@ -25,8 +26,10 @@ PROVED_ROWS, SHOWN_ROWS = 256, 10
 
 @stage(
     version=2,
-    uses=("base_model", "base_revision", "chat_template", "missing_special_tokens", "max_seq_length"),
-)
+    uses=(
+        "base_model", "base_revision", "chat_template", "missing_special_tokens", "max_seq_length", "on_too_long",
+    ),
+)  # fmt: skip
 def template(job: Job, standardize: Artifact) -> Result:
     """Write `train.arrow` and `holdout.arrow` (Arrow streams: `row`, `input_ids`, `labels`), `tokenizer/` with the
     template in it, `samples.txt` for people (trained text between » and «) and `data_docs/` of the token checks.
@@ -51,12 +54,13 @@ def template(job: Job, standardize: Artifact) -> Result:
     frames: list[pd.DataFrame] = []
     samples: list[str] = []
     groups = range(pq.ParquetFile(source).num_row_groups)
-    for group in in_order(lambda index: _encode_group(chat, source, index, job.recipe.max_seq_length), groups):
+    for group in in_order(lambda index: _encode_group(chat, source, index, job.recipe), groups):
         frames.append(pd.DataFrame(group.contract))
-        for side, batch in zip(sides, group.batches, strict=True):
-            side.add(batch)
+        for part in group.parts:
+            for side, batch in zip(sides, part, strict=True):
+                side.add(batch)
         if not samples:
-            samples = _readable_rows(chat, group.batches[0])
+            samples = _readable_rows(chat, group.parts[0][0])
     (job.out / SAMPLES).write_text("\n".join(samples), encoding="utf-8")
     contract = pd.concat(frames, ignore_index=True)
     findings = run_suite(
@@ -73,14 +77,15 @@ def template(job: Job, standardize: Artifact) -> Result:
             f"{job.recipe.max_seq_length:,} tokens (the shortest row has {contract['tokens'].min():,})",
             "Raise max_seq_length, or use shorter conversations",
         )
-    over = int(contract["tokens_over"].sum())
+    over, left_out = int(contract["tokens_over"].sum()), int(contract["left_out"].sum())
     line = (
         f"{train['tokens']:,} tokens in {train['rows']:,} rows, {train['trained'] / train['tokens']:.0%} trained; "
-        f"{over:,} too long"
+        f"{over:,} too long, {left_out:,} left out"
     )
     quantiles = contract["tokens"].quantile([0, 0.25, 0.5, 0.75, 0.9, 0.99, 1], interpolation="lower")
     facts = {
-        "train": train, "holdout": holdout, "too_long": over, "proved_rows": proved, "encoder": chat.encoder.name,
+        "train": train, "holdout": holdout, "too_long": over, "left_out": left_out,
+        "proved_rows": proved, "encoder": chat.encoder.name,
         "missing_special_tokens": chat.missing, "stop_tokens": chat.stop_tokens,
         "lengths": {f"p{share * 100:.0f}": int(tokens) for share, tokens in quantiles.items()},
         "checks": findings.table,
@@ -95,25 +100,68 @@ class _Group:
 
     Attributes:
         contract: columns of the facts that the suite checks, one entry per row.
-        batches: the Arrow record batches of the training and of the holdout rows that are short enough.
+        parts: pairs of Arrow record batches, of training and of holdout rows: the rows themselves, then what too long
+            ones were split into.
     """
 
     contract: dict[str, Any]
-    batches: tuple[Any, Any]
+    parts: list[tuple[Any, Any]]
 
 
-def _encode_group(chat: ChatFormat, source: Path, index: int, longest: int) -> _Group:
+def _encode_group(chat: ChatFormat, source: Path, index: int, recipe: Recipe) -> _Group:
     import numpy as np
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(source).read_row_group(index, use_threads=False)
     conversations = [orjson.loads(messages) for messages in table["messages"].to_pylist()]
+    rows, holdout, longest = table["row"].to_numpy(), table["holdout"].to_numpy(), recipe.max_seq_length
     encoded = chat.encode(conversations)
-    rows = table["row"].to_numpy()
     contract = {"row": rows, **_contract(chat, encoded, conversations, longest)}
-    fits, holdout = contract["tokens_over"] == 0, table["holdout"].to_numpy()
-    train, held_out = (_batch(encoded, rows, np.flatnonzero(fits & side)) for side in (~holdout, holdout))
-    return _Group(contract, (train, held_out))
+    usable = contract["tokens_over"] == 0
+    over = np.flatnonzero(~usable)
+    used = usable.copy()  # rows of which something is used
+    parts = []
+    if len(over) and recipe.on_too_long == "truncate":
+        encoded = encoded.cut(longest)
+        usable = used = np.add.reduceat(encoded.trained.astype(np.int64), encoded.starts) > 0
+    elif len(over) and recipe.on_too_long == "split":
+        pieces = [(row, piece) for row in over for piece in _split(chat, conversations[row], longest)]
+        if pieces:
+            origin = np.array([row for row, _ in pieces])
+            used[origin] = True
+            parts.append((chat.encode([piece for _, piece in pieces]), rows[origin], holdout[origin], origin >= 0))
+    parts.insert(0, (encoded, rows, holdout, usable))
+    contract["left_out"] = (~used).astype(np.int64)
+    return _Group(contract, [_two_sides(*part) for part in parts])
+
+
+def _split(chat: ChatFormat, messages: list[dict[str, str]], longest: int) -> list[list[dict[str, str]]]:
+    """The conversation as several, cut between exchanges, each with the system message and as long as may be.
+
+    An exchange that alone is too long is left out.
+    """
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    body = messages[len(system) :]
+
+    def fits(part: list[dict[str, str]]) -> bool:
+        return len(chat.encode([[*system, *part]]).ids) <= longest
+
+    pieces: list[list[dict[str, str]]] = []
+    current: list[dict[str, str]] = []
+    for exchange in (body[i : i + 2] for i in range(0, len(body), 2)):
+        if current and not fits([*current, *exchange]):
+            pieces.append([*system, *current])
+            current = []
+        if current or fits(exchange):
+            current = [*current, *exchange]
+    return [*pieces, [*system, *current]] if current else pieces
+
+
+def _two_sides(encoded: Encoded, rows: Any, holdout: Any, usable: Any) -> tuple[Any, Any]:
+    import numpy as np
+
+    train, held_out = (_batch(encoded, rows, np.flatnonzero(usable & side)) for side in (~holdout, holdout))
+    return train, held_out
 
 
 def _contract(

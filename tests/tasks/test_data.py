@@ -220,3 +220,41 @@ def test_many_rows_are_encoded_by_several_processes_in_their_order(
         [[{"role": "user", "content": f"Q{i}?"}, {"role": "assistant", "content": f"A{i}."}] for i in chosen["row"]]
     )
     assert list(zip(chosen["input_ids"], chosen["labels"], strict=True)) == list(expected.rows())
+
+
+def test_too_long_conversations_are_dropped_split_or_truncated_and_counted(
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    turns = [{"from": "system", "value": "Be brief."}]
+    for i in range(12):
+        turns += [
+            {"from": "human", "value": f"Question {i}?"},
+            {"from": "gpt", "value": f"Answer {i}. " + "word " * 20},
+        ]
+    lonely = conversation("Q?", "word " * 400)  # one exchange that no split makes short enough
+    deaf = conversation("word " * 400, "A.")  # cut, it has no trained token left
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines([*ROWS, {"conversations": turns}, lonely, deaf]))
+    found = {}
+    for policy in ("drop", "split", "truncate"):
+        recipe = small_recipe(dataset=str(path), on_too_long=policy, holdout_share=0.2)
+        made = artifact(pipeline(recipe, "template"))
+        rows = [
+            *Dataset.from_file(str(made.local() / "train.arrow")),
+            *Dataset.from_file(str(made.local() / "holdout.arrow")),
+        ]
+        assert made.facts["too_long"] == 3
+        assert all(len(row["input_ids"]) <= 256 for row in rows)
+        found[policy] = (made.facts["left_out"], [row for row in rows if row["row"] >= 40])
+    assert found["drop"] == (3, [])
+
+    left_out, pieces = found["split"]
+    assert left_out == 2
+    assert {row["row"] for row in pieces} == {40}
+    assert len(pieces) > 1
+    assert all([label for label in row["labels"] if label != -100][-1] == 4 for row in pieces), "whole turns"
+    assert sum(label == 4 for row in pieces for label in row["labels"]) == 12, "every answer once"
+
+    left_out, cut = found["truncate"]
+    assert left_out == 1
+    assert sorted((row["row"], len(row["input_ids"])) for row in cut) == [(40, 256), (41, 256)]
