@@ -90,7 +90,7 @@ def test_the_loss_counts_assistant_tokens_only(job: Callable, tmp_path: Path, ti
 
 def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(job: Callable, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    fields = {"max_steps": 80, "save_steps": 4}  # long enough to be caught on the way
+    fields = {"max_steps": 40, "save_steps": 4}  # long enough to be caught on the way
     supervise.run("train", job(straight, **fields), straight, lambda _: None)
     made = job(killed, **fields)
 
