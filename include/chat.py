@@ -25,7 +25,7 @@ from include.sharegpt import Message
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 CONTROL = r"<\|[^|<>\s]+\|>|</?s>"  # how special tokens are written in the families of templates that Retune ships
 MARK = "\ue000{}\ue001"  # private use: in no template and in no sane text
-PROBES = ("{}", " \n{}\n ", "<think>\n{}</think>\n{}")
+PADDED, THINKING = " \n{}\n ", "<think>\n{}</think>\n{}"  # contents that some templates trim or rewrite
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class ChatFormat:
             )
 
     def _missing_tokens(self) -> list[str]:
-        text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], False)
+        text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], False)
         return sorted({token for token in re.findall(CONTROL, text) if token not in self._special})
 
     @property
@@ -149,10 +149,11 @@ class ChatFormat:
         return sum(p.token == bos for p in self._shape(("user", "assistant"), False) if p.token is not None)
 
     def render(self, messages: list[Message], generation_prompt: bool = False) -> str:
-        """The conversation as text, by the template."""
-        return self._render(messages, generation_prompt)
+        """The conversation as text, by the template.
 
-    def _render(self, messages: list[Message], generation_prompt: bool) -> str:
+        Raises:
+            BadData: the template does not take the conversation's order of roles.
+        """
         from jinja2 import TemplateError
 
         try:
@@ -279,16 +280,14 @@ class ChatFormat:
 
     def _probe(self, roles: tuple[str, ...], generation_prompt: bool, form: str) -> str:
         contents = [form.replace("{}", MARK.format(i)) for i in range(len(roles))]
-        return self._render(
-            [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)], generation_prompt
-        )
+        return self.render([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)], generation_prompt)
 
     def _learn_trimming(self, roles: tuple[str, ...], generation_prompt: bool, plain: str) -> None:
         """Find out which roles' contents the template trims, and refuse a template that rewrites contents otherwise."""
-        padded = self._probe(roles, generation_prompt, PROBES[1])
+        padded = self._probe(roles, generation_prompt, PADDED)
         for i, role in enumerate(roles):
-            self._trimmed[role] = PROBES[1].replace("{}", MARK.format(i)) not in padded
-        for form in PROBES[1:]:
+            self._trimmed[role] = PADDED.replace("{}", MARK.format(i)) not in padded
+        for form in (PADDED, THINKING):
             expected = plain
             for i, role in enumerate(roles):
                 content = form.replace("{}", MARK.format(i))
