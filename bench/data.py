@@ -1,10 +1,11 @@
 """The data leg against its floor and against the notebook's way, on the same rows: `make bench-data`.
 
-Three ways, each in fresh processes, one after another in one run:
+Three ways, one after another in one run:
 
-- notebook: what the reference notebook does: `datasets.map` with `apply_chat_template`, then TRL's own preparation;
-- floor: tiktoken alone, on all cores, over the same texts, the ids counted and thrown away;
-- Retune: `validate`, `standardize` and `template`, a process each, with both Great Expectations suites and their docs.
+- floor: tiktoken alone, on all cores, over the same texts, the ids counted and thrown away; imports are not counted;
+- Retune: `validate`, `standardize` and `template`, each in a fresh process as a task of Airflow runs it, imports
+  counted, with both Great Expectations suites and their docs;
+- notebook: what the reference notebook does: `datasets.map` with `apply_chat_template`, then TRL's own preparation.
 
 The ids of Retune and of the tokenizer's `apply_chat_template` are compared on a sample; a difference is an error.
 Speed is for people to read. Needs the Llama 3.2 tokenizer of ../shared/material.
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +64,28 @@ def floor(path: str) -> dict[str, Any]:
     from multiprocessing import get_context
 
     global _floor_texts, _floor_encoding
-    from transformers import PreTrainedTokenizerFast
+    import tiktoken
 
-    from include.encoder import fast_encoder
-
-    encoder = fast_encoder(PreTrainedTokenizerFast.from_pretrained(TOKENIZER).backend_tokenizer)
-    _floor_encoding = encoder._encoding  # type: ignore[attr-defined]
-    _floor_texts = [
-        turn["value"] for line in Path(path).read_text().splitlines() for turn in json.loads(line)["conversations"]
-    ]
-    began = time.monotonic()
-    cores = os.cpu_count() or 1
-    starts = range(0, len(_floor_texts), 5_000)
-    with ProcessPoolExecutor(cores, get_context("fork")) as pool:
-        tokens = sum(pool.map(_floor_part, starts))
-    return {"seconds": time.monotonic() - began, "tokens": tokens}
+    settings = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}  # GPT-2's table
+    _floor_encoding = tiktoken.Encoding(
+        "floor",
+        pat_str=settings["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"],
+        mergeable_ranks={bytes(byte_of[c] for c in t): id for t, id in settings["model"]["vocab"].items()},
+        special_tokens={},
+    )
+    seconds, tokens, rows = 0.0, 0, 0
+    with open(path, "rb") as file:
+        while lines := list(islice(file, 100_000)):
+            _floor_texts = [turn["value"] for line in lines for turn in json.loads(line)["conversations"]]
+            began = time.monotonic()
+            with ProcessPoolExecutor(os.cpu_count() or 1, get_context("fork")) as pool:
+                tokens += sum(pool.map(_floor_part, range(0, len(_floor_texts), 5_000)))
+            seconds += time.monotonic() - began
+            rows += len(lines)
+    return {"seconds": seconds, "tokens": tokens, "rows": rows}
 
 
 _floor_texts: list[str]
@@ -136,13 +145,23 @@ def retune(path: Path, var: Path) -> dict[str, Any]:
     (base / "config.json").write_text("{}")
     (base / "model.safetensors").write_bytes(b"")  # the data leg reads the tokenizer only
     recipe.write_text(f"dataset: {path}\nbase_model: {base}\nholdout_share: 0.01\n")
-    environment = {**os.environ, "RETUNE_VAR": str(var), "RETUNE_RECIPES": str(recipe)}
-    found = {}
+    environment = {"RETUNE_VAR": str(var), "RETUNE_RECIPES": str(recipe)}
+    os.environ.update(environment)
+    from tasks.resolve import resolve
+
+    trail, found = resolve("bench", {}, "bench"), {}
     for stage in ("download", "validate", "standardize", "template"):
-        command = [sys.executable, "-m", "tasks", "bench", "--until", stage]
-        found[stage] = measured(command, environment)
+        measure = in_process("task", stage, json.dumps(trail))
+        trail, found[stage] = measure.pop("trail"), measure
     found["compared"] = compare(var)
     return found
+
+
+def task(stage: str, trail: str) -> dict[str, Any]:
+    """A stage as a task of Airflow runs it: from the trail of the stages before it."""
+    import importlib
+
+    return {"trail": getattr(importlib.import_module(f"tasks.{stage}"), stage)(json.loads(trail))}
 
 
 def compare(var: Path) -> int:
@@ -151,58 +170,59 @@ def compare(var: Path) -> int:
     Raises:
         AssertionError: a row differs.
     """
-    import orjson
-    import pyarrow.parquet as pq
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
+
+    from include.rows import load, read_table
+    from include.sharegpt import conversations_in
 
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(TOKENIZER)
     tokenizer.chat_template = (PROJECT / "include" / "templates" / "llama-3.1.jinja").read_text()
-    (arrow,) = var.glob("store/bench/template/*/train.arrow")
-    (messages,) = var.glob("store/bench/standardize/*/messages.parquet")
-    rows = Dataset.from_file(str(arrow))
+    (prepared,) = var.glob("store/bench/template/*/train")
+    (messages,) = var.glob("store/bench/standardize/*/messages")
+    rows = load(prepared)
     chosen = rows.select(random.Random(1).sample(range(len(rows)), min(SAMPLE, len(rows))))
-    table = pq.read_table(messages, filters=[("row", "in", list(chosen["row"]))])
-    by_row = dict(zip(table["row"].to_pylist(), table["messages"].to_pylist(), strict=True))
-    for row, ids in zip(chosen["row"], chosen["input_ids"], strict=True):
-        theirs = tokenizer.apply_chat_template(orjson.loads(by_row[row]), tokenize=True, return_dict=False)
-        assert list(ids) == list(theirs), f"row {row} differs"
+    wanted = dict(zip(chosen["row"], chosen["input_ids"], strict=True))
+    for file in messages.iterdir():
+        table = read_table(file)
+        for row, conversation in zip(table["row"].to_pylist(), conversations_in(table), strict=True):
+            if row in wanted:
+                theirs = tokenizer.apply_chat_template(conversation.messages, tokenize=True, return_dict=False)
+                assert list(wanted.pop(row)) == list(theirs), f"row {row} differs"
+    assert not wanted
     return len(chosen)
 
 
-def measured(command: list[str], environment: dict[str, str]) -> dict[str, float]:
-    """Wall seconds and peak memory (MB) of a command, from the system's own accounting.
+def in_process(way: str, *arguments: str) -> dict[str, Any]:
+    """One of the functions above in a process of its own: what it returns, and from the system's own accounting
+    `seconds` (unless it counted them itself), `cpu_seconds` and `peak_mb` (of the largest process).
 
     Raises:
         RuntimeError: it failed; with the end of what it said.
     """
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, __file__, way, str(result), *arguments]
         began = time.monotonic()
-        process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            command, cwd=PROJECT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, stdout=said, stderr=said
+        )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             said.seek(0)
             raise RuntimeError(said.read()[-2000:])
-    return {"seconds": seconds, "peak_mb": usage.ru_maxrss / 1024}
-
-
-def in_process(way: str, path: Path) -> dict[str, float]:
-    """One of the functions above in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        found = measured(
-            [sys.executable, __file__, way, str(path), str(result)], {**os.environ, "PYTHONPATH": str(PROJECT)}
-        )
-        return {**json.loads(result.read_text()), "peak_mb": found["peak_mb"]}
+        cost = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024}
+        return {"seconds": seconds, **cost, **json.loads(result.read_text())}
 
 
 def main() -> None:
     """Run the three ways for each number of rows, print the table, write bench/data.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--skip-notebook", action="store_true", help="the notebook's way takes minutes")
+    parser.add_argument(
+        "--skip-notebook", action="store_true", help="it takes minutes; above 100,000 rows it is left out"
+    )
     arguments = parser.parse_args()
     results = []
     print(f"{'rows':>9} {'way':<28} {'seconds':>8} {'x floor':>8} {'peak MB':>8}")
@@ -210,33 +230,35 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.jsonl"
             generate(path, rows)
-            base = in_process("floor", path)
+            base = in_process("floor", str(path))
             stages = retune(path, Path(folder) / "var")
-            book = None if arguments.skip_notebook else in_process("notebook", path)
+            skipped = arguments.skip_notebook or rows > 100_000
+            book = None if skipped else in_process("notebook", str(path))
         leg = stages["standardize"]["seconds"] + stages["template"]["seconds"]
         whole = leg + stages["validate"]["seconds"]
-        peak = max(stage["peak_mb"] for stage in stages.values() if isinstance(stage, dict))
+        peak = max(stages[stage]["peak_mb"] for stage in ("validate", "standardize", "template"))
         result = {
             "rows": rows, "tokens": int(base["tokens"]), "floor_seconds": base["seconds"], "leg_seconds": leg,
             "whole_seconds": whole, "notebook_seconds": book and book["seconds"], "leg_by_floor": leg / base["seconds"],
             "whole_by_floor": whole / base["seconds"], "notebook_by_whole": book and book["seconds"] / whole,
             "floor_peak_mb": base["peak_mb"], "peak_mb": peak, "notebook_peak_mb": book and book["peak_mb"],
-            "compared_rows": stages["compared"],
+            "compared_rows": stages.pop("compared"), "stages": stages,
         }  # fmt: skip
         results.append(result)
         lines = [("floor: tiktoken alone", base["seconds"], base["peak_mb"])]
-        lines += [(f"  {s}", v["seconds"], v["peak_mb"]) for s, v in stages.items() if isinstance(v, dict)]
+        lines += [(f"  {s}", v["seconds"], v["peak_mb"]) for s, v in stages.items()]
         lines += [("Retune: standardize + template", leg, peak), ("Retune: + validate", whole, peak)]
         lines += [("notebook", book["seconds"], book["peak_mb"])] if book else []
         for way, seconds, megabytes in lines:
             print(f"{rows:>9,} {way:<28} {seconds:>8.1f} {seconds / base['seconds']:>8.2f} {megabytes:>8,.0f}")
-        print(f"{rows:>9,} {stages['compared']} sampled rows have the ids of apply_chat_template")
+        print(f"{rows:>9,} {result['compared_rows']} sampled rows have the ids of apply_chat_template")
     (PROJECT / "bench" / "data.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in ("floor", "notebook"):
-        outcome = {"floor": floor, "notebook": notebook}[sys.argv[1]](sys.argv[2])
-        Path(sys.argv[3]).write_text(json.dumps(outcome))
+    ways = {"floor": floor, "notebook": notebook, "task": task}
+    if sys.argv[1:2] and sys.argv[1] in ways:
+        outcome = ways[sys.argv[1]](*sys.argv[3:])
+        Path(sys.argv[2]).write_text(json.dumps(outcome))
     else:
         main()

@@ -1,31 +1,43 @@
 """Conversations to token ids and loss masks: the only place where a conversation is rendered.
 
-A chat template is rendered by jinja once per order of roles, with marks in place of the contents; the text between
-the marks is the template's own. Special tokens are then looked up only in the template's text, so that a text inside
-a user's turn that looks like one stays text. The ids are those of `apply_chat_template(tokenize=True)`; `prove`
-checks that on real rows.
+A chat template is rendered once per order of roles, with marks in place of the contents; the text between the marks
+is the template's own. Special tokens are then looked up only in the template's text, so that a text inside a user's
+turn that looks like one stays text. The ids are those of `apply_chat_template(tokenize=True)`; `prove` checks that on
+real rows.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
-from include.encoder import Spans, TokenizersEncoder, fast_encoder
+from include.encoder import Spans, TokenizersEncoder, fast_encoder, places
 from include.errors import BadData, BadRecipe, Missing
 from include.recipe import Recipe
+from include.rows import IGNORED
 from include.settings import PROJECT
-from include.sharegpt import Message
+from include.sharegpt import Conversation, Message
 
-IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 CONTROL = r"<\|[^|<>\s]+\|>|</?s>"  # how special tokens are written in the families of templates that Retune ships
 MARK = "\ue000{}\ue001"  # private use: in no template and in no sane text
-PADDED, THINKING = " \n{}\n ", "<think>\n{}</think>\n{}"  # contents that some templates trim or rewrite
+PADDED, THINKING = ' "\n{}\n ', "<think>\n{}</think>\n{}"  # contents that some templates trim, quote or rewrite
+TODAY = date(2024, 7, 26)  # what a template is told that asks for the date: ids must not depend on the day of a run
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+# what templates do to a turn's content
+WRITTEN: dict[str, Callable[[str], str]] = {
+    "as it is": lambda text: text,
+    "trimmed": str.strip,
+    "as JSON": lambda text: json.dumps(text, ensure_ascii=False),  # as transformers' own `tojson`
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,12 @@ class ChatFormat:
 
     Args:
         folder: where the tokenizer's files are.
-        recipe: gives `chat_template` and `missing_special_tokens`.
+        recipe: gives `chat_template`, `missing_special_tokens` and `special_tokens_in_text`.
+
+    Attributes:
+        template: the jinja source.
+        encoder: turns texts into ids; `prove` may put the slower one in its place.
+        missing: special tokens that the template writes and the vocabulary lacks.
 
     Raises:
         Missing: the folder has no fast tokenizer, or the tokenizer no template although the recipe counts on it.
@@ -97,31 +114,29 @@ class ChatFormat:
     """
 
     def __init__(self, folder: Path, recipe: Recipe):
-        from transformers import PreTrainedTokenizerFast
+        from tokenizers import Tokenizer
 
         if not (folder / "tokenizer.json").is_file():
             raise Missing(
                 f"field 'base_model': {recipe.base_model} has no tokenizer.json", "Choose a base that has one"
             )
-        self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
-        self.name = recipe.chat_template
-        if self.name != "tokenizer":
-            self.tokenizer.chat_template = (PROJECT / "include" / "templates" / f"{self.name}.jinja").read_text("utf-8")
-        elif not self.tokenizer.chat_template:
-            raise Missing(
-                f"field 'chat_template': the tokenizer of {recipe.base_model} has no chat template",
-                "Name one: llama-3.1, llama-3, chatml, alpaca or vicuna",
-            )
-        if self.tokenizer.pad_token is None:
-            spare = (t for t in self.tokenizer.get_vocab() if "finetune_right_pad" in t)
-            self.tokenizer.pad_token = next(spare, self.tokenizer.eos_token)
-        self._backend = self.tokenizer.backend_tokenizer
+        self._folder, self.name = folder, recipe.chat_template
+        self.template = template_source(folder, recipe)
+        self._backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._special = {str(token.content): id for id, token in self._backend.get_added_tokens_decoder().items()}
+        self._named = _named_tokens(folder)
+        if self.id_of("pad_token") is None:
+            spare = next((token for token in self._special if "finetune_right_pad" in token), None)
+            self._named["pad_token"] = spare or self._named["eos_token"]
         self._backend.encode_special_tokens = True  # what looks like a special token in a text stays text
-        self.encoder = fast_encoder(self._backend)
-        self._special = {token.content: id for id, token in self.tokenizer.added_tokens_decoder.items()}
-        self._token_arrays = {id: np.array([id], np.int32) for id in self._special.values()}
-        self._shapes: dict[tuple[tuple[str, ...], bool], list[Piece]] = {}
-        self._trimmed: dict[str, bool] = {}
+        self.encoder = fast_encoder(self._backend, folder / "tokenizer.json")
+        self._in_text = None
+        if recipe.special_tokens_in_text == "parse":
+            self._in_text = re.compile("(" + "|".join(map(re.escape, self._special)) + ")")
+        self._shapes: dict[tuple[tuple[str, ...], str | None, bool], list[Any]] = {}
+        self._written: dict[str, str] = {}
         self.missing = self._missing_tokens()
         if self.missing and recipe.missing_special_tokens == "refuse":
             raise BadRecipe(
@@ -132,33 +147,59 @@ class ChatFormat:
             )
 
     def _missing_tokens(self) -> list[str]:
-        text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], False)
+        text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         return sorted({token for token in re.findall(CONTROL, text) if token not in self._special})
+
+    def id_of(self, name: str) -> int | None:
+        """The id of the tokenizer's `bos_token`, `eos_token` or `pad_token`; None where it has none."""
+        return self._backend.token_to_id(self._named[name]) if self._named.get(name) else None
 
     @property
     def stop_tokens(self) -> list[int]:
         """Ids that end an answer: the template's end of turn and the tokenizer's end of text."""
-        pieces = self._shape(("user", "assistant"), False)
-        ends = [piece.token for piece in pieces if piece.ends_turn and piece.token is not None]
-        return sorted({*ends, self.tokenizer.eos_token_id} - {None})
+        ends = [piece.token for piece in self._pieces(("user", "assistant"), None, False) if piece.ends_turn]
+        return sorted({id for id in (*ends, self.id_of("eos_token")) if id is not None})
 
     @property
     def bos_count(self) -> int:
         """How many beginning-of-text tokens the template writes (0 or 1; more is a template written twice)."""
-        bos = self.tokenizer.bos_token_id
-        return sum(p.token == bos for p in self._shape(("user", "assistant"), False) if p.token is not None)
+        bos = self.id_of("bos_token")
+        return sum(p.token == bos for p in self._pieces(("user", "assistant"), None, False) if p.token is not None)
 
-    def render(self, messages: list[Message], generation_prompt: bool = False) -> str:
-        """The conversation as text, by the template.
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self._backend.decode(ids, skip_special_tokens=False))
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer and the template so that transformers loads what was used here, and nothing else."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_bytes((self._folder / "tokenizer.json").read_bytes())
+        (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+        config = {k: v for k, v in _config(self._folder).items() if k not in ("chat_template", "auto_map", *SPECIAL)}
+        # the class that takes tokenizer.json as it stands; some model's own classes build another one from it
+        config.update(tokenizer_class="PreTrainedTokenizerFast", **self._named)
+        (folder / "tokenizer_config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+
+    def render(self, messages: list[Message], generation_prompt: bool = False, tools: str | None = None) -> str:
+        """The conversation as text, by transformers' own rendering of the template.
+
+        Args:
+            tools: a JSON list of what the assistant may call.
 
         Raises:
             BadData: the template does not take the conversation's order of roles.
         """
         from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+            rendered = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.template,
+                tools=orjson.loads(tools) if tools else None,
+                add_generation_prompt=generation_prompt,
+                strftime_now=TODAY.strftime,
+                **self._named,
             )
         except TemplateError as error:
             raise BadData(
@@ -166,8 +207,9 @@ class ChatFormat:
                 f" ({error})",
                 "Choose another chat_template, or correct the rows",
             ) from error
+        return str(rendered[0][0])
 
-    def encode(self, conversations: list[list[Message]]) -> Encoded:
+    def encode(self, conversations: list[Conversation]) -> Encoded:
         """Token ids of conversations, and which of them are trained: assistant turns and their ends.
 
         Raises:
@@ -177,70 +219,106 @@ class ChatFormat:
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Token ids of a conversation that the assistant is to continue."""
-        return self._encode([messages], generation_prompt=True).ids.tolist()
+        return self._encode([Conversation.of(messages)], generation_prompt=True).ids.tolist()
 
-    def _encode(self, conversations: list[list[Message]], generation_prompt: bool) -> Encoded:
-        rows = [self._runs(messages, generation_prompt) for messages in conversations]
-        encodings = iter(self.encoder.encode([run for row in rows for run in row if not isinstance(run, Piece)]))
-        parts: list[np.ndarray] = []
-        spans: Spans = []
-        ends: list[int] = []
-        length = 0
-        for row in rows:
-            for run in row:
-                if isinstance(run, Piece):
-                    ids, ranges = self._token_arrays[run.token], [(0, 1)] if run.trained else []
-                else:
-                    ids, ranges = next(encodings)
-                spans += [(length + begin, length + end) for begin, end in ranges]
-                parts.append(ids)
-                length += len(ids)
-            ends.append(length)
-        change = np.zeros(length + 1, np.int8)  # +1 where a trained stretch begins, -1 where it ends
-        if spans:
-            begins, stops = np.array(spans).T
-            np.add.at(change, begins, 1)
-            np.add.at(change, stops, -1)
-        ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-        return Encoded(ids, change[:-1].cumsum() > 0, np.array(ends, np.int64))
+    def _encode(self, conversations: list[Conversation], generation_prompt: bool) -> Encoded:
+        """Fixed stretches are looked up, the texts between them encoded in one go, and all put in order at the end."""
+        fixed = _Pool()
+        slots: list[int] = []  # a fixed stretch by its number, or the text number n as -1 - n
+        texts: list[str] = []
+        spans: list[Spans] = []
+        counts: list[int] = []  # slots of each conversation
+        for conversation in conversations:
+            before = len(slots)
+            for part in self._shape(conversation.roles, conversation.tools, generation_prompt):
+                if isinstance(part, tuple):
+                    slots.append(fixed.number(part))
+                    continue
+                text, trained = "", []
+                for piece in part:
+                    said = piece.text
+                    if piece.turn is not None:
+                        content = conversation.contents[piece.turn]
+                        how = self._written[conversation.roles[piece.turn]]
+                        said = content if how == "as it is" else WRITTEN[how](content)
+                        if self._in_text and (found := self._in_text.split(said))[1:]:
+                            for token in found[1::2]:
+                                at = said.index(token)
+                                trained += [(len(text), len(text) + at)] if piece.trained and at else []
+                                if text or at:
+                                    slots.append(-1 - len(texts))
+                                    texts.append(text + said[:at])
+                                    spans.append(trained)
+                                slots.append(fixed.number(((self._special[token],), (piece.trained,))))
+                                text, trained, said = "", [], said[at + len(token) :]
+                    if piece.trained:
+                        trained.append((len(text), len(text) + len(said)))
+                    text = text + said if text else said
+                if text:
+                    slots.append(-1 - len(texts))
+                    texts.append(text)
+                    spans.append(trained)
+            counts.append(len(slots) - before)
+        tokens = self.encoder.encode(texts, spans)
+        ids, marked = fixed.arrays()
+        order = np.array(slots, np.int64)
+        of_text = order < 0
+        starts, lengths = np.empty_like(order), np.empty_like(order)
+        text_numbers = -1 - order[of_text]
+        starts[of_text] = len(ids) + tokens.starts[text_numbers]
+        lengths[of_text] = tokens.starts[text_numbers + 1] - tokens.starts[text_numbers]
+        starts[~of_text], lengths[~of_text] = fixed.places(order[~of_text])
+        ends = np.concatenate([[0], lengths.cumsum()])[np.cumsum(counts, dtype=np.int64)]
+        where = places(starts, lengths)
+        return Encoded(np.concatenate([ids, tokens.ids])[where], np.concatenate([marked, tokens.marked])[where], ends)
 
-    def _runs(self, messages: list[Message], generation_prompt: bool) -> list[Any]:
-        """The conversation cut at special tokens: Pieces, and (text, trained spans in characters) between them.
+    def _shape(self, roles: tuple[str, ...], tools: str | None, generation_prompt: bool) -> list[Any]:
+        """The template for one order of roles: fixed stretches as (ids, trained), and lists of pieces to be encoded.
 
         Text that the template writes and text of a turn may share a token, so they are encoded together.
         """
-        runs: list[Any] = []
-        text = ""
-        spans: Spans = []
-        for piece in self._shape(tuple(m["role"] for m in messages), generation_prompt):
-            if piece.token is not None:
-                if text:
-                    runs.append((text, spans))
-                runs.append(piece)
-                text, spans = "", []
-                continue
-            part = piece.text
-            if piece.turn is not None:
-                message = messages[piece.turn]
-                part = message["content"].strip() if self._trimmed[message["role"]] else message["content"]
-            if piece.trained:
-                spans.append((len(text), len(text) + len(part)))
-            text += part
-        if text:
-            runs.append((text, spans))
-        return runs
-
-    def _shape(self, roles: tuple[str, ...], generation_prompt: bool) -> list[Piece]:
-        """The template for one order of roles, as pieces."""
-        key = (roles, generation_prompt)
+        key = (roles, tools, generation_prompt)
         if key not in self._shapes:
-            self._shapes[key] = self._cut(roles, generation_prompt)
+            if len(self._shapes) > 10_000:  # rows with ever other tools
+                self._shapes.clear()
+            self._shapes[key] = self._stretches(self._pieces(*key))
         return self._shapes[key]
 
-    def _cut(self, roles: tuple[str, ...], generation_prompt: bool) -> list[Piece]:
+    def _stretches(self, pieces: list[Piece]) -> list[Any]:
+        found: list[Any] = []
+        between: list[Piece] = []
+
+        def fix(ids: tuple[int, ...], trained: tuple[bool, ...]) -> None:
+            if found and isinstance(found[-1], tuple):
+                found[-1] = (found[-1][0] + ids, found[-1][1] + trained)
+            else:
+                found.append((ids, trained))
+
+        def close() -> None:
+            if any(piece.turn is not None for piece in between):
+                found.append(list(between))
+            elif between:
+                text, spans = "", []
+                for piece in between:
+                    spans += [(len(text), len(text) + len(piece.text))] if piece.trained else []
+                    text += piece.text
+                tokens = self.encoder.encode([text], [spans])
+                fix(tuple(tokens.ids.tolist()), tuple(tokens.marked.tolist()))
+            between.clear()
+
+        for piece in pieces:
+            if piece.token is None:
+                between.append(piece)
+                continue
+            close()
+            fix((piece.token,), (piece.trained,))
+        close()
+        return found
+
+    def _pieces(self, roles: tuple[str, ...], tools: str | None, generation_prompt: bool) -> list[Piece]:
         marks = [MARK.format(i) for i in range(len(roles))]
-        rendered = self._probe(roles, generation_prompt, "{}")
-        self._learn_trimming(roles, generation_prompt, rendered)
+        plain = self._probe(roles, tools, generation_prompt, "{}")
+        rendered = self._learn_writing(roles, tools, generation_prompt, plain)
         pieces: list[Piece] = []
         after_assistant = False
         for part in re.split("(\ue000\\d+\ue001)", rendered):
@@ -278,55 +356,148 @@ class ChatFormat:
             ending = ending and not control
         return pieces
 
-    def _probe(self, roles: tuple[str, ...], generation_prompt: bool, form: str) -> str:
+    def _probe(self, roles: tuple[str, ...], tools: str | None, generation_prompt: bool, form: str) -> str:
         contents = [form.replace("{}", MARK.format(i)) for i in range(len(roles))]
-        return self.render([{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)], generation_prompt)
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+        return self.render(messages, generation_prompt, tools)
 
-    def _learn_trimming(self, roles: tuple[str, ...], generation_prompt: bool, plain: str) -> None:
-        """Find out which roles' contents the template trims, and refuse a template that rewrites contents otherwise."""
-        padded = self._probe(roles, generation_prompt, PADDED)
+    def _learn_writing(self, roles: tuple[str, ...], tools: str | None, generation_prompt: bool, plain: str) -> str:
+        """Find out how the template writes each role's contents, and refuse one that rewrites them otherwise.
+
+        Returns:
+            `plain` (rendered with a mark as each content), with the mark in place of what is written for it.
+        """
+        padded = self._probe(roles, tools, generation_prompt, PADDED)
         for i, role in enumerate(roles):
-            self._trimmed[role] = PADDED.replace("{}", MARK.format(i)) not in padded
+            content = PADDED.replace("{}", MARK.format(i))
+            self._written[role] = next((how for how, write in WRITTEN.items() if write(content) in padded), "")
+        bare = plain
+        for i, role in enumerate(roles):
+            if self._written[role]:
+                bare = bare.replace(WRITTEN[self._written[role]](MARK.format(i)), MARK.format(i))
         for form in (PADDED, THINKING):
-            expected = plain
+            expected = bare
             for i, role in enumerate(roles):
-                content = form.replace("{}", MARK.format(i))
-                expected = expected.replace(MARK.format(i), content.strip() if self._trimmed[role] else content)
-            if expected != self._probe(roles, generation_prompt, form):
+                if self._written[role]:
+                    content = form.replace("{}", MARK.format(i))
+                    expected = expected.replace(MARK.format(i), WRITTEN[self._written[role]](content))
+            if expected != self._probe(roles, tools, generation_prompt, form):
                 raise BadRecipe(
                     f"field 'chat_template': the template {self.name} rewrites what turns say (it drops parts of them)",
                     "Choose a template that keeps the turns as they are",
                 )
+        return bare
 
-    def prove(self, conversations: list[list[Message]]) -> int:
-        """Compare ids with `apply_chat_template(tokenize=True)`, row by row; returns how many rows were compared.
+    def prove(self, conversations: list[Conversation]) -> int:
+        """Compare ids with those of the whole text as `apply_chat_template(tokenize=True)` makes them, row by row, and
+        the trained tokens' text with what the assistant says; returns how many rows were compared.
 
         Rows whose text looks like a special token are passed over: there the two differ on purpose. Where the fast
         encoder differs, the tokenizer itself takes its place from then on.
 
         Raises:
-            BadRecipe: the tokenizer's own encoder differs, too.
+            BadRecipe: the tokenizer's own encoder differs, too, or the masks are not those of the assistant's turns.
         """
+        plain = [c for c in conversations if not any(re.search(CONTROL, content) for content in c.contents)]
         self._backend.encode_special_tokens = False
         try:
-            plain = [m for m in conversations if not any(re.search(CONTROL, turn["content"]) for turn in m)]
             theirs = [
-                list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
-                for messages in plain
+                self._backend.encode(self.render(c.messages, tools=c.tools), add_special_tokens=False).ids
+                for c in plain
             ]
         finally:
             self._backend.encode_special_tokens = True
         if self._first_difference(plain, theirs) is not None and self.encoder.name != TokenizersEncoder.name:
             self.encoder = TokenizersEncoder(self._backend)
+            self._shapes.clear()
         row = self._first_difference(plain, theirs)
         if row is not None:
             raise BadRecipe(
                 f"field 'chat_template': the ids of {self.name} differ from the tokenizer's own for a conversation "
-                f"that begins {plain[row][0]['content'][:60]!r}",
+                f"that begins {plain[row].contents[0][:60]!r}",
                 "Report this base and template; until then choose another template",
             )
+        if self._backend.normalizer is None:  # otherwise ids do not give back the text as it was
+            for conversation, (_, labels) in zip(plain, self.encode(plain).rows(), strict=True):
+                self._prove_trained(conversation, self.decode([label for label in labels if label != IGNORED]))
         return len(plain)
 
-    def _first_difference(self, conversations: list[list[Message]], theirs: list[list[int]]) -> int | None:
+    def _prove_trained(self, conversation: Conversation, trained: str) -> None:
+        at = 0
+        for role, content in zip(conversation.roles, conversation.contents, strict=True):
+            if role == "assistant":
+                at = trained.find(content.strip(), at)
+                if at < 0:
+                    raise BadRecipe(
+                        f"field 'chat_template': with {self.name} the loss does not count all of an answer that begins "
+                        f"{content[:60]!r}",
+                        "Report this base and template; until then choose another template",
+                    )
+                at += len(content.strip())
+
+    def _first_difference(self, conversations: list[Conversation], theirs: list[list[int]]) -> int | None:
         ours = [ids for ids, _ in self.encode(conversations).rows()]
         return next((row for row, ids in enumerate(theirs) if ids != ours[row]), None)
+
+
+class _Pool:
+    """Fixed stretches of tokens, each kept once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[tuple[int, ...], tuple[bool, ...]], int] = {}
+
+    def number(self, stretch: tuple[tuple[int, ...], tuple[bool, ...]]) -> int:
+        return self._numbers.setdefault(stretch, len(self._numbers))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and marks of all stretches, flat."""
+        ids = [id for stretch, _ in self._numbers for id in stretch]
+        return np.array(ids, np.int32), np.array([mark for _, marks in self._numbers for mark in marks], bool)
+
+    def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the stretches begin in the arrays, and their lengths."""
+        lengths = np.array([len(stretch) for stretch, _ in self._numbers], np.int64)
+        return (lengths.cumsum() - lengths)[numbers], lengths[numbers]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    return orjson.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def _named_tokens(folder: Path) -> dict[str, Any]:
+    """The texts of bos_token, eos_token and so on, from either of the two files in which they stand."""
+    older = folder / "special_tokens_map.json"
+    settings = {**(orjson.loads(older.read_bytes()) if older.is_file() else {}), **_config(folder)}
+    found = {name: settings[name] for name in SPECIAL if settings.get(name)}
+    return {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
+
+
+def template_source(folder: Path, recipe: Recipe) -> str:
+    """The jinja source of the recipe's chat template.
+
+    Args:
+        folder: where the tokenizer's files are; looked at only for `chat_template: tokenizer`.
+
+    Raises:
+        Missing: the tokenizer has no chat template.
+    """
+    if recipe.chat_template != "tokenizer":
+        return (PROJECT / "include" / "templates" / f"{recipe.chat_template}.jinja").read_text("utf-8")
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    source = _config(folder).get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if not source:
+        raise Missing(
+            f"field 'chat_template': the tokenizer of {recipe.base_model} has no chat template",
+            "Name one: llama-3.1, llama-3, chatml, alpaca or vicuna",
+        )
+    return str(source)
+
+
+def renders_tools(template: str) -> bool:
+    """Whether a template writes both the tools that may be called and what they answered."""
+    names_tools, names_role = re.search(r"\btools\b", template), re.search(r"""['"](tool|ipython)['"]""", template)
+    return names_tools is not None and names_role is not None

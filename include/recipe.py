@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from include.errors import BadRecipe, Missing
+from include.expectations import CHECKS
 from include.settings import recipe_files
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -66,7 +67,31 @@ class Data(BaseModel):
         None, description="Branch, tag or commit of the Hub dataset. Empty: the newest; a run pins what it found."
     )
     max_rows: int | None = Field(None, ge=1, description="Use only the first so many rows. Empty: all.")
+    merge_turns: bool = Field(
+        False, description="Join turns of one role that follow each other; otherwise such a row is refused."
+    )
     max_refused_share: Share = Field(0.05, description="The run fails when validation refuses more than this share.")
+    check_limits: dict[str, Share] = Field(
+        {},
+        description="For single checks, the share of rows that may fail them before the run fails, for example "
+        "`special_token_text: 0`. The names stand in the report.",
+    )
+    near_duplicates: Literal["report", "drop"] = Field(
+        "report",
+        description="What becomes of a row that says nearly the same as an earlier one. Such a row never trains when "
+        "the other is held out.",
+    )
+    near_duplicate_similarity: float = Field(
+        0.85,
+        ge=0.5,
+        le=1,
+        description="From which share of common three-word sequences two rows are near-duplicates (MinHash estimate).",
+    )
+    decontaminate_against: str | None = Field(
+        None,
+        description="A file of benchmark prompts (jsonl, json, csv, parquet: a text column or conversations; txt: one "
+        "for each line). Rows that contain one, or eight of its words in a row, do not train.",
+    )
     holdout_share: Share = Field(0.05, lt=1, description="Share of rows kept out of training, to measure the adapter.")
     max_holdout_rows: int = Field(500, ge=1, description="No more holdout rows than this are measured.")
 
@@ -90,6 +115,11 @@ class Model(BaseModel):
         "refuse",
         description="When the template writes special tokens that the base's vocabulary lacks: refuse the run, or let "
         "them be split into ordinary tokens, with a warning in log, report and model card.",
+    )
+    special_tokens_in_text: Literal["literal", "parse"] = Field(
+        "literal",
+        description="What becomes of a turn's text that looks like a special token: `literal` keeps it as the "
+        "characters that it is; `parse` makes the token of it, for data that is written so on purpose.",
     )
     max_seq_length: int = Field(
         2048, ge=16, le=1_048_576, description="Longest conversation in tokens; see on_too_long."
@@ -198,6 +228,13 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing):
 
     name: str = Field(pattern=NAME, description="Name of the recipe, of its file and of its DAG.")
     description: str = Field("", description="One sentence for the DAG's page.")
+
+    @field_validator("check_limits")
+    @classmethod
+    def _known_checks(cls, limits: dict[str, float]) -> dict[str, float]:
+        if unknown := set(limits) - set(CHECKS):
+            raise ValueError(f"there is no check '{unknown.pop()}' (there are: {', '.join(CHECKS)})")
+        return limits
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:

@@ -22,12 +22,13 @@ import orjson
 from include.errors import BadData, Missing, NoPermission, RetuneError, Unreachable
 from include.recipe import Recipe
 from include.settings import PROJECT, var
+from include.sharegpt import read
 from include.store import Store, file_digest, fingerprint
 
 DEMO_BASE = "demo://little-llama"
 FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "config.json", "chat_template*", "generation_config.json"]
-ROWS_PER_GROUP = 5_000  # one huge row group is slow to read in slices
+ROWS_PER_GROUP = 5000
 
 
 def is_hub_id(name: str) -> bool:
@@ -108,8 +109,8 @@ def pin_dataset(recipe: Recipe) -> str:
 
 
 @contextmanager
-def file_errors(name: str) -> Iterator[None]:
-    """Turns what file systems and decompressors raise into one sentence about the dataset's file.
+def file_errors(name: str, field: str = "dataset") -> Iterator[None]:
+    """Turns what file systems and decompressors raise into one sentence about the file that a field names.
 
     Raises:
         Missing, NoPermission, BadData, Unreachable: see there.
@@ -120,15 +121,15 @@ def file_errors(name: str) -> Iterator[None]:
         raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise Missing(
-            f"field 'dataset': there is no file {name}", "Check the path; it is taken from the checkout"
+            f"field '{field}': there is no file {name}", "Check the path; it is taken from the checkout"
         ) from error
     except PermissionError as error:
-        raise NoPermission(f"field 'dataset': {name} cannot be read", "Correct its permissions") from error
+        raise NoPermission(f"field '{field}': {name} cannot be read", "Correct its permissions") from error
     except (EOFError, zlib.error, OSError, ValueError) as error:
         if isinstance(error, OSError) and "://" in name:
-            raise Unreachable(f"field 'dataset': {name} cannot be fetched ({error})", "Check the address") from error
+            raise Unreachable(f"field '{field}': {name} cannot be fetched ({error})", "Check the address") from error
         raise BadData(
-            f"field 'dataset': {name} cannot be read: {error}", "The file is cut or damaged: replace it"
+            f"field '{field}': {name} cannot be read: {error}", "The file is cut or damaged: replace it"
         ) from error
 
 
@@ -145,13 +146,41 @@ def read_rows(recipe: Recipe) -> Iterator[bytes]:
         yield from _hub_rows(recipe)
         return
     with file_errors(name):
-        place = absolute(name)
-        kind = next(k for k in sorted(FORMATS, key=len, reverse=True) if place.endswith(k)).removesuffix(".gz")
-        if kind == ".parquet":
-            yield from _parquet_rows(place)
-            return
-        with fsspec.open(place, "rb", compression="infer") as file:
-            yield from {".jsonl": _lines, ".json": _json_rows, ".csv": _csv_rows}[kind](file)
+        yield from _file_rows(name)
+
+
+def _file_rows(name: str) -> Iterator[bytes]:
+    place = absolute(name)
+    if not name.endswith(FORMATS):
+        raise Missing(f"{name} is no file of a known type", f"Name a file that ends in {', '.join(FORMATS)}")
+    kind = next(k for k in sorted(FORMATS, key=len, reverse=True) if place.endswith(k)).removesuffix(".gz")
+    if kind == ".parquet":
+        yield from _parquet_rows(place)
+        return
+    with fsspec.open(place, "rb", compression="infer") as file:
+        yield from {".jsonl": _lines, ".json": _json_rows, ".csv": _csv_rows}[kind](file)
+
+
+def read_prompts(place: str) -> list[str]:
+    """The texts of a benchmark file: lines of a .txt, or the first text column or user turns of rows.
+
+    Raises:
+        Missing, NoPermission, BadData, Unreachable: see `pin_dataset`.
+    """
+    with file_errors(place, "decontaminate_against"):
+        if place.endswith(".txt"):
+            with fsspec.open(absolute(place), "rt", encoding="utf-8") as file:
+                return [line.strip() for line in file if line.strip()]
+        return [text for raw in _file_rows(place) if (text := _prompt(raw))]
+
+
+def _prompt(raw: bytes) -> str:
+    conversation = read(raw).conversation
+    if "user" in conversation.roles:
+        return conversation.contents[conversation.roles.index("user")]
+    row = orjson.loads(raw)
+    values = row.values() if isinstance(row, dict) else [row]
+    return next((value for value in values if isinstance(value, str) and value.strip()), "")
 
 
 def _hub_rows(recipe: Recipe) -> Iterator[bytes]:
@@ -183,8 +212,11 @@ def _parquet_rows(place: str) -> Iterator[bytes]:
         try:
             for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_GROUP):
                 yield from (orjson.dumps(row, default=str) for row in batch.to_pylist())
-        except pa.ArrowException as error:
-            raise BadData(f"field 'dataset': {place} is no whole parquet file: {error}", "Replace the file") from error
+        except (pa.ArrowException, OSError) as error:
+            problem = " ".join(str(error).split())
+            raise BadData(
+                f"field 'dataset': {place} is no whole parquet file: {problem}", "Replace the file"
+            ) from error
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -53,7 +54,12 @@ def file_digest(path: Path) -> str:
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes and sha256 of every file below a folder, by relative path, the manifest itself left out."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != MANIFEST)
-    return {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(file_digest, files)
+        return {
+            p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": digest}
+            for p, digest in zip(files, digests, strict=True)
+        }
 
 
 def installed_packages() -> dict[str, str]:

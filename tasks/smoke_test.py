@@ -44,7 +44,7 @@ def smoke_test(job: Job, template: Artifact, train: Artifact) -> Result:
             "adapter": train.local() / ADAPTER,
             "prompts": [chat.prompt(messages(prompt)) for prompt in recipe.prompts],
             "stop": stop,
-            "pad": chat.tokenizer.pad_token_id,
+            "pad": chat.id_of("pad_token"),
         },
         job.out,
         job.say,
@@ -52,8 +52,8 @@ def smoke_test(job: Job, template: Artifact, train: Artifact) -> Result:
     answers = []
     for prompt, ids, base_ids in zip(recipe.prompts, said["adapter"], said["base"], strict=True):
         stopped = bool(ids) and ids[-1] in stop
-        answer = chat.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
-        by_base = chat.tokenizer.decode(base_ids[:-1] if base_ids and base_ids[-1] in stop else base_ids)
+        answer = chat.decode(ids[:-1] if stopped else ids)
+        by_base = chat.decode(base_ids[:-1] if base_ids and base_ids[-1] in stop else base_ids)
         checks = check(prompt, answer, by_base, stopped)
         answers.append({**prompt.model_dump(), "answer": answer, "base": by_base, "stopped": stopped, "checks": checks})
         job.say(

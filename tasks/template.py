@@ -3,80 +3,72 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from include.chat import IGNORED, ChatFormat, Encoded
+from include.chat import ChatFormat, Encoded
 from include.errors import BadData
-from include.expectations import PREPARED_ROWS
-from include.expectations import validate as run_suite
+from include.expectations import PREPARED_ROWS, Suite
 from include.parallel import in_order
+from include.profile import histogram
 from include.recipe import Recipe
+from include.rows import IGNORED, batch, read_table, sum_up, write
+from include.sharegpt import Conversation, Message, conversations_in
 from include.sources import fetch_base
 from include.stage import Job, Result, stage
 from include.store import Artifact
 from tasks.standardize import MESSAGES
 
-TRAIN, HOLDOUT, TOKENIZER, SAMPLES, DOCS = "train.arrow", "holdout.arrow", "tokenizer", "samples.txt", "data_docs"
+TRAIN, HOLDOUT, TOKENIZER, SAMPLES, DOCS = "train", "holdout", "tokenizer", "samples.txt", "data_docs"
 PROVED_ROWS, SHOWN_ROWS = 256, 10
 
 
 @stage(
-    version=2,
+    version=3,
     uses=(
-        "base_model", "base_revision", "chat_template", "missing_special_tokens", "max_seq_length", "on_too_long",
+        "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
+        "max_seq_length", "on_too_long", "check_limits",
     ),
 )  # fmt: skip
 def template(job: Job, standardize: Artifact) -> Result:
-    """Write `train.arrow` and `holdout.arrow` (Arrow streams: `row`, `input_ids`, `labels`), `tokenizer/` with the
-    template in it, `samples.txt` for people (trained text between » and «) and `data_docs/` of the token checks.
+    """Write `train/` and `holdout/` (Arrow streams, one for each file of messages: `row`, `input_ids`, `labels`),
+    `tokenizer/` with the template in it, `samples.txt` for people (trained text between » and «) and `data_docs/` of
+    the token checks.
 
     Raises:
         BadRecipe: the template does not fit the base's vocabulary.
         BadData: a conversation breaks the token contract, or no row is short enough.
     """
-    import pandas as pd
-    import pyarrow.parquet as pq
+    recipe = job.recipe
+    with Suite("prepared_rows", PREPARED_ROWS, recipe.check_limits, job.out / DOCS) as suite:
+        import numpy as np
+        import pandas as pd
 
-    chat = ChatFormat(fetch_base(job.recipe, job.store, tokenizer_only=True), job.recipe)
-    if chat.missing:
-        job.say(f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens")
-    chat.tokenizer.save_pretrained(job.out / TOKENIZER)
-    (job.out / TOKENIZER / "chat_template.jinja").write_text(chat.tokenizer.chat_template, encoding="utf-8")
-    source = standardize.local() / MESSAGES
-    proved = chat.prove(_spread_rows(source))
-    job.say(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
-
-    sides = _Side(job.out / TRAIN), _Side(job.out / HOLDOUT)
-    frames: list[pd.DataFrame] = []
-    samples: list[str] = []
-    groups = range(pq.ParquetFile(source).num_row_groups)
-    for group in in_order(lambda index: _encode_group(chat, source, index, job.recipe), groups):
-        frames.append(pd.DataFrame(group.contract))
-        for part in group.parts:
-            for side, batch in zip(sides, part, strict=True):
-                side.add(batch)
-        if not samples:
-            samples = _readable_rows(chat, group.parts[0][0])
-    (job.out / SAMPLES).write_text("\n".join(samples), encoding="utf-8")
-    contract = pd.concat(frames, ignore_index=True)
-    findings = run_suite(
-        contract, PREPARED_ROWS, "prepared_rows", lambda rule: 1.0 if rule.severity == "critical" else 0.0,
-        job.out / DOCS,
-    )  # fmt: skip
+        chat = ChatFormat(fetch_base(recipe, job.store, tokenizer_only=True), recipe)
+        if chat.missing:
+            job.say(f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens")
+        chat.save(job.out / TOKENIZER)
+        files = sorted((standardize.local() / MESSAGES).iterdir())
+        proved = chat.prove(_spread_rows(files))
+        job.say(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
+        for side in (TRAIN, HOLDOUT):
+            (job.out / side).mkdir(exist_ok=True)
+        groups = list(in_order(lambda index: _encode_group(chat, files[index], job.out, recipe), range(len(files))))
+        columns = {name: np.concatenate([group.contract[name] for group in groups]) for name in groups[0].contract}
+        contract = pd.DataFrame(columns)
+        findings = suite.validate(contract)
     if findings.broken:
-        row = next(row for row, rules in findings.failed.items() if any(r.says == findings.broken[0] for r in rules))
-        raise BadData(f"{findings.broken[0]} (first in row {row})", "This is a fault of the template or of Retune")
-    train, holdout = (side.close() for side in sides)
+        raise BadData(findings.broken[0], "If no limit of the recipe says so, it is a fault of the template or Retune")
+    train, holdout = (sum_up([group.sides[side] for group in groups]) for side in (TRAIN, HOLDOUT))
     if not train["rows"] or not holdout["rows"]:
         raise BadData(
             f"of the {'training' if not train['rows'] else 'holdout'} rows none has at most "
-            f"{job.recipe.max_seq_length:,} tokens (the shortest row has {contract['tokens'].min():,})",
+            f"{recipe.max_seq_length:,} tokens (the shortest row has {contract['tokens'].min():,})",
             "Raise max_seq_length, or use shorter conversations",
         )
+    samples = [sample for group in groups for sample in group.samples][:SHOWN_ROWS]
+    (job.out / SAMPLES).write_text("\n".join(samples), encoding="utf-8")
     over, left_out = int(contract["tokens_over"].sum()), int(contract["left_out"].sum())
     line = (
         f"{train['tokens']:,} tokens in {train['rows']:,} rows, {train['trained'] / train['tokens']:.0%} trained; "
@@ -88,32 +80,33 @@ def template(job: Job, standardize: Artifact) -> Result:
         "proved_rows": proved, "encoder": chat.encoder.name,
         "missing_special_tokens": chat.missing, "stop_tokens": chat.stop_tokens,
         "lengths": {f"p{share * 100:.0f}": int(tokens) for share, tokens in quantiles.items()},
-        "checks": findings.table,
-        "template_sha256": hashlib.sha256(chat.tokenizer.chat_template.encode()).hexdigest(),
+        "histogram": histogram(contract["tokens"].to_numpy()), "samples": samples,
+        "checks": findings.table, "docs": f"{DOCS}/{findings.page}",
+        "template_sha256": hashlib.sha256(chat.template.encode()).hexdigest(),
     }  # fmt: skip
     return Result(line, facts)
 
 
 @dataclass
 class _Group:
-    """A row group of messages, encoded.
+    """A file of messages, encoded.
 
     Attributes:
         contract: columns of the facts that the suite checks, one entry per row.
-        parts: pairs of Arrow record batches, of training and of holdout rows: the rows themselves, then what too long
-            ones were split into.
+        sides: for each side: rows, tokens, trained, and the sha256 of its ids and labels.
+        samples: the first rows as people can read them.
     """
 
     contract: dict[str, Any]
-    parts: list[tuple[Any, Any]]
+    sides: dict[str, dict[str, Any]]
+    samples: list[str]
 
 
-def _encode_group(chat: ChatFormat, source: Path, index: int, recipe: Recipe) -> _Group:
+def _encode_group(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _Group:
     import numpy as np
-    import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(source).read_row_group(index, use_threads=False)
-    conversations = [orjson.loads(messages) for messages in table["messages"].to_pylist()]
+    table = read_table(file)
+    conversations = list(conversations_in(table))
     rows, holdout, longest = table["row"].to_numpy(), table["holdout"].to_numpy(), recipe.max_seq_length
     encoded = chat.encode(conversations)
     contract = {"row": rows, **_contract(chat, encoded, conversations, longest)}
@@ -123,7 +116,7 @@ def _encode_group(chat: ChatFormat, source: Path, index: int, recipe: Recipe) ->
     parts = []
     if len(over) and recipe.on_too_long == "truncate":
         encoded = encoded.cut(longest)
-        usable = used = np.add.reduceat(encoded.trained.astype(np.int64), encoded.starts) > 0
+        usable = used = np.logical_or.reduceat(encoded.trained, encoded.starts)
     elif len(over) and recipe.on_too_long == "split":
         pieces = [(row, piece) for row in over for piece in _split(chat, conversations[row], longest)]
         if pieces:
@@ -131,131 +124,95 @@ def _encode_group(chat: ChatFormat, source: Path, index: int, recipe: Recipe) ->
             used[origin] = True
             parts.append((chat.encode([piece for _, piece in pieces]), rows[origin], holdout[origin], origin >= 0))
     parts.insert(0, (encoded, rows, holdout, usable))
-    contract["left_out"] = (~used).astype(np.int64)
-    return _Group(contract, [_two_sides(*part) for part in parts])
+    kept = encoded.ends - encoded.starts
+    contract["left_out"] = (~used).astype(np.int32)
+    contract["kept_over"] = (usable & (kept > longest)).astype(np.int32)
+    contract["cut"] = (usable & (kept < contract["tokens"])).astype(np.int32)
+    if recipe.on_too_long == "truncate":
+        contract["cut"] *= 0
+    sides = {}
+    for side, held in ((TRAIN, False), (HOLDOUT, True)):
+        batches = [batch(e, r, np.flatnonzero(use & (h == held))) for e, r, h, use in parts]
+        sides[side] = write(out / side / f"{file.stem}.arrow", batches)
+    shown = batch(encoded, rows, np.flatnonzero(usable)[:SHOWN_ROWS]) if file.stem == "00000" else None
+    return _Group(contract, sides, [_readable(chat, row) for row in shown.to_pylist()] if shown else [])
 
 
-def _split(chat: ChatFormat, messages: list[dict[str, str]], longest: int) -> list[list[dict[str, str]]]:
-    """The conversation as several, cut between exchanges, each with the system message and as long as may be.
+def _split(chat: ChatFormat, conversation: Conversation, longest: int) -> list[Conversation]:
+    """The conversation as several, cut before user turns, each with the system message and as long as may be.
 
     An exchange that alone is too long is left out.
     """
+    messages = conversation.messages
     system = messages[:1] if messages[0]["role"] == "system" else []
-    body = messages[len(system) :]
+    exchanges: list[list[Message]] = []
+    for message in messages[len(system) :]:
+        if message["role"] == "user" or not exchanges:
+            exchanges.append([])
+        exchanges[-1].append(message)
 
-    def fits(part: list[dict[str, str]]) -> bool:
-        return len(chat.encode([[*system, *part]]).ids) <= longest
+    def joined(part: list[Message]) -> Conversation:
+        return replace(Conversation.of([*system, *part]), tools=conversation.tools)
 
-    pieces: list[list[dict[str, str]]] = []
-    current: list[dict[str, str]] = []
-    for exchange in (body[i : i + 2] for i in range(0, len(body), 2)):
+    def fits(part: list[Message]) -> bool:
+        return len(chat.encode([joined(part)]).ids) <= longest
+
+    pieces: list[Conversation] = []
+    current: list[Message] = []
+    for exchange in exchanges:
         if current and not fits([*current, *exchange]):
-            pieces.append([*system, *current])
+            pieces.append(joined(current))
             current = []
         if current or fits(exchange):
             current = [*current, *exchange]
-    return [*pieces, [*system, *current]] if current else pieces
+    return [*pieces, joined(current)] if current else pieces
 
 
-def _two_sides(encoded: Encoded, rows: Any, holdout: Any, usable: Any) -> tuple[Any, Any]:
-    import numpy as np
-
-    train, held_out = (_batch(encoded, rows, np.flatnonzero(usable & side)) for side in (~holdout, holdout))
-    return train, held_out
-
-
-def _contract(
-    chat: ChatFormat, encoded: Encoded, conversations: list[list[dict[str, str]]], longest: int
-) -> dict[str, Any]:
+def _contract(chat: ChatFormat, encoded: Encoded, conversations: list[Conversation], longest: int) -> dict[str, Any]:
     """What the suite checks, for each conversation."""
     import numpy as np
 
-    def count(flags: Any) -> Any:
-        return np.add.reduceat(flags.astype(np.int64), encoded.starts) if len(flags) else np.zeros(0, np.int64)
+    def count(places: Any) -> Any:
+        """How many of the places (of tokens) are in each conversation."""
+        return np.bincount(np.searchsorted(encoded.ends, places, "right"), minlength=len(tokens)).astype(np.int32)
 
-    tokens = encoded.ends - encoded.starts
+    tokens = (encoded.ends - encoded.starts).astype(np.int32)
     followed = np.append(encoded.trained[1:], False)
     followed[encoded.ends - 1] = False  # the next conversation does not go on with this one's turn
-    ended = count(encoded.trained & ~followed & np.isin(encoded.ids, chat.stop_tokens))
-    turns = np.array([sum(m["role"] == "assistant" for m in messages) for messages in conversations])
-    bos = chat.tokenizer.bos_token_id
+    last = np.flatnonzero(encoded.trained & ~followed)  # of each trained stretch
+    stretches = count(last)
+    ended = count(last[np.isin(encoded.ids[last], chat.stop_tokens)])
+    answers = {roles: roles.count("assistant") for roles in {c.roles for c in conversations}}
+    turns = np.array([answers[c.roles] for c in conversations], np.int32)
+    bos = chat.id_of("bos_token")
     return {
         "tokens": tokens,
-        "tokens_over": (tokens > longest).astype(np.int64),
-        "trained": count(encoded.trained),
-        "bos_errors": np.abs(count(encoded.ids == bos) - chat.bos_count) if bos is not None else tokens * 0,
+        "tokens_over": (tokens > longest).astype(np.int32),
+        "untrained": (stretches == 0).astype(np.int32),
+        "bos_errors": tokens * 0 if bos is None else np.abs(count(np.flatnonzero(encoded.ids == bos)) - chat.bos_count),
         "unended_turns": tokens * 0 if chat.missing else turns - ended,
+        "mask_errors": np.abs(stretches - turns),
     }
 
 
-def _batch(encoded: Encoded, rows: Any, chosen: Any) -> Any:
-    """An Arrow record batch of the chosen conversations: `row`, `input_ids`, `labels`."""
-    import numpy as np
-    import pyarrow as pa
-
-    keep = np.zeros(len(rows), bool)
-    keep[chosen] = True
-    lengths = encoded.ends - encoded.starts
-    flat = np.repeat(keep, lengths)
-    offsets = pa.array(np.concatenate([[0], lengths[chosen].cumsum()]).astype(np.int32))
-    lists = [pa.ListArray.from_arrays(offsets, pa.array(values[flat])) for values in (encoded.ids, encoded.labels)]
-    return pa.RecordBatch.from_arrays([pa.array(rows[chosen]), *lists], ["row", "input_ids", "labels"])
+def _spread_rows(files: list[Path]) -> list[Conversation]:
+    """Rows for the proof, from all over the files."""
+    chosen = files[:: max(1, len(files) // 4)]
+    each = max(1, PROVED_ROWS // len(chosen))
+    found: list[Conversation] = []
+    for file in chosen:
+        table = read_table(file)
+        found += conversations_in(table.take(list(range(0, len(table), max(1, len(table) // each)))[:each]))
+    return found
 
 
-class _Side:
-    """One Arrow stream, written batch by batch, with the digest of its ids and labels."""
-
-    def __init__(self, path: Path):
-        import pyarrow as pa
-
-        ints = pa.list_(pa.int32())
-        schema = pa.schema([("row", pa.int64()), ("input_ids", ints), ("labels", ints)])
-        self.writer = pa.ipc.new_stream(str(path), schema)
-        self.digest = hashlib.sha256()
-        self.facts = {"rows": 0, "tokens": 0, "trained": 0}
-
-    def add(self, batch: Any) -> None:
-        labels = batch["labels"].flatten().to_numpy()
-        for values in (batch["input_ids"].flatten().to_numpy(), labels):
-            self.digest.update(values.tobytes())
-        self.facts["rows"] += len(batch)
-        self.facts["tokens"] += len(labels)
-        self.facts["trained"] += int((labels != IGNORED).sum())
-        self.writer.write_batch(batch)
-
-    def close(self) -> dict[str, Any]:
-        self.writer.close()
-        return {**self.facts, "ids_sha256": self.digest.hexdigest()}
-
-
-def _spread_rows(source: Path) -> list[list[dict[str, str]]]:
-    """Rows for the proof, from all over the file."""
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(source)
-    groups = range(0, file.num_row_groups, max(1, file.num_row_groups // 4))
-    each = PROVED_ROWS // len(groups)
-    found: list[bytes] = []
-    for group in groups:
-        column = file.read_row_group(group, ["messages"], use_threads=False)["messages"]
-        found += column.take(list(range(0, len(column), max(1, len(column) // each)))[:each]).to_pylist()
-    return [orjson.loads(messages) for messages in found]
-
-
-def _readable_rows(chat: ChatFormat, batch: Any) -> list[str]:
-    return [
-        f"row {row['row']}\n{_readable(chat, row['input_ids'], row['labels'])}\n"
-        for row in batch.slice(0, SHOWN_ROWS).to_pylist()
-    ]
-
-
-def _readable(chat: ChatFormat, ids: list[int], labels: list[int]) -> str:
-    """The text of the ids, with the trained stretches between » and «."""
+def _readable(chat: ChatFormat, row: dict[str, Any]) -> str:
+    """A prepared row as text, with the trained stretches between » and «."""
+    ids, trained = row["input_ids"], [label != IGNORED for label in row["labels"]]
     parts, begin = [], 0
-    trained = [label != IGNORED for label in labels]
     for end in range(1, len(trained) + 1):
         if end == len(trained) or trained[end] != trained[begin]:
-            text = chat.tokenizer.decode(ids[begin:end], skip_special_tokens=False)
+            text = chat.decode(ids[begin:end])
             parts.append(f"»{text}«" if trained[begin] else text)
             begin = end
-    return "".join(parts)
+    return f"row {row['row']}\n{''.join(parts)}\n"

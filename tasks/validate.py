@@ -1,137 +1,219 @@
-"""validate: every row is judged before anything is spent on it."""
+"""validate: every row is read and judged before anything is spent on it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from include.chat import renders_tools, template_source
 from include.errors import BadData
-from include.expectations import RAW_ROWS, Findings, Rule
-from include.expectations import validate as run_suite
+from include.expectations import RAW_ROWS, TOOL_RULES, Findings, Suite
 from include.parallel import in_order
-from include.sharegpt import read
+from include.profile import RowFacts, profile
+from include.recipe import Recipe
+from include.rows import write_table
+from include.sharegpt import FEATURES, read, read_all
+from include.sources import fetch_base
 from include.stage import Job, Result, stage
 from include.store import Artifact
 from tasks.download import ROWS
 
-QUARANTINE, GOOD, DOCS = "quarantine.jsonl", "good.parquet", "data_docs"
+READINGS, GOOD, QUARANTINE, REPAIRED = "readings", "good.parquet", "quarantine.jsonl", "repaired.jsonl"
+DOCS = "data_docs"
 
 
-@stage(version=1, uses=("dataset_format", "max_refused_share"))
+def _tools_rendered(job: Job, **_: Artifact) -> bool:
+    recipe = job.recipe
+    own = recipe.chat_template == "tokenizer"
+    folder = fetch_base(recipe, job.store, tokenizer_only=True) if own else Path()
+    return renders_tools(template_source(folder, recipe))
+
+
+@stage(
+    version=2,
+    uses=("dataset_format", "merge_turns", "max_refused_share", "check_limits"),
+    facts=_tools_rendered,
+)
 def validate(job: Job, download: Artifact) -> Result:
-    """Judge the raw rows with Great Expectations.
+    """Read the raw rows and judge them with Great Expectations.
 
-    Leaves `good.parquet` (the `row` numbers that may be trained on), `quarantine.jsonl` (every refused row: its
-    number, the reasons and its content) and `data_docs/` (the suite's results as pages).
+    Leaves `readings/` (an Arrow file for each row group: `row`, `digest`, and the conversation's columns, see
+    `sharegpt.read_all`), `good.parquet` (the `row` numbers that may be trained on), `quarantine.jsonl` and
+    `repaired.jsonl` (every refused and every repaired row: its number, the reasons and its content) and `data_docs/`
+    (the suite's results as pages).
 
     Raises:
-        BadData: no row is usable, or more than `max_refused_share` of the rows are refused.
+        BadData: no row is usable, or more rows are refused than `max_refused_share` or `check_limits` allow.
     """
-    import pandas as pd
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    tools = _tools_rendered(job)
+    rules = [rule for rule in RAW_ROWS if not (tools and rule.column in TOOL_RULES)]
     source = download.local() / ROWS
-    frame, repairs = _features(source, job.recipe.dataset_format == "alpaca")
-    budget = job.recipe.max_refused_share
-    findings = run_suite(
-        pd.DataFrame(frame), RAW_ROWS, "sharegpt_rows", lambda rule: 1 - budget if rule.severity == "critical" else 0.0,
-        job.out / DOCS,
-    )  # fmt: skip
-    reasons = {row: refusing for row, rules in findings.failed.items() if (refusing := _refusing(rules))}
-    refused = [row for row, rules in reasons.items() if any(r.severity == "critical" for r in rules)]
-    copies = len(reasons) - len(refused)
-    good = [row for row in frame["row"] if row not in reasons]
-    pq.write_table(pa.table({"row": pa.array(good, pa.int64())}), job.out / GOOD)
-    _write_quarantine(source, reasons, frame["problem"], job.out / QUARANTINE)
-    _judge(job, findings, reasons, frame, refused, good)
-    repaired = sum(repairs.values())
-    line = f"{len(good):,} good, {len(refused):,} refused, {copies:,} dropped as copies, {repaired:,} repaired"
+    (job.out / READINGS).mkdir(exist_ok=True)
+    with Suite("sharegpt_rows", rules, job.recipe.check_limits, job.out / DOCS) as suite:
+        import numpy as np
+        import pandas as pd
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        groups = range(pq.ParquetFile(source).num_row_groups)
+        parts = list(in_order(lambda index: _read_group(source, index, job.out, job.recipe), groups))
+        counts = {name: np.concatenate([part.counts[name] for part in parts]) for name in parts[0].counts}
+        critical = [rule.column for rule in rules if rule.severity == "critical"]
+        faulty = np.logical_or.reduce([counts[name] > 0 for name in critical])
+        originals = _originals(np.where(faulty, 0, np.concatenate([part.digests for part in parts])))
+        counts["copy"] = (originals >= 0).astype(np.int32)
+        findings = suite.validate(pd.DataFrame(counts))
+    refused = np.zeros(len(originals), bool)
+    for name in critical:
+        refused[findings.failed[name]] = True
+    good = ~refused & (originals < 0)
+    pq.write_table(pa.table({"row": np.flatnonzero(good)}), job.out / GOOD)
+    verdicts = _Verdicts(source, findings, parts, originals, refused, good)
+    reasons = verdicts.write(job.out)
+    verdicts.judge(job, reasons)
+    repairs: Counter[str] = Counter(repair for part in parts for made in part.repairs.values() for repair in made)
+    copies = int((originals >= 0).sum())
+    line = (
+        f"{good.sum():,} good, {refused.sum():,} refused, {copies:,} dropped as copies, "
+        f"{sum(len(part.repairs) for part in parts):,} repaired"
+    )
     facts = {
-        "rows": len(frame["row"]), "good": len(good), "refused": len(refused), "copies": copies, "repairs": repairs,
-        "reasons": _count(reasons), "checks": findings.table,
+        "rows": len(good), "good": int(good.sum()), "refused": int(refused.sum()), "copies": copies,
+        "repairs": dict(repairs), "reasons": reasons, "checks": findings.table,
+        "docs": f"{DOCS}/{findings.page}", "tools_rendered": tools,
+        "profile": profile([part.facts for part in parts], good, originals, verdicts.opening),
     }  # fmt: skip
     return Result(line, facts)
 
 
-def _features(source: Path, alpaca: bool) -> tuple[dict[str, list[Any]], dict[str, int]]:
-    """The features of all rows as columns, and how often each repair was made."""
-    import pyarrow.parquet as pq
+@dataclass
+class _Part:
+    """A row group, read.
 
-    columns: dict[str, list[Any]] = {}
-    repairs: Counter[str] = Counter()
-    groups = range(pq.ParquetFile(source).num_row_groups)
-    for part, made in in_order(lambda index: _group_features(source, index, alpaca), groups):
-        repairs += made
-        for name, values in part.items():
-            columns.setdefault(name, []).extend(values)
-    first_with: dict[str, int] = {}
-    firsts = [
-        first_with.setdefault(digest, row) if digest else row
-        for row, digest in zip(columns["row"], columns["digest"], strict=True)
-    ]
-    columns["copy_of"] = [None if first == row else first for row, first in zip(columns["row"], firsts, strict=True)]
-    return columns, dict(repairs)
+    Attributes:
+        counts: `row`, and for each of `FEATURES` how often it was seen in each row (int32).
+        digests: the first 8 bytes of each conversation's digest (uint64); 0 where there is none.
+        repairs, problems: by row, of those that have some (see `sharegpt.Reading`).
+        columns: of the first rows that could not be read.
+        facts: for the profile.
+    """
+
+    counts: dict[str, Any]
+    digests: Any
+    repairs: dict[int, list[str]]
+    problems: dict[int, str]
+    columns: list[tuple[str, ...]]
+    facts: RowFacts
 
 
-def _group_features(source: Path, index: int, alpaca: bool) -> tuple[dict[str, list[Any]], Counter[str]]:
+def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
+    import numpy as np
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(source).read_row_group(index, use_threads=False)
-    readings = [read(content, alpaca) for content in table["content"].to_pylist()]
-    columns = {name: [reading.features[name] for reading in readings] for name in readings[0].features}
-    return {"row": table["row"].to_pylist(), **columns}, Counter(r for reading in readings for r in reading.repairs)
-
-
-def _refusing(rules: list[Rule]) -> list[Rule]:
-    return [rule for rule in rules if rule.severity != "info"]
-
-
-def _count(reasons: dict[int, list[Rule]]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for rules in reasons.values():
-        counts[rules[0].says] = counts.get(rules[0].says, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
-
-
-def _write_quarantine(source: Path, reasons: dict[int, list[Rule]], problems: list[Any], target: Path) -> None:
-    import pyarrow.parquet as pq
-
-    with target.open("wb") as file:
-        for batch in pq.ParquetFile(source).iter_batches():
-            for row, content in zip(batch["row"].to_pylist(), batch["content"].to_pylist(), strict=True):
-                if row in reasons:
-                    says = [rule.says for rule in reasons[row]] + ([problems[row]] if problems[row] else [])
-                    entry = {"row": row, "reasons": says, "content": content.decode("utf-8", "backslashreplace")}
-                    file.write(orjson.dumps(entry) + b"\n")
-
-
-def _judge(
-    job: Job, findings: Findings, reasons: dict[int, list[Rule]], frame: dict[str, list[Any]], refused: list[int],
-    good: list[int],
-) -> None:  # fmt: skip
-    """Raises BadData when the rows must not be trained on; the quarantine stays in the work folder."""
-    rows, budget = len(frame["row"]), job.recipe.max_refused_share
-    where = f"every refused row and its reason: {job.out / QUARANTINE}"
-    uncheckable = [problem for problem in findings.broken if "could not be checked" in problem]
-    if uncheckable:
-        raise BadData(f"the dataset could not be checked: {uncheckable[0]}", "See the log")
-    if good and len(refused) <= budget * rows:
-        return
-    often, count = next(iter(_count(reasons).items()))
-    known = {frame["columns"][row] for row in refused[:100]} - {None}
-    hint = ""
-    if job.recipe.dataset_format != "alpaca" and any(
-        {"instruction", "output"} <= set(columns.split(", ")) for columns in known
-    ):
-        hint = "; the rows look like Alpaca's: set dataset_format: alpaca"
-    if not good:
-        raise BadData(f"none of the {rows:,} rows is usable: most often {often} ({count:,}){hint}", where)
-    raise BadData(
-        f"{len(refused):,} of {rows:,} rows are refused ({len(refused) / rows:.1%}, allowed {budget:.1%}): most often "
-        f"{often} ({count:,}){hint}",
-        f"Correct the data or raise max_refused_share; {where}",
+    rows = table["row"].to_pylist()
+    alpaca = recipe.dataset_format == "alpaca"
+    readings, columns = read_all(table["content"].to_pylist(), alpaca, recipe.merge_turns)
+    digests = [b"" if reading.features["unreadable"] else reading.conversation.digest for reading in readings]
+    write_table(
+        pa.table({"row": table["row"], "digest": pa.array(digests, pa.binary()), **columns}),
+        out / READINGS / f"{index:05d}.arrow",
     )
+    counts = np.array([[*reading.features.values()] for reading in readings], np.int32).reshape(-1, len(FEATURES))
+    return _Part(
+        {"row": table["row"].to_numpy(), **{name: counts[:, i] for i, name in enumerate(FEATURES)}},
+        np.array([int.from_bytes(digest[:8]) for digest in digests], np.uint64),
+        {row: reading.repairs for row, reading in zip(rows, readings, strict=True) if reading.repairs},
+        {row: reading.problem for row, reading in zip(rows, readings, strict=True) if reading.problem},
+        [reading.columns for reading in readings if reading.columns][:100],
+        RowFacts.of([reading.conversation for reading in readings]),
+    )
+
+
+def _originals(digests: Any) -> Any:
+    """For each row the first one with the same digest, -1 for that one itself and where the digest is 0."""
+    import numpy as np
+
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    found = first[inverse]
+    return np.where((found == np.arange(len(digests))) | (digests == 0), -1, found)
+
+
+class _Verdicts:
+    """What became of each row, for people."""
+
+    def __init__(self, source: Path, findings: Findings, parts: list[_Part], originals: Any, refused: Any, good: Any):
+        self._source, self._findings, self._parts = source, findings, parts
+        self._originals, self._refused, self._good = originals, refused, good
+        self._problems = {row: problem for part in parts for row, problem in part.problems.items()}
+
+    def write(self, out: Path) -> dict[str, int]:
+        """Write the quarantine and the list of repaired rows; returns how often each first reason was given."""
+        import numpy as np
+        import pyarrow.parquet as pq
+
+        repairs = {row: made for part in self._parts for row, made in part.repairs.items()}
+        says: dict[int, list[str]] = {}
+        for entry in self._findings.table:
+            if entry["severity"] != "info":
+                for row in self._findings.failed[entry["check"]].tolist():
+                    says.setdefault(row, []).append(entry["says"])
+        counts = Counter(reasons[0] for reasons in says.values())
+        file, begin = pq.ParquetFile(self._source), 0
+        wanted = np.zeros(len(self._good), bool)
+        wanted[[*says, *repairs]] = True
+        with (out / QUARANTINE).open("wb") as refused, (out / REPAIRED).open("wb") as repaired:
+            for group in range(file.num_row_groups):
+                end = begin + file.metadata.row_group(group).num_rows
+                if wanted[begin:end].any():
+                    content = file.read_row_group(group, ["content"], use_threads=False)["content"]
+                    for row in (begin + np.flatnonzero(wanted[begin:end])).tolist():
+                        text = content[row - begin].as_py().decode("utf-8", "backslashreplace")
+                        if row in says:
+                            why = [*says[row], *([self._problems[row]] if row in self._problems else [])]
+                            copy_of = {"copy_of": int(self._originals[row])} if self._originals[row] >= 0 else {}
+                            entry = {"row": row, "reasons": why, **copy_of, "content": text}
+                            refused.write(orjson.dumps(entry) + b"\n")
+                        elif row in repairs:
+                            entry = {"row": row, "repairs": repairs[row], "content": text}
+                            repaired.write(orjson.dumps(entry) + b"\n")
+                begin = end
+        return dict(counts.most_common())
+
+    def judge(self, job: Job, reasons: dict[str, int]) -> None:
+        """Raises BadData when the rows must not be trained on; the quarantine stays in the work folder."""
+        rows, refused, budget = len(self._good), int(self._refused.sum()), job.recipe.max_refused_share
+        where = f"every refused row and its reason: {job.out / QUARANTINE}"
+        hint = ""
+        columns = [set(names) for part in self._parts for names in part.columns]
+        if job.recipe.dataset_format != "alpaca" and any({"instruction", "output"} <= names for names in columns):
+            hint = "; the rows look like Alpaca's: set dataset_format: alpaca"
+        often, count = next(iter(reasons.items()), ("", 0))
+        if not self._good.any():
+            raise BadData(f"none of the {rows:,} rows is usable: most often {often} ({count:,}){hint}", where)
+        if self._findings.broken:
+            raise BadData(self._findings.broken[0], f"Correct the data, or change check_limits in the recipe; {where}")
+        if refused > budget * rows:
+            raise BadData(
+                f"{refused:,} of {rows:,} rows are refused ({refused / rows:.1%}, allowed {budget:.1%}): most often "
+                f"{often} ({count:,}){hint}",
+                f"Correct the data or raise max_refused_share; {where}",
+            )
+
+    def opening(self, row: int) -> str:
+        """How a row begins, for the profile."""
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(self._source)
+        for group in range(file.num_row_groups):
+            if row < (size := file.metadata.row_group(group).num_rows):
+                content = file.read_row_group(group, ["content"], use_threads=False)["content"][row].as_py()
+                found = read(content).conversation.contents
+                return (found[0] if found else content.decode("utf-8", "replace"))[:120]
+            row -= size
+        return ""

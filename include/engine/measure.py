@@ -8,6 +8,7 @@ from typing import Any
 from include.engine.model import load_adapter, load_base
 from include.engine.plan import make_plan
 from include.errors import BadData
+from include.rows import load as load_rows
 
 BATCH_TOKENS = 4096  # padded tokens of one forward pass: the logits of a 128k vocabulary then take 2 GB
 
@@ -16,16 +17,15 @@ def losses(job: dict[str, Any], say: Any) -> dict[str, Any]:
     """The mean loss per trained token of each holdout row, in nats, by the base and by each adapter.
 
     Args:
-        job: `recipe`, `base`, `rows` (Arrow stream), `most` (rows), `adapters` (name -> folder).
+        job: `recipe`, `base`, `rows` (folder, see `include.rows`), `most` (rows), `adapters` (name -> folder).
 
     Returns:
         `row` numbers, `tokens` (trained tokens of each row) and `losses` (`base` and each adapter's name -> list).
     """
     plan = make_plan({**job["recipe"], "engine": "transformers"})
     import torch
-    from datasets import Dataset
 
-    rows = Dataset.from_file(job["rows"])
+    rows = load_rows(job["rows"])
     rows = rows.select(range(min(job["most"], len(rows))))
     model = load_base(job["base"], job["recipe"], plan)
     for name, folder in job["adapters"].items():

@@ -14,6 +14,7 @@ import orjson
 from include.engine.model import add_adapter, load_base
 from include.engine.plan import make_plan
 from include.errors import BadData, ProcessLost
+from include.rows import load as load_rows
 from include.store import MANIFEST, describe_files, to_json, write_aside
 
 ADAPTER, CHECKPOINTS, TRAINING_LOG = "adapter", "checkpoints", "training_log.jsonl"
@@ -23,7 +24,7 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
     """Train, from the newest whole checkpoint where there is one.
 
     Args:
-        job: `recipe` (its fields), `base`, `tokenizer` (folders), `rows` (the Arrow stream), `out` (folder),
+        job: `recipe` (its fields), `base`, `tokenizer` (folders), `rows` (folder, see `include.rows`), `out` (folder),
             `base_name` and `base_revision` (what the adapter's config names as its base).
         say: takes a line for people.
 
@@ -37,7 +38,6 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
     recipe, out = job["recipe"], Path(job["out"])
     plan = make_plan(recipe)  # imports unsloth, where it is to be used, before transformers
     import torch
-    from datasets import Dataset
     from transformers import AutoTokenizer, set_seed
     from trl import SFTConfig, SFTTrainer
 
@@ -47,7 +47,7 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
     if plan.engine == "transformers":
         set_seed(recipe["seed"])  # the adapter's first weights; Unsloth takes the seed itself
     model = add_adapter(load_base(job["base"], recipe, plan), recipe, plan)
-    rows = Dataset.from_file(job["rows"])
+    rows = load_rows(job["rows"])
     settings = SFTConfig(
         output_dir=str(out / CHECKPOINTS),
         per_device_train_batch_size=recipe["per_device_train_batch_size"],

@@ -13,12 +13,12 @@ from typing import Any
 import orjson
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from include.engine import supervise
 from include.errors import BadRecipe, Missing, ProcessLost
+from include.rows import load as load_rows
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
@@ -49,7 +49,7 @@ def job(small_recipe: Callable, pipeline: Callable, artifact: Callable, tiny_bas
         return {
             "recipe": frozen_recipe(Store(), trail).model_dump(mode="json"), "base": str(tiny_base),
             "base_name": "owner/base", "base_revision": "abc", "tokenizer": str(prepared / "tokenizer"),
-            "rows": str(prepared / "train.arrow"), "holdout": str(prepared / "holdout.arrow"), "out": str(out),
+            "rows": str(prepared / "train"), "holdout": str(prepared / "holdout"), "out": str(out),
         }  # fmt: skip
 
     return make
@@ -75,7 +75,7 @@ def test_the_loss_counts_assistant_tokens_only(job: Callable, tmp_path: Path, ti
         tmp_path / "out", max_steps=1, load_in_4bit=False, per_device_train_batch_size=64, gradient_accumulation_steps=1
     )
     supervise.run("train", made, tmp_path / "out", lambda _: None)
-    rows = Dataset.from_file(made["rows"])
+    rows = load_rows(made["rows"])
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     total = count = 0.0
     with torch.inference_mode():

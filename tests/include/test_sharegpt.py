@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 
+import great_expectations  # noqa: F401  # once here, and not in the process of every suite
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from include.expectations import RAW_ROWS, validate
-from include.sharegpt import read
+from include.expectations import RAW_ROWS, Suite
+from include.sharegpt import conversations_in, read, read_all
+from tests.conftest import conversation
 
 GOOD = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -28,37 +31,55 @@ MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": 
         ({"conversations": [GOOD[0], {"role": "assistant", "content": "ho", "weight": 1}]}, []),
         ({"conversations": [*GOOD, {"from": "human", "value": "bye"}]}, ["last user turn without an answer removed"]),
         ({"conversations": [{"from": "human", "value": "h\x00i"}, GOOD[1]]}, ["NUL characters removed"]),
+        ({"conversations": GOOD, "tools": "[]", "id": 7}, []),
     ],
 )
 def test_good_rows_are_read_and_repairs_are_named(row: object, repairs: list[str]) -> None:
     reading = read(json.dumps(row).encode())
-    assert reading.messages == MESSAGES
+    assert reading.conversation.messages == MESSAGES
     assert reading.repairs == repairs
-    assert reading.features["problem"] is None
-    assert not any(reading.features[name] for name in ("malformed_turns", "unknown_roles", "order_errors"))
+    assert not any(count for name, count in reading.features.items() if name != "unknown_keys")
 
 
 @pytest.mark.parametrize(
     ("raw", "feature"),
     [
-        (b"{cut", "problem"),
-        (b"42", "problem"),
-        (b'{"instruction": "a", "output": "b"}', "problem"),
-        (b'{"conversations": null}', "problem"),
-        (b'{"conversations": "plain text"}', "problem"),
-        (b'{"conversations": {"a": 1}}', "problem"),
-        (b'{"conversations": [{"from": "human", "value": "\xff"}]}', "problem"),
-        (rb'{"conversations": [{"from": "human", "value": "\ud800"}]}', "problem"),
+        (b"{cut", "unreadable"),
+        (b"42", "unreadable"),
+        (b'{"instruction": "a", "output": "b"}', "unreadable"),
+        (b'{"conversations": null}', "unreadable"),
+        (b'{"conversations": "plain text"}', "unreadable"),
+        (b'{"conversations": {"a": 1}}', "unreadable"),
+        (b'{"conversations": [{"from": "human", "value": "\xff"}]}', "unreadable"),
+        (rb'{"conversations": [{"from": "human", "value": "\ud800"}]}', "unreadable"),
         (b'{"conversations": ["hi", "ho"]}', "malformed_turns"),
         (b'{"conversations": [{"value": "hi"}]}', "malformed_turns"),
         (b'{"conversations": [{"from": "alien", "value": "hi"}]}', "unknown_roles"),
-        (b'{"conversations": [{"from": "observation", "value": "hi"}]}', "tool_roles"),
+        (b'{"conversations": [{"from": "observation", "value": "hi"}]}', "tool_turns"),
         (b'{"conversations": [{"from": "human", "value": null}]}', "non_text_values"),
         (b'{"conversations": [{"from": "human", "value": 7}]}', "non_text_values"),
         (b'{"conversations": [{"from": "human", "value": " "}]}', "empty_values"),
         (b'{"conversations": [{"from": "gpt", "value": "hi"}]}', "order_errors"),
         (b'{"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}', "order_errors"),
         (b'{"conversations": [{"from": "human", "value": "a\xef\xbf\xbd"}]}', "broken_characters"),
+        (rb'{"conversations": [{"from": "human", "value": "a\ufffd"}]}', "broken_characters"),
+        (rb'{"conversations": [{"from": "human", "value": "a\u0007"}]}', "control_characters"),
+        (b'{"conversations": [{"from": "human", "value": "a\x7f"}]}', "control_characters"),
+        (b'{"conversations": [{"from": "human", "value": "<|eot_id|>"}]}', "special_token_text"),
+        (rb'{"conversations": [{"from": "human", "value": "\u003c/s>"}]}', "special_token_text"),
+        (
+            b'{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "[INST]"}]}',
+            "special_token_text",
+        ),
+        (b'{"conversations": [{"from": "human", "value": "a", "weight": 1}]}', "unknown_keys"),
+        (b'{"conversations": [{"from": "human", "value": "a"}]}', "no_assistant"),
+        (b'{"conversations": [{"from": "human", "value": "a"}]}', "last_speaker"),
+        (b'{"conversations": [{"from": "gpt", "value": "a"}]}', "first_speaker"),
+        (b'{"conversations": []}', "no_turns"),
+        (b'{"conversations": [{"role": "assistant", "content": null, "tool_calls": [{"a": 1}]}]}', "tool_calls"),
+        (b'{"conversations": [{"from": "human", "value": "a"}], "tools": [{"name": "f"}]}', "tool_lists"),
+        (b'{"conversations": [{"from": "human", "value": "a"}], "tools": "no JSON"}', "bad_tool_lists"),
+        (b'{"conversations": [{"from": "human", "value": "' + b"a" * 100_001 + b'"}]}', "long_turns"),
     ],
 )
 def test_what_is_wrong_with_a_row_shows_in_its_features(raw: bytes, feature: str) -> None:
@@ -85,22 +106,46 @@ DOCUMENTS = st.one_of(
 RAW = st.one_of(DOCUMENTS.map(lambda document: json.dumps(document).encode()), st.binary(max_size=60))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(rows=st.lists(RAW, min_size=1, max_size=40), alpaca=st.booleans())
+def test_signs_are_counted_in_the_row_where_they_stand() -> None:
+    rows = [
+        conversation("a", "b"),
+        conversation("a\ufffd\ufffd", "<|x|>"),
+        conversation("c", "d\x07"),
+        {"conversations": []},
+    ]
+    readings, columns = read_all([json.dumps(row).encode() for row in rows], False, False)
+    found = [
+        [r.features[n] for n in ("broken_characters", "special_token_text", "control_characters")] for r in readings
+    ]
+    assert found == [[0, 0, 0], [2, 1, 0], [0, 0, 1], [0, 0, 0]]
+    assert list(conversations_in(pa.table(columns))) == [reading.conversation for reading in readings]
+
+
+def test_turns_of_one_role_are_merged_when_asked() -> None:
+    row = {"conversations": [GOOD[0], {"from": "human", "value": "there"}, GOOD[1]]}
+    reading = read(json.dumps(row).encode(), merge=True)
+    assert reading.conversation.contents == ["hi\n\nthere", "ho"]
+    assert reading.repairs == ["turns of one role merged"]
+    assert not any(reading.features.values())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(RAW, min_size=1, max_size=40), alpaca=st.booleans(), merge=st.booleans())
 def test_any_row_is_accepted_or_refused_with_a_reason_and_none_raises(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[bytes], alpaca: bool
+    tmp_path_factory: pytest.TempPathFactory, rows: list[bytes], alpaca: bool, merge: bool
 ) -> None:
-    readings = [read(raw, alpaca) for raw in rows]
-    frame = pd.DataFrame([{"row": i, "copy_of": None, **r.features} for i, r in enumerate(readings)])
-    findings = validate(frame, RAW_ROWS, "rows", lambda rule: 0.0, tmp_path_factory.mktemp("docs"))
+    readings, _ = read_all(rows, alpaca, merge)
+    frame = pd.DataFrame([{"row": i, "copy": 0, **r.features} for i, r in enumerate(readings)])
+    with Suite("rows", RAW_ROWS, {}, tmp_path_factory.mktemp("docs")) as suite:
+        findings = suite.validate(frame)
     assert not findings.broken
+    refused = {row for rule in RAW_ROWS if rule.severity == "critical" for row in findings.failed[rule.column].tolist()}
     for row, reading in enumerate(readings):
-        refused = [rule for rule in findings.failed.get(row, []) if rule.severity == "critical"]
-        roles = [message["role"] for message in reading.messages]
+        roles = list(reading.conversation.roles)
         body = roles[1:] if roles[:1] == ["system"] else roles
         sound = (
             bool(body)
             and body == ["user", "assistant"] * (len(body) // 2)
-            and all(isinstance(message["content"], str) and message["content"].strip() for message in reading.messages)
+            and all(isinstance(said, str) and said.strip() for said in reading.conversation.contents)
         )
-        assert sound or refused, f"{rows[row]!r} was accepted"
+        assert sound or row in refused, f"{rows[row]!r} was accepted"

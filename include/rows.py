@@ -1,0 +1,79 @@
+"""Rows between the stages: Arrow files, which a reader maps into memory; prepared rows with token ids and labels."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from include.chat import Encoded
+
+IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+
+
+def batch(encoded: Encoded, rows: Any, chosen: Any) -> Any:
+    """An Arrow record batch of the chosen conversations: `row`, `input_ids`, `labels`."""
+    import numpy as np
+    import pyarrow as pa
+
+    lengths = encoded.ends - encoded.starts
+    ids, labels = encoded.ids, encoded.labels
+    if len(chosen) < len(rows):
+        keep = np.zeros(len(rows), bool)
+        keep[chosen] = True
+        flat = np.repeat(keep, lengths)
+        ids, labels = ids[flat], labels[flat]
+    offsets = pa.array(np.concatenate([[0], lengths[chosen].cumsum()]).astype(np.int32))
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (ids, labels)]
+    return pa.RecordBatch.from_arrays([pa.array(rows[chosen]), *lists], ["row", "input_ids", "labels"])
+
+
+def write(path: Path, batches: list[Any]) -> dict[str, Any]:
+    """Write an Arrow stream, if there is something to write; returns its rows, tokens, trained tokens and sha256."""
+    import pyarrow as pa
+
+    facts: dict[str, Any] = {"rows": 0, "tokens": 0, "trained": 0, "sha256": ""}
+    batches = [batch for batch in batches if len(batch)]
+    if not batches:
+        return facts
+    digest = hashlib.sha256()
+    with pa.ipc.new_stream(str(path), batches[0].schema) as writer:
+        for batch in batches:
+            ids, labels = (batch[name].flatten().to_numpy() for name in ("input_ids", "labels"))
+            digest.update(ids.tobytes())
+            digest.update(labels.tobytes())
+            facts["rows"] += len(batch)
+            facts["tokens"] += len(ids)
+            facts["trained"] += int((labels != IGNORED).sum())
+            writer.write_batch(batch)
+    return {**facts, "sha256": digest.hexdigest()}
+
+
+def sum_up(sides: list[dict[str, Any]]) -> dict[str, Any]:
+    """The facts of all files of a side; `ids_sha256` is the digest of the files' digests."""
+    found: dict[str, Any] = {name: sum(side[name] for side in sides) for name in ("rows", "tokens", "trained")}
+    digests = "".join(side["sha256"] for side in sides)
+    return {**found, "ids_sha256": hashlib.sha256(digests.encode()).hexdigest()}
+
+
+def load(folder: Path | str) -> Any:
+    """All streams of a folder, in the order of their names, as one `datasets.Dataset`."""
+    from datasets import Dataset, concatenate_datasets
+
+    return concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(Path(folder).iterdir())])
+
+
+def write_table(table: Any, path: Path) -> None:
+    """A table as an Arrow file."""
+    import pyarrow as pa
+
+    with pa.ipc.new_file(str(path), table.schema) as file:
+        file.write_table(table)
+
+
+def read_table(path: Path) -> Any:
+    """A table of `write_table`; its bytes are read when they are used."""
+    import pyarrow as pa
+
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
