@@ -32,8 +32,8 @@ TOKENIZER = MATERIAL / "tokenizers" / "llama-3.2"
 SAMPLE = 200
 
 
-def generate(path: Path, rows: int) -> None:
-    """Conversations of FineTome's lengths (mean about 500 tokens), composed of sentences that people wrote."""
+def generate(path: str, rows: str) -> dict[str, Any]:
+    """Write conversations of FineTome's lengths (mean about 500 tokens), composed of sentences that people wrote."""
     import numpy as np
 
     texts = [row["response"] for row in json.loads((MATERIAL / "datasets" / "gpteacher_roleplay.json").read_text())]
@@ -49,13 +49,14 @@ def generate(path: Path, rows: int) -> None:
             characters -= len(found[-1])
         return " ".join(found)
 
-    with path.open("w") as file:
-        for tokens in np.clip(np.random.default_rng(0).lognormal(5.95, 0.75, rows), 20, 2000):
+    with open(path, "w") as file:
+        for tokens in np.clip(np.random.default_rng(0).lognormal(5.95, 0.75, int(rows)), 20, 2000):
             turns, exchanges = [], chooser.choice((1, 1, 1, 2))
             for _ in range(exchanges):
                 turns.append({"from": "human", "value": text(tokens / exchanges)})
                 turns.append({"from": "gpt", "value": text(3 * tokens / exchanges)})
             file.write(json.dumps({"conversations": turns, "source": "bench", "score": 5.0}) + "\n")
+    return {}
 
 
 def floor(path: str) -> dict[str, Any]:
@@ -229,7 +230,9 @@ def main() -> None:
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.jsonl"
-            generate(path, rows)
+            in_process(
+                "generate", str(path), str(rows)
+            )  # elsewhere: a process inherits the peak of the one it comes from
             base = in_process("floor", str(path))
             stages = retune(path, Path(folder) / "var")
             skipped = arguments.skip_notebook or rows > 100_000
@@ -256,7 +259,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ways = {"floor": floor, "notebook": notebook, "task": task}
+    ways = {"generate": generate, "floor": floor, "notebook": notebook, "task": task}
     if sys.argv[1:2] and sys.argv[1] in ways:
         outcome = ways[sys.argv[1]](*sys.argv[3:])
         Path(sys.argv[2]).write_text(json.dumps(outcome))

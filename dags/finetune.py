@@ -70,7 +70,7 @@ def finetune(recipe: Recipe) -> DAG:
         version = on(publish)(verdict)
         proof = on(verify)(version)
         if recipe.base_model == DEMO_BASE:
-            frozen >> on(pretrain)(frozen) >> tokens
+            frozen >> on(pretrain)(frozen) >> good  # the first that may look at the base: at its chat template
         proof >> _report(recipe.name).as_teardown()  # a teardown runs after a failure, too, and does not hide it
     return dag
 
@@ -96,7 +96,7 @@ def _report(name: str, run_id: Any = None) -> str:
 
 
 def _doc(recipe: Recipe) -> str:
-    sampled = "4-bit base (QLoRA)" if recipe.load_in_4bit else "16-bit base"
+    sampled = f"{4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else 16}-bit base"
     length = f"{recipe.max_steps} steps" if recipe.max_steps > 0 else f"{recipe.num_train_epochs:g} epochs"
     return f"""### {recipe.name}
 

@@ -61,3 +61,11 @@ class Unreachable(TransientError):
 
 class ProcessLost(TransientError):
     """The training process died or was told to stop; the next try goes on from its last checkpoint."""
+
+
+class Hung(ProcessLost):
+    """The training process gave no sign of life for too long and was ended."""
+
+
+class OutOfMemory(ProcessLost):
+    """The device's memory did not hold a micro-batch; the next try takes a smaller one."""

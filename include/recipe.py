@@ -20,6 +20,7 @@ from include.expectations import CHECKS
 from include.settings import recipe_files
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODULE_SETS = {"minimal": ["q_proj", "v_proj"], "standard": PROJECTIONS[:4], "comprehensive": PROJECTIONS}
 Check = Literal[
     "not_empty", "stops", "no_special_tokens", "no_repetition", "no_echo", "differs_from_base", "as_expected"
 ]
@@ -130,6 +131,9 @@ class Model(BaseModel):
         "several of it, between exchanges, each with the system message; `truncate` keeps its first tokens.",
     )
     load_in_4bit: bool = Field(True, description="Load the frozen base in 4 bits (nf4, double quantization): QLoRA.")
+    load_in_8bit: bool = Field(
+        False, description="Load it in 8 bits (set load_in_4bit to false, too). With neither, it is loaded in 16 bits."
+    )
 
 
 class Lora(BaseModel):
@@ -141,9 +145,21 @@ class Lora(BaseModel):
     target_modules: list[str] = Field(
         PROJECTIONS,
         min_length=1,
-        description="The projections that get an adapter.",
-        examples=PROJECTIONS,
+        description="The projections that get an adapter; or the name of a set: `minimal` (q, v), `standard` (q, k, v, "
+        "o), `comprehensive` (and gate, up, down).",
+        examples=[*MODULE_SETS, *PROJECTIONS],
     )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained, too.")
+    use_rslora: bool = Field(False, description="Scale updates by alpha/sqrt(r) (rank-stabilized LoRA).")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _named_sets(cls, modules: Any) -> Any:
+        names = [modules] if isinstance(modules, str) else modules
+        if not isinstance(names, list):
+            return modules
+        found = [module for name in names for module in MODULE_SETS.get(str(name), [name])]
+        return list(dict.fromkeys(found))
 
 
 class Training(BaseModel):
@@ -159,17 +175,33 @@ class Training(BaseModel):
     max_steps: int = Field(60, ge=-1, description="Optimizer steps; -1: as many as num_train_epochs asks for.")
     num_train_epochs: float = Field(1.0, gt=0, le=1000, description="Passes over the data, when max_steps is -1.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Highest learning rate.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="How the learning rate falls after the warm-up."
-    )
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = Field("linear", description="How the learning rate falls after the warm-up.")
     warmup_steps: int = Field(5, ge=0, description="Steps over which the learning rate rises.")
-    optim: Literal["adamw_8bit", "adamw_torch"] = Field(
-        "adamw_8bit", description="Optimizer. Without a GPU, adamw_torch takes the place of adamw_8bit."
+    optim: Literal["adamw_8bit", "paged_adamw_8bit", "adamw_torch", "adafactor", "lion_8bit"] = Field(
+        "adamw_8bit", description="Optimizer. Without a GPU, adamw_torch takes the place of the 8-bit ones."
     )
     weight_decay: float = Field(0.01, ge=0, le=1, description="Weight decay.")
     packing: bool = Field(False, description="Put several conversations into one sequence of max_seq_length.")
     save_steps: int = Field(20, ge=1, description="A checkpoint every so many steps; a killed run loses no more.")
     logging_steps: int = Field(1, ge=1, description="A line in the training log every so many steps.")
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Measure the holdout loss at every checkpoint, stop when it has not fallen so many times in a row, "
+        "and keep the best checkpoint. Empty: train to the end.",
+    )
+    report_to: list[Literal["mlflow", "tensorboard", "wandb", "trackio"]] = Field(
+        [],
+        description="Also send the training log there; the package must be installed on the gpu queue's worker.",
+        examples=["mlflow", "tensorboard", "wandb", "trackio"],
+    )
+    hang_timeout: int = Field(
+        1800,
+        ge=10,
+        description="Seconds without a sign of life after which the training process is ended and the task retried.",
+    )
     seed: int = Field(3407, ge=0, le=2**31 - 1, description="Seed of adapter, data order and sampling.")
 
 
@@ -240,6 +272,8 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing):
     def _fits(self) -> Recipe:
         if self.max_steps == 0:
             raise ValueError("max_steps is 0: give a number of steps, or -1 to train num_train_epochs")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both true: set one of them to false")
         return self
 
     def part(self, fields: Iterable[str]) -> dict[str, Any]:

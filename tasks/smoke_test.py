@@ -23,8 +23,8 @@ NGRAM = 4
 @stage(
     version=1,
     uses=(
-        "base_model", "base_revision", "chat_template", "missing_special_tokens", "load_in_4bit", "max_seq_length",
-        "seed", *SmokeTest.model_fields,
+        "base_model", "base_revision", "chat_template", "missing_special_tokens", "load_in_4bit", "load_in_8bit",
+        "max_seq_length", "seed", *SmokeTest.model_fields,
     ),
 )  # fmt: skip
 def smoke_test(job: Job, template: Artifact, train: Artifact) -> Result:

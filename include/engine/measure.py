@@ -40,13 +40,30 @@ def losses(job: dict[str, Any], say: Any) -> dict[str, Any]:
             if name != "base":
                 model.set_adapter(name)
             with model.disable_adapter() if name == "base" else nullcontext():
-                found[name] = _row_losses(model, rows, plan.device)
+                found[name] = _fitting_losses(model, rows, plan.device, say)
             say(f"{name}: {sum(found[name]) / len(rows):.3f} nats per token over {len(rows)} rows")
     tokens = [sum(label != -100 for label in row) for row in rows["labels"]]
     return {"row": list(rows["row"]), "tokens": tokens, "losses": found, "plan": plan.as_dict()}
 
 
-def _row_losses(model: Any, rows: Any, device: str) -> list[float]:
+def _fitting_losses(model: Any, rows: Any, device: str, say: Any) -> list[float]:
+    """The losses of `_row_losses`, in smaller batches where memory does not hold larger ones."""
+    import torch
+
+    most = BATCH_TOKENS
+    while True:
+        try:
+            return _row_losses(model, rows, device, most)
+        except torch.OutOfMemoryError:
+            if most <= min(map(len, rows["input_ids"])):
+                raise
+            most //= 2
+            say(f"out of memory: measuring in batches of {most:,} tokens")
+            if device == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _row_losses(model: Any, rows: Any, device: str, most: int) -> list[float]:
     """The mean cross entropy of each row's trained tokens, in the order of the rows.
 
     Raises:
@@ -61,7 +78,7 @@ def _row_losses(model: Any, rows: Any, device: str) -> list[float]:
     found = [0.0] * len(rows)
     while order:
         batch = [order.pop(0)]
-        while order and (len(batch) + 1) * lengths[order[0]] <= BATCH_TOKENS:
+        while order and (len(batch) + 1) * lengths[order[0]] <= most:
             batch.append(order.pop(0))
         chosen = [rows[i] for i in batch]
         ids = pad_sequence([torch.tensor(row["input_ids"]) for row in chosen], batch_first=True).to(device)

@@ -10,7 +10,7 @@ from include.errors import BadRecipe, Missing
 
 
 def load_base(base: str, recipe: dict[str, Any], plan: Plan) -> Any:
-    """The base model, frozen, in 4 bits (nf4, double quantization) where the recipe says so.
+    """The base model, frozen, in 4 bits (nf4, double quantization) or 8 where the recipe says so.
 
     Args:
         base: folder with config.json and safetensors.
@@ -26,8 +26,9 @@ def load_base(base: str, recipe: dict[str, Any], plan: Plan) -> Any:
         from unsloth import FastLanguageModel
 
         model, _ = FastLanguageModel.from_pretrained(
-            base, max_seq_length=recipe["max_seq_length"], dtype=dtype, load_in_4bit=recipe["load_in_4bit"]
-        )
+            base, max_seq_length=recipe["max_seq_length"], dtype=dtype, load_in_4bit=recipe["load_in_4bit"],
+            load_in_8bit=recipe["load_in_8bit"],
+        )  # fmt: skip
         return model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -39,6 +40,8 @@ def load_base(base: str, recipe: dict[str, Any], plan: Plan) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    elif recipe["load_in_8bit"]:
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base, quantization_config=quantization, dtype=dtype, device_map={"": plan.device}, use_safetensors=True
@@ -65,7 +68,8 @@ def add_adapter(model: Any, recipe: dict[str, Any], plan: Plan) -> Any:
         "lora_alpha": recipe["lora_alpha"],
         "lora_dropout": recipe["lora_dropout"],
         "target_modules": recipe["target_modules"],
-        "bias": "none",
+        "bias": recipe["bias"],
+        "use_rslora": recipe["use_rslora"],
     }
     try:
         if plan.engine == "unsloth":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import orjson
 
 from include import errors
-from include.errors import ProcessLost, RetuneError
+from include.errors import Hung, ProcessLost, RetuneError
 from include.settings import PROJECT
 from include.store import to_json
 
@@ -23,7 +24,9 @@ LOG, JOB = "engine.log", "job.json"
 GRACE = 120.0  # seconds from asking the process to stop (it saves a checkpoint first) to killing it
 
 
-def run(command: str, job: dict[str, Any], folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    command: str, job: dict[str, Any], folder: Path, say: Callable[[str], None], silence: float = 1800
+) -> dict[str, Any]:
     """Run `python -m include.engine COMMAND` and return its result.
 
     Args:
@@ -31,8 +34,10 @@ def run(command: str, job: dict[str, Any], folder: Path, say: Callable[[str], No
         job: the command's arguments, plain JSON values.
         folder: where the job's arguments and the log of the process (its stdout and stderr) go.
         say: called with each line that the process has for people.
+        silence: seconds without a word of the process after which it is taken to hang.
 
     Raises:
+        Hung: it was silent for too long, and was killed.
         RetuneError: what the process reported, of the class it reported.
         ProcessLost: it was killed or asked to stop; what it had saved is in its output folder.
     """
@@ -55,10 +60,11 @@ def run(command: str, job: dict[str, Any], folder: Path, say: Callable[[str], No
     result: dict[str, Any] | None = None
     failure: RetuneError | None = None
     with _stopping(process) as stop, os.fdopen(reader, "rb") as events:
-        for line in events:
+        for line in _lines(events, process, silence):
             event = orjson.loads(line)
             if event["event"] == "say":
-                say(event["line"])
+                if event["line"]:  # an empty one is a sign of life
+                    say(event["line"])
             elif event["event"] == "result":
                 result = event["result"]
             elif event["event"] == "error":
@@ -71,6 +77,25 @@ def run(command: str, job: dict[str, Any], folder: Path, say: Callable[[str], No
     if result is None or process.returncode != 0:
         raise _lost(command, process.returncode, folder / LOG)
     return result
+
+
+def _lines(events: Any, process: subprocess.Popen[bytes], silence: float) -> Iterator[bytes]:
+    """The lines of a pipe until it is closed."""
+    os.set_blocking(events.fileno(), False)
+    rest = b""
+    while True:
+        ready, _, _ = select.select([events], [], [], silence)
+        if not ready:
+            process.kill()
+            raise Hung(
+                f"the process gave no sign of life for {silence:,.0f} s and was ended",
+                "Run again: it goes on from its last checkpoint; raise hang_timeout if it only takes long",
+            )
+        part = events.read()
+        if not part:
+            return
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
 
 
 class _Stop:

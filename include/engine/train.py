@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import orjson
 
 from include.engine.model import add_adapter, load_base
 from include.engine.plan import make_plan
-from include.errors import BadData, ProcessLost
+from include.errors import BadData, BadRecipe, OutOfMemory, ProcessLost
 from include.rows import load as load_rows
 from include.store import MANIFEST, describe_files, to_json, write_aside
 
@@ -36,7 +37,7 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
         BadData: the loss is not a number any more.
     """
     recipe, out = job["recipe"], Path(job["out"])
-    plan = make_plan(recipe)  # imports unsloth, where it is to be used, before transformers
+    plan = make_plan(recipe, job.get("micro_batch"))  # imports unsloth, where it is to be used, before transformers
     import torch
     from transformers import AutoTokenizer, set_seed
     from trl import SFTConfig, SFTTrainer
@@ -50,8 +51,8 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
     rows = load_rows(job["rows"])
     settings = SFTConfig(
         output_dir=str(out / CHECKPOINTS),
-        per_device_train_batch_size=recipe["per_device_train_batch_size"],
-        gradient_accumulation_steps=recipe["gradient_accumulation_steps"],
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
         max_steps=recipe["max_steps"],
         num_train_epochs=recipe["num_train_epochs"],
         learning_rate=recipe["learning_rate"],
@@ -73,7 +74,9 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
         save_steps=recipe["save_steps"],
         save_total_limit=2,
         disable_tqdm=True,
-        report_to="none",
+        report_to=recipe["report_to"] or "none",
+        run_name=recipe["name"],
+        **_early_stopping(recipe, plan),
         dataloader_num_workers=0,
         dataloader_pin_memory=plan.device == "cuda",
     )
@@ -83,9 +86,25 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
         rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe["max_seq_length"])
     types = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     journal = _journal_class()(out, recipe, say)
-    trainer = SFTTrainer(
-        model=model, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[journal]
-    )
+    callbacks: list[Any] = [journal]
+    holdout = None
+    if recipe["early_stopping_patience"]:
+        from transformers import EarlyStoppingCallback
+
+        holdout = load_rows(job["holdout"])
+        holdout = holdout.select(range(min(recipe["max_holdout_rows"], len(holdout))))
+        callbacks.append(EarlyStoppingCallback(recipe["early_stopping_patience"]))
+    try:
+        trainer = SFTTrainer(
+            model=model, args=settings, train_dataset=rows, eval_dataset=holdout, processing_class=tokenizer,
+            callbacks=callbacks,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if recipe["report_to"] and "requires" in str(error):
+            raise BadRecipe(
+                f"field 'report_to': {' '.join(str(error).split())}", "Install it, or leave it out"
+            ) from error
+        raise
     trained: Any = trainer.model
     for name, parameter in trained.named_parameters():
         # TRL casts the adapter of a quantized base to bfloat16, in which small updates are lost.
@@ -96,7 +115,18 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
         say(f"going on from {checkpoint.name}")
         journal.keep_log_until(int(checkpoint.name.rsplit("-", 1)[1]))
     journal.watch_signals()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    journal.watch_batches(model, plan.accumulation)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        problem = str(error).split(". ")[0]
+        raise OutOfMemory(
+            f"a micro-batch of {plan.micro_batch} did not fit into memory after step {trainer.state.global_step} "
+            f"({problem})",
+            "A smaller one is tried",
+        ) from error
+    except BadData as error:
+        raise BadData(f"{error.what}; {journal.rows_of_last_step(rows)}", error.do) from error
     if journal.stopped:
         raise ProcessLost(
             f"training was asked to stop and saved step {trainer.state.global_step}",
@@ -116,6 +146,20 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
         "last_losses": sum(losses[-10:]) / len(losses[-10:]),
         "trainable_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
         "peak_memory_bytes": torch.cuda.max_memory_reserved() if plan.device == "cuda" else _peak_memory(),
+    }
+
+
+def _early_stopping(recipe: dict[str, Any], plan: Any) -> dict[str, Any]:
+    """Settings that measure the holdout loss at every checkpoint and keep the best one."""
+    if not recipe["early_stopping_patience"]:
+        return {}
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": recipe["save_steps"],
+        "per_device_eval_batch_size": plan.micro_batch,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
     }
 
 
@@ -159,7 +203,7 @@ def _journal_class() -> type:
             self.path, self.recipe, self.say = out / TRAINING_LOG, recipe, say
             self.entries: list[dict[str, Any]] = []
             self.stopped = False
-            self._said = self._began = time.monotonic()
+            self._said = self._began = self._alive = time.monotonic()
             self._earlier = {"step": 0, "tokens": 0, "seconds": 0.0}  # where the tries before this one got to
 
         def watch_signals(self) -> None:
@@ -169,6 +213,31 @@ def _journal_class() -> type:
                 self.stopped = True
 
             signal.signal(signal.SIGTERM, stop)
+
+        def watch_batches(self, model: Any, accumulation: int) -> None:
+            """Remember the batches of a step, to name their rows when the loss breaks."""
+            self._batches: deque[Any] = deque(maxlen=accumulation)
+            self._worst = 2 * math.log(model.get_input_embeddings().num_embeddings)
+
+            def remember(_: Any, __: Any, named: dict[str, Any]) -> None:
+                if model.training and named.get("input_ids") is not None:
+                    self._batches.append((named["input_ids"], named.get("attention_mask")))
+
+            model.register_forward_pre_hook(remember, with_kwargs=True)
+
+        def rows_of_last_step(self, rows: Any) -> str:
+            """The rows of the last step by their numbers in the dataset, as far as they can be told."""
+            seen = set()
+            for ids, mask in self._batches:
+                for i, line in enumerate(ids.tolist()):
+                    kept = (
+                        mask[i].bool().tolist() if mask is not None and mask.shape == ids.shape else [True] * len(line)
+                    )
+                    seen.add(tuple(id for id, keep in zip(line, kept, strict=True) if keep))
+            if "row" not in rows.column_names:
+                return "its rows are packed together"
+            found = [row["row"] for row in rows if tuple(row["input_ids"]) in seen]
+            return f"rows of that step: {', '.join(map(str, sorted(found)))}"
 
         def keep_log_until(self, step: int) -> None:
             """Forget log entries of steps that were done after the checkpoint and are done again."""
@@ -200,10 +269,11 @@ def _journal_class() -> type:
                 "tokens": int(state.num_input_tokens_seen),
                 "seconds": round(self.seconds(), 3),
             }
-            if not math.isfinite(entry["loss"]):
+            if not math.isfinite(entry["loss"]) or entry["loss"] > self._worst:
                 raise BadData(
-                    f"the loss is {entry['loss']} at step {state.global_step}",
-                    "Lower learning_rate, or look at the rows of that batch",
+                    f"the loss is {entry['loss']:.3g} at step {state.global_step}"
+                    + ("" if math.isnan(entry["loss"]) else ", twice that of guessing"),
+                    "Lower learning_rate, or look at these rows",
                 )
             self.entries.append(entry)
             with self.path.open("ab") as file:
@@ -221,7 +291,19 @@ def _journal_class() -> type:
                 f"{rate:,.0f} tokens/s  {left:.0f} s left"
             )
 
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._show_life()
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._show_life()
+
+        def _show_life(self) -> None:
+            if time.monotonic() - self._alive >= 1:
+                self._alive = time.monotonic()
+                self.say("")
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._show_life()
             if self.stopped:
                 control.should_save = control.should_training_stop = True
 

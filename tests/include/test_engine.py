@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from include.engine import supervise
-from include.errors import BadRecipe, Missing, ProcessLost
+from include.errors import BadData, BadRecipe, Hung, Missing, ProcessLost
+from include.recipe import MODULE_SETS
 from include.rows import load as load_rows
 
 
@@ -34,6 +35,19 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
 def log_of(folder: Path) -> list[dict[str, Any]]:
     path = folder / "training_log.jsonl"
     return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def engines(out: Path) -> list[int]:
+    """The engine processes that work in a folder."""
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"include.engine" in command and str(out).encode() in command:
+            found.append(pid)
+    return found
 
 
 @pytest.fixture
@@ -96,13 +110,8 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(job: Callable,
 
     def kill() -> None:
         wait_until(lambda: len(log_of(killed)) >= 10)
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"include.engine" in command and str(killed).encode() in command:
-                os.kill(pid, signal.SIGKILL)
+        for pid in engines(killed):
+            os.kill(pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -132,6 +141,139 @@ def test_an_incomplete_checkpoint_is_passed_over(job: Callable, tmp_path: Path) 
     (tmp_path / "checkpoint-8" / "weights").write_bytes(b"x" * 50)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_packed_rows_do_not_see_each_other(job: Callable, tmp_path: Path, tiny_base: Path) -> None:
+    fields = {
+        "max_steps": 1,
+        "load_in_4bit": False,
+        "per_device_train_batch_size": 64,
+        "gradient_accumulation_steps": 1,
+    }
+    losses = {}
+    for packing in (False, True):
+        out = tmp_path / str(packing)
+        made = job(out, packing=packing, num_train_epochs=1, **fields)
+        supervise.run("train", made, out, lambda _: None)
+        losses[packing] = log_of(out)[0]["loss"]
+    # all rows are in the one step, alone or packed: the same tokens in the same surroundings have the same loss
+    assert losses[True] == pytest.approx(losses[False], abs=2e-4)
+
+
+def test_a_silent_process_is_ended_as_hung_and_the_next_try_goes_on(job: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = job(out, max_steps=40, save_steps=4)
+
+    def freeze() -> None:
+        wait_until(lambda: len(log_of(out)) >= 6)
+        for pid in engines(out):
+            os.kill(pid, signal.SIGSTOP)
+
+    freezer = threading.Thread(target=freeze)
+    freezer.start()
+    with pytest.raises(Hung, match="no sign of life for 15 s"):
+        supervise.run("train", made, out, lambda _: None, silence=15)
+    freezer.join()
+    wait_until(lambda: not engines(out))
+    done = supervise.run("train", made, out, lambda _: None)
+    assert int(done["resumed_from"].removeprefix("checkpoint-")) >= 4
+
+
+# put before the engine's own code: a device that holds so many conversations at once and no more
+SMALL_MEMORY = """
+import sys
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name == "trl" and "include.engine" in " ".join(sys.orig_argv):
+            sys.meta_path.remove(self)
+            import torch
+            from transformers import LlamaModel
+            forward = LlamaModel.forward
+            def limited(self, *args, **kwargs):
+                if self.training and kwargs["input_ids"].shape[0] > 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate too much")
+                return forward(self, *args, **kwargs)
+            LlamaModel.forward = limited
+sys.meta_path.insert(0, Hook())
+"""
+
+
+def test_out_of_memory_halves_the_micro_batch_holds_the_effective_one_and_goes_on(
+    small_recipe: Callable, pipeline: Callable, artifact: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SMALL_MEMORY)
+    fields = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "lora_dropout": 0.0}
+    straight = artifact(pipeline(small_recipe("straight", **fields), "train"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    found = artifact(pipeline(small_recipe("capped", **fields), "train"))
+    assert [event["micro_batch"] for event in found.facts["out_of_memory"]] == [4, 2]
+    assert "a micro-batch of 8 did not fit into memory" in found.facts["out_of_memory"][0]["what"]
+    assert (found.facts["plan"]["micro_batch"], found.facts["plan"]["accumulation"]) == (2, 4)
+    one, other = ([e["loss"] for e in log_of(a.local())] for a in (straight, found))
+    assert len(one) == 8
+    assert other == pytest.approx(one, rel=1e-3), "the same eight conversations in every step"
+
+
+def test_memory_too_small_for_a_single_conversation_says_what_to_change(
+    small_recipe: Callable, pipeline: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SMALL_MEMORY.replace("> 2", "> 0"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    with pytest.raises(BadRecipe, match="a single conversation does not fit .* Lower max_seq_length"):
+        pipeline(small_recipe(per_device_train_batch_size=1), "train")
+
+
+def test_a_loss_that_breaks_ends_the_run_and_names_step_and_rows(
+    job: Callable, tmp_path: Path, tiny_base: Path
+) -> None:
+    made = job(tmp_path / "out", max_steps=40, load_in_4bit=False, save_steps=100)
+    rows = load_rows(made["rows"])
+    holders: dict[int, set[int]] = {}
+    for row in rows:
+        for id in row["input_ids"]:
+            holders.setdefault(id, set()).add(row["row"])
+    broken, guilty = min(holders.items(), key=lambda entry: len(entry[1]))
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, tie_word_embeddings=False)
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[broken] = float("nan")
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(BadData, match=r"the loss is nan at step \d+; rows of that step: ") as caught:
+        supervise.run("train", {**made, "base": str(tmp_path / "base")}, tmp_path / "out", lambda _: None)
+    named = {int(n) for n in caught.value.what.rsplit(": ", 1)[1].split(", ")}
+    assert named & guilty
+    assert len(named) == 8
+
+
+def test_training_stops_early_when_the_holdout_loss_no_longer_falls(job: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = job(out, max_steps=200, save_steps=5, early_stopping_patience=2, learning_rate=0.05)
+    done = supervise.run("train", made, out, lambda _: None)
+    assert done["steps"] < 200
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"load_in_4bit": False, "target_modules": "minimal", "use_rslora": True},
+        {"load_in_4bit": False, "target_modules": "standard", "bias": "lora_only", "lr_scheduler_type": "cosine"},
+        {"optim": "adafactor", "report_to": ["tensorboard"]},
+    ],
+)
+def test_every_setting_of_the_recipe_reaches_the_adapter(job: Callable, tmp_path: Path, fields: dict) -> None:
+    out = tmp_path / "out"
+    made = job(out, max_steps=2, **fields)
+    if fields.get("report_to"):
+        with pytest.raises(BadRecipe, match="field 'report_to': .*tensorboard"):
+            supervise.run("train", made, out, lambda _: None)
+        return
+    supervise.run("train", made, out, lambda _: None)
+    config = orjson.loads((out / "adapter" / "adapter_config.json").read_bytes())
+    assert sorted(config["target_modules"]) == sorted(MODULE_SETS[fields["target_modules"]])
+    assert (config["use_rslora"], config["bias"]) == (fields.get("use_rslora", False), fields.get("bias", "none"))
 
 
 def test_a_missing_base_and_a_wrong_projection_are_said_in_one_line(job: Callable, tmp_path: Path) -> None:
