@@ -4,7 +4,7 @@ PORT ?= 8080
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run up test lint bench-data clean
+.PHONY: help setup demo run up test lint bench-data bench-train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,6 +36,9 @@ lint: $(READY) ## style and types
 
 bench-data: $(READY) ## time the data leg against its floor and the notebook's way (ROWS="10000 100000")
 	@.venv/bin/python -m bench.data $(if $(ROWS),--rows $(ROWS))
+
+bench-train: $(READY) ## time ways to train on the device at hand
+	@.venv/bin/python -m bench.train
 
 clean: ## remove what runs have left (var/), keep .venv
 	rm -rf var

@@ -218,7 +218,7 @@ def in_process(way: str, *arguments: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the three ways for each number of rows, print the table, write bench/data.json."""
+    """Run the three ways for each number of rows, print the table, put it into bench/data.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument(
@@ -255,7 +255,10 @@ def main() -> None:
         for way, seconds, megabytes in lines:
             print(f"{rows:>9,} {way:<28} {seconds:>8.1f} {seconds / base['seconds']:>8.2f} {megabytes:>8,.0f}")
         print(f"{rows:>9,} {result['compared_rows']} sampled rows have the ids of apply_chat_template")
-    (PROJECT / "bench" / "data.json").write_text(json.dumps(results, indent=2) + "\n")
+    report = PROJECT / "bench" / "data.json"
+    earlier = json.loads(report.read_text()) if report.exists() else []
+    kept = [entry for entry in earlier if entry["rows"] not in {result["rows"] for result in results}]
+    report.write_text(json.dumps(sorted([*kept, *results], key=lambda entry: entry["rows"]), indent=2) + "\n")
 
 
 if __name__ == "__main__":

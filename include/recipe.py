@@ -197,6 +197,14 @@ class Training(BaseModel):
         description="Also send the training log there; the package must be installed on the gpu queue's worker.",
         examples=["mlflow", "tensorboard", "wandb", "trackio"],
     )
+    fit_device: bool = Field(
+        True,
+        description="On a GPU, choose conversations per micro-step and gradient checkpointing by the device's memory; "
+        "their product with the accumulation stays. Off: exactly what is written here.",
+    )
+    device_memory_gb: float | None = Field(
+        None, gt=0, description="Use no more of the GPU's memory than this (GiB). Empty: all that is free."
+    )
     hang_timeout: int = Field(
         1800,
         ge=10,

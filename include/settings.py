@@ -37,6 +37,7 @@ for _name, _value in {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",  # tokenizers warns in every process that forks afterwards
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # rows of many lengths would leave half of the memory in pieces
     "GOMP_SPINCOUNT": "10000",  # torch's waiting threads yield: on busy cores spinning doubles the time of training
 }.items():
     os.environ.setdefault(_name, _value)

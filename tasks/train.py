@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from include.engine import supervise
+from include.engine.plan import PLAN
 from include.errors import BadRecipe, OutOfMemory
 from include.recipe import Lora, Training
 from include.sources import fetch_base, is_hub_id
@@ -64,11 +65,12 @@ def _train_in_memory(job: Job, work: dict[str, Any]) -> dict[str, Any]:
     batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     events: list[dict[str, Any]] = orjson.loads(kept.read_bytes()) if kept.exists() else []
     while True:
-        micro = events[-1]["micro_batch"] if events else recipe.per_device_train_batch_size
+        most = {"micro_batch": events[-1]["micro_batch"]} if events else {}
         try:
-            done = supervise.run("train", {**work, "micro_batch": micro}, job.out, job.say, recipe.hang_timeout)
+            done = supervise.run("train", {**work, **most}, job.out, job.say, recipe.hang_timeout)
             return {**done, "out_of_memory": events}
         except OutOfMemory as error:
+            micro = orjson.loads((job.out / PLAN).read_bytes())["micro_batch"]
             smaller = max((n for n in range(1, micro // 2 + 1) if batch % n == 0), default=0)
             if not smaller:
                 raise BadRecipe(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import orjson
+
 from include.errors import BadRecipe
+
+PLAN = "plan.json"
+RESERVE = 1.15  # of what is predicted must be free
 
 
 @dataclass
@@ -17,6 +23,8 @@ class Plan:
         dtype: compute type, as torch names it.
         micro_batch, accumulation: conversations per device and micro-step, and micro-steps per optimizer step; their
             product is the recipe's.
+        shrunk: whether the micro-batch is the largest that may be tried, after a larger one did not fit.
+        predicted_bytes: of device memory at the peak; 0 on a CPU.
         notes: where the plan differs from the recipe, and why; for people.
     """
 
@@ -28,6 +36,8 @@ class Plan:
     gradient_checkpointing: bool | str
     micro_batch: int
     accumulation: int
+    shrunk: bool = False
+    predicted_bytes: int = 0
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,8 +73,82 @@ def make_plan(recipe: dict[str, Any], micro_batch: int | None = None) -> Plan:
     engine, notes = _gpu_engine(recipe["engine"])
     return Plan(
         "cuda", torch.cuda.get_device_name(), engine, "bfloat16" if bf16 else "float16", recipe["optim"],
-        "unsloth" if engine == "unsloth" else True, *batch, notes,
+        "unsloth" if engine == "unsloth" else True, *batch, bool(micro_batch), notes=notes,
     )  # fmt: skip
+
+
+def fit(plan: Plan, recipe: dict[str, Any], base: str, longest: int) -> Plan:
+    """Choose micro-batch and gradient checkpointing so that the device is used and its memory holds; the effective
+    batch stays. On a CPU the plan is left as it is.
+
+    The host launches kernels for one micro-step at a time, so that speed grows with the micro-batch; checkpointing
+    halves it (both measured, see bench/train.json).
+
+    Args:
+        base: the base model's folder.
+        longest: tokens of the longest row.
+    """
+    if plan.device != "cuda" or not recipe["fit_device"]:
+        return plan
+    import torch
+
+    free = torch.cuda.mem_get_info()[0]
+    if recipe["device_memory_gb"]:
+        free = min(free, int(recipe["device_memory_gb"] * 2**30))
+    shape = orjson.loads((Path(base) / "config.json").read_bytes())
+    batch, most = plan.micro_batch * plan.accumulation, plan.micro_batch
+    if not plan.shrunk:
+        most = batch
+    checkpointed: bool | str = "unsloth" if plan.engine == "unsloth" else True
+    choices = [
+        replace(plan, micro_batch=micro, accumulation=batch // micro, gradient_checkpointing=how)
+        for micro in range(1, most + 1)
+        if batch % micro == 0
+        for how in (False, checkpointed)
+    ]
+    for choice in choices:
+        tokens = choice.micro_batch * (recipe["max_seq_length"] if recipe["packing"] else longest)
+        choice.predicted_bytes = predict_peak(shape, recipe, choice, tokens)
+    fitting = [choice for choice in choices if choice.predicted_bytes * RESERVE <= free]
+    best = max(fitting or choices[1:2], key=lambda c: c.micro_batch * (1 if c.gradient_checkpointing else 2))
+    best.notes.append(
+        f"{best.micro_batch} x {best.accumulation} {'with' if best.gradient_checkpointing else 'without'} gradient "
+        f"checkpointing: {best.predicted_bytes / 2**30:.1f} GiB predicted, {free / 2**30:.1f} GiB there"
+    )
+    return best
+
+
+def predict_peak(shape: dict[str, Any], recipe: dict[str, Any], plan: Plan, tokens: int) -> int:
+    """Bytes of device memory at the peak of a training step, for a Llama-like model with LoRA.
+
+    Weights by their bits; the adapter with its gradient and 8-bit optimizer states; for each token and layer the inputs
+    that the backward pass needs (of the two norms, the projections and the gate, in 16 bits), or with checkpointing
+    those of one layer and the layers' inputs, which Unsloth keeps in the host's memory; and a chunk of logits.
+
+    Args:
+        shape: the model's config.json.
+        tokens: of the largest micro-batch, padding included.
+    """
+    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    heads, groups = shape["num_attention_heads"], shape.get("num_key_value_heads", shape["num_attention_heads"])
+    size = shape.get("head_dim") or hidden // heads
+    sizes = {
+        "q_proj": (hidden, heads * size), "k_proj": (hidden, groups * size), "v_proj": (hidden, groups * size),
+        "o_proj": (heads * size, hidden), "gate_proj": (hidden, inner), "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }  # fmt: skip
+    each = 0.53 if recipe["load_in_4bit"] else 1.03 if recipe["load_in_8bit"] else 2  # bytes, with their scales
+    embeddings = shape["vocab_size"] * hidden * 2 * (1 if shape.get("tie_word_embeddings") else 2)
+    weights = layers * sum(a * b for a, b in sizes.values()) * each + embeddings
+    adapted = sum(a + b for name, (a, b) in sizes.items() if name in recipe["target_modules"])
+    adapter = layers * recipe["r"] * adapted * (4 + 4 + 2)
+    of_layer = 2 * (4 * hidden + (heads + 2 * groups) * size + 3 * inner)
+    own = 1 if plan.engine == "unsloth" else 2  # transformers keeps about twice as much (measured)
+    if not plan.gradient_checkpointing:
+        kept = tokens * layers * of_layer * own
+    else:
+        kept = tokens * of_layer * own + (0 if plan.engine == "unsloth" else tokens * layers * hidden * 2)
+    return int(weights + adapter + kept + 2**30 // own)
 
 
 def _gpu_engine(wanted: str) -> tuple[str, list[str]]:

@@ -7,13 +7,14 @@ import shutil
 import signal
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from include.engine.model import add_adapter, load_base
-from include.engine.plan import make_plan
+from include.engine.plan import PLAN, fit, make_plan
 from include.errors import BadData, BadRecipe, OutOfMemory, ProcessLost
 from include.rows import load as load_rows
 from include.store import MANIFEST, describe_files, to_json, write_aside
@@ -42,13 +43,20 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
     from transformers import AutoTokenizer, set_seed
     from trl import SFTConfig, SFTTrainer
 
+    rows = load_rows(job["rows"])
+    longest = max(map(len, rows["input_ids"][:])) if plan.device == "cuda" else 0
+    plan = replace(fit(plan, recipe, job["base"], longest), **job.get("plan", {}))
+    write_aside(out / PLAN, to_json(plan.as_dict()))
     for note in plan.notes:
         say(note)
+    if recipe["device_memory_gb"] and plan.device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, recipe["device_memory_gb"] * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+        )
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
     if plan.engine == "transformers":
         set_seed(recipe["seed"])  # the adapter's first weights; Unsloth takes the seed itself
     model = add_adapter(load_base(job["base"], recipe, plan), recipe, plan)
-    rows = load_rows(job["rows"])
     settings = SFTConfig(
         output_dir=str(out / CHECKPOINTS),
         per_device_train_batch_size=plan.micro_batch,
@@ -145,7 +153,7 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
         "first_losses": sum(losses[:10]) / len(losses[:10]),
         "last_losses": sum(losses[-10:]) / len(losses[-10:]),
         "trainable_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
-        "peak_memory_bytes": torch.cuda.max_memory_reserved() if plan.device == "cuda" else _peak_memory(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if plan.device == "cuda" else _peak_memory(),
     }
 
 

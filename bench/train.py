@@ -1,0 +1,185 @@
+"""Ways to train the same adapter on the same rows, on the device at hand: `make bench-train`.
+
+On a GPU: a random-weight Llama-3.2-3B (weights change neither speed nor memory), 4-bit, r=16 on seven projections, rows
+of FineTome's lengths. Elsewhere a tiny Llama, which shows that the ways run and what they cost beside each other, and
+nothing about a GPU. Each setting is a process of its own, in turn, as often as --repeats says; the first steps, which
+compile and warm up, are left out. The ways:
+
+- plain: transformers, PEFT, bitsandbytes as the tutorial has them (2 x 4, gradient checkpointing);
+- reference: Unsloth with the reference recipe's settings (2 x 4, its gradient checkpointing);
+- Retune: the same recipe as the planner fits it to the device, the effective batch of 8 held;
+- Retune in 8 GB: the same with no more than 8 GiB of the device's memory;
+- packed: transformers, several rows in each sequence of 2,048 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+SKIPPED = 4  # steps
+LIMIT = 790e12 / (4 * 3.2e9)  # tokens/s: measured FLOP/s of an H200 over the FLOPs of a token, forward and backward
+SIZES = {
+    "cuda": {"vocab_size": 128_256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+             "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
+    "cpu": {"vocab_size": 8_192, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+}  # fmt: skip
+AS_WRITTEN = {"fit_device": False}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"engine": "transformers", **AS_WRITTEN},
+    "reference": {"engine": "unsloth", **AS_WRITTEN},
+    "Retune": {"engine": "auto"},
+    "Retune in 8 GB": {"engine": "auto", "device_memory_gb": 8},
+    "packed": {"engine": "transformers", "packing": True, "per_device_train_batch_size": 4,
+               "gradient_accumulation_steps": 1},
+}  # fmt: skip
+
+
+def make_base(folder: str, device: str) -> dict[str, Any]:
+    """Write a Llama with random weights and a tokenizer of bytes."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES[device], tie_word_embeddings=True, max_position_embeddings=4096))
+    model.save_pretrained(folder)
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), "<end>"]
+    backend = Tokenizer(models.BPE({token: id for id, token in enumerate(sorted(alphabet))}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    return {}
+
+
+def make_rows(folder: str, rows: str) -> dict[str, Any]:
+    """Write prepared rows: random ids, lengths like FineTome's (mean 378, median 282 tokens), 5 of 8 trained."""
+    import numpy as np
+
+    from include.rows import write
+
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(5.8, 0.75, int(rows)), 20, 2040).astype(int)
+    ids = random.integers(10, 8000, lengths.sum()).astype(np.int32)
+    place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
+    labels = np.where(place < np.repeat(lengths * 3 // 8, lengths), np.int32(-100), ids)
+    Path(folder).mkdir()
+    write(Path(folder) / "00000.arrow", [arrow_batch(np.arange(len(lengths)), ids, labels, lengths)])
+    return {}
+
+
+def arrow_batch(rows: Any, ids: Any, labels: Any, lengths: Any) -> Any:
+    """An Arrow record batch as `template` writes it."""
+    import numpy as np
+    import pyarrow as pa
+
+    offsets = pa.array(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (ids, labels)]
+    return pa.RecordBatch.from_arrays([pa.array(rows), *lists], ["row", "input_ids", "labels"])
+
+
+def train(recipe: dict[str, Any], work: Path, out: Path) -> dict[str, Any] | str:
+    """Run the train job of the engine; its numbers, or why it failed."""
+    out.mkdir(parents=True)
+    job = {
+        "recipe": recipe, "base": str(work / "base"), "base_name": "bench", "base_revision": None,
+        "tokenizer": str(work / "base"), "rows": str(work / "rows"), "holdout": str(work / "rows"), "out": str(out),
+    }  # fmt: skip
+    (out / "job.json").write_text(json.dumps(job))
+    began = time.monotonic()
+    reader, writer = os.pipe()
+    with (out / "engine.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "include.engine", "train", str(out / "job.json"), str(writer)],
+            stdout=log, stderr=log, pass_fds=(writer,), cwd=PROJECT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"},
+        )  # fmt: skip
+    os.close(writer)
+    with os.fdopen(reader) as events:
+        found = [json.loads(line) for line in events]
+    process.wait()
+    last = next((event for event in reversed(found) if event["event"] in ("result", "error")), None)
+    if last is None or last["event"] == "error":
+        return last["what"] if last else "it ended without a word"
+    log_entries = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    first, end, done = log_entries[SKIPPED - 1], log_entries[-1], last["result"]
+    return {
+        "tokens_per_second": (end["tokens"] - first["tokens"]) / (end["seconds"] - first["seconds"]),
+        "seconds_per_step": (end["seconds"] - first["seconds"]) / (end["step"] - first["step"]),
+        "first_step_after": time.monotonic() - began - done["seconds"] + log_entries[0]["seconds"],
+        "peak_gib": done["peak_memory_bytes"] / 2**30, "predicted_gib": done["plan"]["predicted_bytes"] / 2**30,
+        "loss": end["loss"], "plan": done["plan"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run the ways in turn, print the table, write bench/train.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--out", default=str(PROJECT / "bench" / "train.json"))
+    arguments = parser.parse_args()
+    import torch
+
+    from include.recipe import check
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    recipe = check({"name": "bench"}, "bench").model_dump(mode="json")
+    name = torch.cuda.get_device_name() if device == "cuda" else "no GPU: a tiny Llama on the CPU"
+    print(f"{name}, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for function in (["make_base", str(work / "base"), device], ["make_rows", str(work / "rows"), "2000"]):
+            subprocess.run([sys.executable, "-m", "bench.train", *function], check=True, cwd=PROJECT)
+        runs: dict[str, list[Any]] = {way: [] for way in arguments.ways}
+        print(
+            f"{'way':<16} {'tokens/s':>9} {'s/step':>7} {'peak GiB':>9} {'predicted':>9} {'first step':>10} {'loss':>7}"
+        )
+        for repeat in range(arguments.repeats):
+            for way in arguments.ways:
+                if device == "cpu" and WAYS[way]["engine"] == "unsloth":
+                    continue
+                fields = {**recipe, **WAYS[way], "max_steps": arguments.steps, "save_steps": arguments.steps * 2}
+                found = train(fields, work, work / f"{way} {repeat}")
+                if isinstance(found, str):
+                    print(f"{way:<16} failed: {found}", flush=True)
+                    continue
+                runs[way].append(found)
+                print(
+                    f"{way:<16} {found['tokens_per_second']:>9,.0f} {found['seconds_per_step']:>7.2f} "
+                    f"{found['peak_gib']:>9.1f} {found['predicted_gib']:>9.1f} {found['first_step_after']:>9.0f}s "
+                    f"{found['loss']:>7.3f}", flush=True,
+                )  # fmt: skip
+    summary = {
+        "device": name, "torch": torch.__version__, "steps": arguments.steps,
+        "ways": {
+            way: {
+                "tokens_per_second": statistics.median(run["tokens_per_second"] for run in found),
+                "share_of_limit": statistics.median(run["tokens_per_second"] for run in found) / LIMIT
+                if device == "cuda" else None,
+                "runs": found,
+            }
+            for way, found in runs.items() if found
+        },
+    }  # fmt: skip
+    Path(arguments.out).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["make_base"]:
+        make_base(*sys.argv[2:])
+    elif sys.argv[1:2] == ["make_rows"]:
+        make_rows(*sys.argv[2:])
+    else:
+        main()
