@@ -154,7 +154,7 @@ def retune(path: Path, var: Path) -> dict[str, Any]:
     for stage in ("download", "validate", "standardize", "template"):
         measure = in_process("task", stage, json.dumps(trail))
         trail, found[stage] = measure.pop("trail"), measure
-    found["compared"] = compare(var)
+    found["compared"] = in_process("compare", str(var))["rows"]
     return found
 
 
@@ -165,8 +165,8 @@ def task(stage: str, trail: str) -> dict[str, Any]:
     return {"trail": getattr(importlib.import_module(f"tasks.{stage}"), stage)(json.loads(trail))}
 
 
-def compare(var: Path) -> int:
-    """Compare the ids of a sample with `apply_chat_template`; returns how many rows were equal.
+def compare(state: str) -> dict[str, Any]:
+    """Compare the ids of a sample with `apply_chat_template`; returns how many `rows` were equal.
 
     Raises:
         AssertionError: a row differs.
@@ -178,8 +178,8 @@ def compare(var: Path) -> int:
 
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(TOKENIZER)
     tokenizer.chat_template = (PROJECT / "include" / "templates" / "llama-3.1.jinja").read_text()
-    (prepared,) = var.glob("store/bench/template/*/train")
-    (messages,) = var.glob("store/bench/standardize/*/messages")
+    (prepared,) = Path(state).glob("store/bench/template/*/train")
+    (messages,) = Path(state).glob("store/bench/standardize/*/messages")
     rows = load(prepared)
     chosen = rows.select(random.Random(1).sample(range(len(rows)), min(SAMPLE, len(rows))))
     wanted = dict(zip(chosen["row"], chosen["input_ids"], strict=True))
@@ -190,7 +190,7 @@ def compare(var: Path) -> int:
                 theirs = tokenizer.apply_chat_template(conversation.messages, tokenize=True, return_dict=False)
                 assert list(wanted.pop(row)) == list(theirs), f"row {row} differs"
     assert not wanted
-    return len(chosen)
+    return {"rows": len(chosen)}
 
 
 def in_process(way: str, *arguments: str) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ways = {"generate": generate, "floor": floor, "notebook": notebook, "task": task}
+    ways = {"generate": generate, "floor": floor, "notebook": notebook, "task": task, "compare": compare}
     if sys.argv[1:2] and sys.argv[1] in ways:
         outcome = ways[sys.argv[1]](*sys.argv[3:])
         Path(sys.argv[2]).write_text(json.dumps(outcome))

@@ -39,12 +39,13 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
     """
     recipe, out = job["recipe"], Path(job["out"])
     plan = make_plan(recipe, job.get("micro_batch"))  # imports unsloth, where it is to be used, before transformers
+    import pyarrow.compute as pc
     import torch
     from transformers import AutoTokenizer, set_seed
     from trl import SFTConfig, SFTTrainer
 
     rows = load_rows(job["rows"])
-    longest = max(map(len, rows["input_ids"][:])) if plan.device == "cuda" else 0
+    longest = pc.max(pc.list_value_length(rows.data.column("input_ids"))).as_py()
     plan = replace(fit(plan, recipe, job["base"], longest), **job.get("plan", {}))
     write_aside(out / PLAN, to_json(plan.as_dict()))
     for note in plan.notes:
