@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,53 @@ def test_every_format_gives_the_same_messages(
     assert [said.contents for said in messages(artifact(trail)).values()] == [
         [turn["value"] for turn in row["conversations"]] for row in ROWS
     ]
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """The address of a web server for the files of `tmp_path/web`."""
+    (tmp_path / "web").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "web"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", lines(ROWS)), ("a.jsonl.gz", gzip.compress(lines(ROWS))), ("a.parquet", parquet(ROWS))],
+)
+def test_a_dataset_is_fetched_by_its_address_and_pinned_by_its_content(
+    name: str, content: bytes, web: str, tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    (tmp_path / "web" / name).write_bytes(content)
+    recipe = small_recipe(dataset=f"{web}/{name}")
+    first = pipeline(recipe, "download")
+    assert artifact(first).facts["rows"] == 40
+    assert pipeline(recipe, "download") == first
+    fewer = {
+        "a.jsonl": lines(ROWS[:30]),
+        "a.jsonl.gz": gzip.compress(lines(ROWS[:30])),
+        "a.parquet": parquet(ROWS[:30]),
+    }
+    (tmp_path / "web" / name).write_bytes(fewer[name])
+    second = pipeline(recipe, "download")
+    assert artifact(second).facts["rows"] == 30
+    (tmp_path / "web" / name).unlink()
+    with pytest.raises(Missing, match="field 'dataset': there is no file http"):
+        pipeline(recipe, "download")
+
+
+def test_a_dataset_in_an_object_store_is_fetched(
+    small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    import fsspec
+
+    with fsspec.open("memory://bucket/rows.jsonl", "wb") as file:
+        file.write(lines(ROWS))
+    found = artifact(pipeline(small_recipe(dataset="memory://bucket/rows.jsonl"), "download"))
+    assert found.facts["rows"] == 40
 
 
 def row(*turns: tuple[Any, Any], **more: Any) -> bytes:
