@@ -142,6 +142,11 @@ class Store:
         self.uri = uri or store_uri()
         self.root = UPath(self.uri)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is on this machine's disk, and perhaps on no other's."""
+        return _is_local(self.root)
+
     def path(self, *parts: str) -> UPath:
         """A place in the store."""
         return self.root.joinpath(*parts)

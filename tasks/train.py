@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import orjson
 
 from include.engine import supervise
 from include.engine.plan import PLAN
+from include.engine.train import CHECKPOINTS
 from include.errors import BadRecipe, OutOfMemory
 from include.recipe import Lora, Training
 from include.sources import fetch_base, is_hub_id
 from include.stage import Job, Result, stage
-from include.store import Artifact, to_json, write_aside
+from include.store import MANIFEST, Artifact, to_json, write_aside
 from tasks.template import HOLDOUT, TOKENIZER, TRAIN
 
 ADAPTER, SMALLER = "adapter", "out_of_memory.json"
@@ -61,13 +63,15 @@ def _train_in_memory(job: Job, work: dict[str, Any]) -> dict[str, Any]:
     """Train; after running out of memory go on from the last checkpoint with half the micro-batch, which the next tries
     keep. The effective batch stays the recipe's.
     """
-    recipe, kept = job.recipe, job.out / SMALLER
+    recipe, kept, checkpoints = job.recipe, job.out / SMALLER, StoredCheckpoint(job)
+    checkpoints.fetch()
     batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     events: list[dict[str, Any]] = orjson.loads(kept.read_bytes()) if kept.exists() else []
     while True:
         most = {"micro_batch": events[-1]["micro_batch"]} if events else {}
         try:
-            done = supervise.run("train", {**work, **most}, job.out, job.say, recipe.hang_timeout)
+            done = supervise.run("train", {**work, **most}, job.out, job.say, recipe.hang_timeout, checkpoints.keep)
+            checkpoints.drop()
             return {**done, "out_of_memory": events}
         except OutOfMemory as error:
             micro = orjson.loads((job.out / PLAN).read_bytes())["micro_batch"]
@@ -80,3 +84,44 @@ def _train_in_memory(job: Job, work: dict[str, Any]) -> dict[str, Any]:
             events.append({"what": error.what, "micro_batch": smaller})
             write_aside(kept, to_json(events))
             job.say(f"{error.what}: going on with {smaller} x {batch // smaller}")
+
+
+class StoredCheckpoint:
+    """The newest whole checkpoint of an unfinished training, kept in a store that is not this machine's disk.
+
+    A retry on another machine goes on from it.
+    """
+
+    def __init__(self, job: Job):
+        self._job, self._folder = job, job.out / CHECKPOINTS
+        self._stored = job.store.path(job.recipe.name, "train", f"{job.out.name}.{CHECKPOINTS}")
+
+    def fetch(self) -> None:
+        """Bring it here, unless this machine has one already."""
+        if self._job.store.is_local or any(self._folder.glob("checkpoint-*")) or not self._stored.exists():
+            return
+        manifests = sorted(self._stored.glob(f"*/{MANIFEST}"), key=lambda path: int(path.parent.name.split("-")[1]))
+        if manifests:
+            stored = manifests[-1].parent
+            target = self._folder / stored.name
+            for name in [*orjson.loads(manifests[-1].read_bytes())["files"], MANIFEST]:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                stored.fs.get_file((stored / name).path, str(target / name))
+            self._job.say(f"fetched {stored.name} from the store")
+
+    def keep(self, checkpoint: Path) -> None:
+        """Copy a checkpoint to the store, its manifest last, and remove the ones before it."""
+        if self._job.store.is_local:
+            return
+        target = self._stored / checkpoint.name
+        with self._job.store.writing():
+            for name in [*orjson.loads((checkpoint / MANIFEST).read_bytes())["files"], MANIFEST]:
+                target.fs.put_file(str(checkpoint / name), (target / name).path)
+            for older in self._stored.iterdir():
+                if older.name != checkpoint.name:
+                    older.fs.rm(older.path, recursive=True)
+
+    def drop(self) -> None:
+        """Remove it: the training is finished."""
+        if not self._job.store.is_local and self._stored.exists():
+            self._stored.fs.rm(self._stored.path, recursive=True)

@@ -36,7 +36,7 @@ def main(command: str, arguments: str, descriptor: str) -> int:
     try:
         module = importlib.import_module(f"include.engine.{COMMANDS[command]}")
         job = orjson.loads(Path(arguments).read_bytes())
-        result = getattr(module, command)(job, lambda line: send(event="say", line=line))
+        result = getattr(module, command)(job, lambda line, **more: send(event="say", line=line, **more))
     except RetuneError as error:
         send(event="error", kind=type(error).__name__, what=error.what, do=error.do)
         return 1

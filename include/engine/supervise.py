@@ -25,7 +25,12 @@ GRACE = 120.0  # seconds from asking the process to stop (it saves a checkpoint 
 
 
 def run(
-    command: str, job: dict[str, Any], folder: Path, say: Callable[[str], None], silence: float = 1800
+    command: str,
+    job: dict[str, Any],
+    folder: Path,
+    say: Callable[[str], None],
+    silence: float = 1800,
+    saved: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Run `python -m include.engine COMMAND` and return its result.
 
@@ -35,6 +40,7 @@ def run(
         folder: where the job's arguments and the log of the process (its stdout and stderr) go.
         say: called with each line that the process has for people.
         silence: seconds without a word of the process after which it is taken to hang.
+        saved: called with each checkpoint that is whole.
 
     Raises:
         Hung: it was silent for too long, and was killed.
@@ -65,6 +71,8 @@ def run(
             if event["event"] == "say":
                 if event["line"]:  # an empty one is a sign of life
                     say(event["line"])
+                if saved and "saved" in event:
+                    saved(Path(event["saved"]))
             elif event["event"] == "result":
                 result = event["result"]
             elif event["event"] == "error":

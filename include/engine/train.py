@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import shutil
 import signal
 import time
@@ -154,7 +155,7 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
         "first_losses": sum(losses[:10]) / len(losses[:10]),
         "last_losses": sum(losses[-10:]) / len(losses[-10:]),
         "trainable_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if plan.device == "cuda" else _peak_memory(),
+        "peak_memory_bytes": _peak_memory(),
     }
 
 
@@ -196,8 +197,11 @@ def _save(trainer: Any, tokenizer: Any, job: dict[str, Any], folder: Path) -> No
 
 
 def _peak_memory() -> int:
-    import resource
+    """The most bytes so far: of the device where there is one, else of this process."""
+    import torch
 
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -297,7 +301,7 @@ def _journal_class() -> type:
             rate, left = tokens / max(seconds, 1e-9), seconds / max(done, 1) * (steps - entry["step"])
             return (
                 f"step {entry['step']}/{steps}  loss {entry['loss']:.3f}  lr {entry['learning_rate']:.1e}  "
-                f"{rate:,.0f} tokens/s  {left:.0f} s left"
+                f"{rate:,.0f} tokens/s  {_peak_memory() / 2**30:.1f} GiB  {left:.0f} s left"
             )
 
         def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -319,5 +323,6 @@ def _journal_class() -> type:
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_aside(folder / MANIFEST, to_json({"step": state.global_step, "files": describe_files(folder)}))
+            self.say("", saved=str(folder))
 
     return Journal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -126,6 +127,30 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(job: Callable,
     assert [e["loss"] for e in log_of(killed)] == [e["loss"] for e in log_of(straight)], "bitwise the same losses"
     one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight, killed))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_training_goes_on_with_an_empty_disk_from_the_checkpoint_in_the_store(
+    small_recipe: Callable, pipeline: Callable, artifact: Callable, var: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETUNE_STORE", "memory://store")  # of this process: what the training process has is not in it
+    recipe = small_recipe(max_steps=40, save_steps=4)
+
+    def kill() -> None:
+        logs = lambda: list((var / "work" / "small" / "train").glob("*/training_log.jsonl"))  # noqa: E731
+        wait_until(lambda: logs() and len(log_of(logs()[0].parent)) >= 10)
+        for pid in engines(var):
+            os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(ProcessLost, match="ended by SIGKILL"):
+        pipeline(recipe, "train")
+    killer.join()
+    shutil.rmtree(var)
+    found = artifact(pipeline(recipe, "train"))
+    assert int(found.facts["resumed_from"].removeprefix("checkpoint-")) >= 4
+    assert found.facts["steps"] == 40
+    assert not list(found.folder.parent.glob("*.checkpoints/*")), "no checkpoint is left behind"
 
 
 def test_an_incomplete_checkpoint_is_passed_over(job: Callable, tmp_path: Path) -> None:
