@@ -76,7 +76,7 @@ def test_the_demo_survives_being_killed_and_is_published_once(var: Path, retune:
     assert (config["r"], len(config["target_modules"])) == (16, 7)
     assert manifest["training"]["plan"]["engine"] == "transformers"
     assert manifest["recipe"]["load_in_4bit"] is True
-    assert manifest["data"]["refused"] == 10
+    assert manifest["data"]["refused"] == 9
     answers = manifest["smoke_test"]["answers"]
     assert all(answer["checks"]["as_expected"] for answer in answers)
     assert not any(answer["checks"]["as_expected"] is None for answer in answers)

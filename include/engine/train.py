@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from collections import deque
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
 
     rows = load_rows(job["rows"])
     longest = pc.max(pc.list_value_length(rows.data.column("input_ids"))).as_py()
-    plan = replace(fit(plan, recipe, job["base"], longest), **job.get("plan", {}))
+    plan = fit(plan, recipe, job["base"], longest)
     write_aside(out / PLAN, to_json(plan.as_dict()))
     for note in plan.notes:
         say(note)
