@@ -80,7 +80,7 @@ def test_the_demo_survives_being_killed_and_is_published_once(var: Path, retune:
     answers = manifest["smoke_test"]["answers"]
     assert all(answer["checks"]["as_expected"] for answer in answers)
     assert not any(answer["checks"]["as_expected"] is None for answer in answers)
-    assert not any(answer["answer"] in answer["base"] for answer in answers), "the base does not answer"
+    assert not any(a["base"].strip().startswith(a["answer"].strip()) for a in answers), "the base does not answer"
     assert manifest["evaluation"]["verdict"]["against_base"]["high"] < -0.5
     page = Path(summary["report"].removeprefix("file://")).read_text()
     assert "The home of Alma is in Castle Hill." in page
