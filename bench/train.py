@@ -45,12 +45,13 @@ WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_base(folder: str, device: str) -> dict[str, Any]:
+def make_base(folder: str, device: str) -> None:
     """Write a Llama with random weights and a tokenizer of bytes."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**SIZES[device], tie_word_embeddings=True, max_position_embeddings=4096))
@@ -59,66 +60,47 @@ def make_base(folder: str, device: str) -> dict[str, Any]:
     backend = Tokenizer(models.BPE({token: id for id, token in enumerate(sorted(alphabet))}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
-    return {}
 
 
-def make_rows(folder: str, rows: str) -> dict[str, Any]:
+def make_rows(folder: str, rows: str) -> None:
     """Write prepared rows: random ids, lengths like FineTome's (mean 378, median 282 tokens), 5 of 8 trained."""
     import numpy as np
 
-    from include.rows import write
+    from include.chat import Encoded
+    from include.rows import batch, write
 
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(5.8, 0.75, int(rows)), 20, 2040).astype(int)
-    ids = random.integers(10, 8000, lengths.sum()).astype(np.int32)
-    place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
-    labels = np.where(place < np.repeat(lengths * 3 // 8, lengths), np.int32(-100), ids)
+    ends, numbers = lengths.cumsum(), np.arange(len(lengths))
+    ids = random.integers(10, 8000, ends[-1]).astype(np.int32)
+    trained = np.arange(len(ids)) - np.repeat(ends - lengths, lengths) >= np.repeat(lengths * 3 // 8, lengths)
     Path(folder).mkdir()
-    write(Path(folder) / "00000.arrow", [arrow_batch(np.arange(len(lengths)), ids, labels, lengths)])
-    return {}
+    write(Path(folder) / "00000.arrow", [batch(Encoded(ids, trained, ends), numbers, numbers)])
 
 
-def arrow_batch(rows: Any, ids: Any, labels: Any, lengths: Any) -> Any:
-    """An Arrow record batch as `template` writes it."""
-    import numpy as np
-    import pyarrow as pa
+def train(recipe: dict[str, Any], work: Path, out: Path) -> dict[str, Any]:
+    """Run the train job of the engine, and read its log.
 
-    offsets = pa.array(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
-    lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (ids, labels)]
-    return pa.RecordBatch.from_arrays([pa.array(rows), *lists], ["row", "input_ids", "labels"])
+    Raises:
+        RetuneError: it failed.
+    """
+    from include.engine import supervise
 
-
-def train(recipe: dict[str, Any], work: Path, out: Path) -> dict[str, Any] | str:
-    """Run the train job of the engine; its numbers, or why it failed."""
-    out.mkdir(parents=True)
     job = {
-        "recipe": recipe, "base": str(work / "base"), "base_name": "bench", "base_revision": None,
-        "tokenizer": str(work / "base"), "rows": str(work / "rows"), "holdout": str(work / "rows"), "out": str(out),
+        "recipe": recipe, "base": work / "base", "base_name": "bench", "base_revision": None,
+        "tokenizer": work / "base", "rows": work / "rows", "holdout": work / "rows", "out": out,
     }  # fmt: skip
-    (out / "job.json").write_text(json.dumps(job))
     began = time.monotonic()
-    reader, writer = os.pipe()
-    with (out / "engine.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "include.engine", "train", str(out / "job.json"), str(writer)],
-            stdout=log, stderr=log, pass_fds=(writer,), cwd=PROJECT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"},
-        )  # fmt: skip
-    os.close(writer)
-    with os.fdopen(reader) as events:
-        found = [json.loads(line) for line in events]
-    process.wait()
-    last = next((event for event in reversed(found) if event["event"] in ("result", "error")), None)
-    if last is None or last["event"] == "error":
-        return last["what"] if last else "it ended without a word"
-    log_entries = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
-    first, end, done = log_entries[SKIPPED - 1], log_entries[-1], last["result"]
+    done = supervise.run("train", job, out, lambda _: None)
+    seconds = time.monotonic() - began
+    entries = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    first, last = entries[SKIPPED - 1], entries[-1]
     return {
-        "tokens_per_second": (end["tokens"] - first["tokens"]) / (end["seconds"] - first["seconds"]),
-        "seconds_per_step": (end["seconds"] - first["seconds"]) / (end["step"] - first["step"]),
-        "first_step_after": time.monotonic() - began - done["seconds"] + log_entries[0]["seconds"],
+        "tokens_per_second": (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"]),
+        "seconds_per_step": (last["seconds"] - first["seconds"]) / (last["step"] - first["step"]),
+        "first_step_after": seconds - done["seconds"] + entries[0]["seconds"],
         "peak_gib": done["peak_memory_bytes"] / 2**30, "predicted_gib": done["plan"]["predicted_bytes"] / 2**30,
-        "loss": end["loss"], "plan": done["plan"],
+        "loss": last["loss"], "plan": done["plan"],
     }  # fmt: skip
 
 
@@ -132,8 +114,10 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
+    from include.errors import RetuneError
     from include.recipe import check
 
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = check({"name": "bench"}, "bench").model_dump(mode="json")
     name = torch.cuda.get_device_name() if device == "cuda" else "no GPU: a tiny Llama on the CPU"
@@ -151,9 +135,10 @@ def main() -> None:
                 if device == "cpu" and WAYS[way]["engine"] == "unsloth":
                     continue
                 fields = {**recipe, **WAYS[way], "max_steps": arguments.steps, "save_steps": arguments.steps * 2}
-                found = train(fields, work, work / f"{way} {repeat}")
-                if isinstance(found, str):
-                    print(f"{way:<16} failed: {found}", flush=True)
+                try:
+                    found = train(fields, work, work / f"{way} {repeat}")
+                except RetuneError as error:
+                    print(f"{way:<16} failed: {error}", flush=True)
                     continue
                 runs[way].append(found)
                 print(

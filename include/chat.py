@@ -228,36 +228,34 @@ class ChatFormat:
         texts: list[str] = []
         spans: list[Spans] = []
         counts: list[int] = []  # slots of each conversation
+
+        def put(text: str, trained: Spans) -> None:
+            slots.append(-1 - len(texts))
+            texts.append(text)
+            spans.append(trained)
+
         for conversation in conversations:
             before = len(slots)
             for part in self._shape(conversation.roles, conversation.tools, generation_prompt):
                 if isinstance(part, tuple):
                     slots.append(fixed.number(part))
                     continue
-                text, trained = "", []
+                text, trained = "", list[tuple[int, int]]()
                 for piece in part:
-                    said = piece.text
-                    if piece.turn is not None:
-                        content = conversation.contents[piece.turn]
-                        how = self._written[conversation.roles[piece.turn]]
-                        said = content if how == "as it is" else WRITTEN[how](content)
-                        if self._in_text and (found := self._in_text.split(said))[1:]:
-                            for token in found[1::2]:
-                                at = said.index(token)
-                                trained += [(len(text), len(text) + at)] if piece.trained and at else []
-                                if text or at:
-                                    slots.append(-1 - len(texts))
-                                    texts.append(text + said[:at])
-                                    spans.append(trained)
-                                slots.append(fixed.number(((self._special[token],), (piece.trained,))))
-                                text, trained, said = "", [], said[at + len(token) :]
-                    if piece.trained:
-                        trained.append((len(text), len(text) + len(said)))
-                    text = text + said if text else said
+                    said = self._said(piece, conversation)
+                    # the odd ones of a text that is cut at special tokens are those tokens
+                    for number, bit in enumerate(self._in_text.split(said) if self._in_text else (said,)):
+                        if number % 2:
+                            if text:
+                                put(text, trained)
+                            slots.append(fixed.number(((self._special[bit],), (piece.trained,))))
+                            text, trained = "", []
+                            continue
+                        if piece.trained:
+                            trained.append((len(text), len(text) + len(bit)))
+                        text = text + bit if text else bit
                 if text:
-                    slots.append(-1 - len(texts))
-                    texts.append(text)
-                    spans.append(trained)
+                    put(text, trained)
             counts.append(len(slots) - before)
         tokens = self.encoder.encode(texts, spans)
         ids, marked = fixed.arrays()
@@ -271,6 +269,13 @@ class ChatFormat:
         ends = np.concatenate([[0], lengths.cumsum()])[np.cumsum(counts, dtype=np.int64)]
         where = places(starts, lengths)
         return Encoded(np.concatenate([ids, tokens.ids])[where], np.concatenate([marked, tokens.marked])[where], ends)
+
+    def _said(self, piece: Piece, conversation: Conversation) -> str:
+        """The template's own text, or the turn's content as the template writes it."""
+        if piece.turn is None:
+            return piece.text
+        content, how = conversation.contents[piece.turn], self._written[conversation.roles[piece.turn]]
+        return content if how == "as it is" else WRITTEN[how](content)
 
     def _shape(self, roles: tuple[str, ...], tools: str | None, generation_prompt: bool) -> list[Any]:
         """The template for one order of roles: fixed stretches as (ids, trained), and lists of pieces to be encoded.

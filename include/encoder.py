@@ -1,6 +1,6 @@
 """Texts to token ids: by gigatoken where it is proven to agree with the tokenizer, else by the tokenizer itself.
 
-gigatoken encodes byte-level vocabularies a hundred times faster than Hugging Face's tokenizers. Where the two could
+gigatoken encodes byte-level vocabularies many times faster than Hugging Face's tokenizers. Where the two could
 differ is how they classify a character (their Unicode tables are of different years): so every character of the data
 is compared in a few surroundings before a text that holds it is trusted to gigatoken, and `ChatFormat.prove` compares
 whole rows at every run besides.

@@ -50,7 +50,7 @@ def train(job: Job, template: Artifact) -> Result:
         "holdout": prepared / HOLDOUT,
         "out": job.out,
     }
-    done = _train_in_memory(job, work)
+    done = _train_with_what_fits(job, work)
     resumed = f", went on from {done['resumed_from']}" if done["resumed_from"] else ""
     line = (
         f"{done['steps']} steps, loss {done['first_losses']:.3f} -> {done['last_losses']:.3f}, "
@@ -59,7 +59,7 @@ def train(job: Job, template: Artifact) -> Result:
     return Result(line, done)
 
 
-def _train_in_memory(job: Job, work: dict[str, Any]) -> dict[str, Any]:
+def _train_with_what_fits(job: Job, work: dict[str, Any]) -> dict[str, Any]:
     """Train; after running out of memory go on from the last checkpoint with half the micro-batch, which the next tries
     keep. The effective batch stays the recipe's.
     """

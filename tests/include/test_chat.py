@@ -303,7 +303,6 @@ def test_a_fast_encoder_that_differs_on_a_real_row_is_given_up(material: Path) -
             return Tokens(tokens.ids + 1, tokens.starts, tokens.marked)
 
     wrong.encoder = Shifted()
-    wrong._shapes.clear()
     assert wrong.prove([Conversation.of(HELLO)]) == 1
     assert wrong.encoder.name == "tokenizers"
     assert encode(wrong, HELLO) == right

@@ -33,6 +33,19 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     raise AssertionError("it did not come to that")
 
 
+def strike(folder: Path, step: int, with_signal: signal.Signals) -> threading.Thread:
+    """Sends the training process of a folder a signal once its log has so many steps."""
+
+    def wait() -> None:
+        wait_until(lambda: any(len(log_of(log.parent)) >= step for log in folder.rglob("training_log.jsonl")))
+        for pid in engines(folder):
+            os.kill(pid, with_signal)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
 def log_of(folder: Path) -> list[dict[str, Any]]:
     path = folder / "training_log.jsonl"
     return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
@@ -109,13 +122,7 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(job: Callable,
     supervise.run("train", job(straight, **fields), straight, lambda _: None)
     made = job(killed, **fields)
 
-    def kill() -> None:
-        wait_until(lambda: len(log_of(killed)) >= 10)
-        for pid in engines(killed):
-            os.kill(pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
+    killer = strike(killed, 10, signal.SIGKILL)
     with pytest.raises(ProcessLost, match="ended by SIGKILL"):
         supervise.run("train", made, killed, lambda _: None)
     killer.join()
@@ -135,14 +142,7 @@ def test_a_training_goes_on_with_an_empty_disk_from_the_checkpoint_in_the_store(
     monkeypatch.setenv("RETUNE_STORE", "memory://store")  # of this process: what the training process has is not in it
     recipe = small_recipe(max_steps=40, save_steps=4)
 
-    def kill() -> None:
-        logs = lambda: list((var / "work" / "small" / "train").glob("*/training_log.jsonl"))  # noqa: E731
-        wait_until(lambda: logs() and len(log_of(logs()[0].parent)) >= 10)
-        for pid in engines(var):
-            os.kill(pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
+    killer = strike(var / "work" / "small" / "train", 10, signal.SIGKILL)
     with pytest.raises(ProcessLost, match="ended by SIGKILL"):
         pipeline(recipe, "train")
     killer.join()
@@ -189,13 +189,7 @@ def test_a_silent_process_is_ended_as_hung_and_the_next_try_goes_on(job: Callabl
     out = tmp_path / "out"
     made = job(out, max_steps=40, save_steps=4)
 
-    def freeze() -> None:
-        wait_until(lambda: len(log_of(out)) >= 6)
-        for pid in engines(out):
-            os.kill(pid, signal.SIGSTOP)
-
-    freezer = threading.Thread(target=freeze)
-    freezer.start()
+    freezer = strike(out, 6, signal.SIGSTOP)
     with pytest.raises(Hung, match="no sign of life for 15 s"):
         supervise.run("train", made, out, lambda _: None, silence=15)
     freezer.join()
