@@ -165,6 +165,17 @@ class Lora(BaseModel):
 class Training(BaseModel):
     """How the adapter is trained."""
 
+    method: Literal["sft", "dpo"] = Field(
+        "sft",
+        description="`sft`: supervised fine-tuning on the assistant's turns; `dpo`: direct preference optimization on "
+        "rows with a prompt, a chosen and a rejected answer. It wants a learning_rate of some 1e-6 to 1e-5.",
+    )
+    beta: float = Field(0.1, gt=0, le=10, description="DPO's beta: the higher, the nearer to the base it stays.")
+    full_finetuning: bool = Field(
+        False,
+        description="Train the whole model in place of an adapter (set load_in_4bit to false, too). What is published "
+        "is then a model.",
+    )
     engine: Literal["auto", "unsloth", "transformers"] = Field(
         "auto",
         description="`unsloth` needs a supported GPU; `transformers` (with PEFT and bitsandbytes) runs anywhere;"
@@ -179,9 +190,12 @@ class Training(BaseModel):
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = Field("linear", description="How the learning rate falls after the warm-up.")
     warmup_steps: int = Field(5, ge=0, description="Steps over which the learning rate rises.")
-    optim: Literal["adamw_8bit", "paged_adamw_8bit", "adamw_torch", "adafactor", "lion_8bit"] = Field(
-        "adamw_8bit", description="Optimizer. Without a GPU, adamw_torch takes the place of the 8-bit ones."
-    )
+    optim: Literal[
+        "adamw_8bit", "paged_adamw_8bit", "adamw_torch", "adamw_torch_fused", "adafactor", "lion_8bit"
+    ] = Field(
+        "adamw_8bit",
+        description="Optimizer. Without a GPU, adamw_torch takes the place of the 8-bit and fused ones.",
+    )  # fmt: skip
     weight_decay: float = Field(0.01, ge=0, le=1, description="Weight decay.")
     packing: bool = Field(False, description="Put several conversations into one sequence of max_seq_length.")
     save_steps: int = Field(20, ge=1, description="A checkpoint every so many steps; a killed run loses no more.")
@@ -201,6 +215,16 @@ class Training(BaseModel):
         True,
         description="On a GPU, choose conversations per micro-step and gradient checkpointing by the device's memory; "
         "their product with the accumulation stays. Off: exactly what is written here.",
+    )
+    num_processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="GPUs of the worker that train together (torchrun). The effective batch stays what batch size and "
+        "accumulation say, and must be a multiple of this.",
+    )
+    torch_compile: bool = Field(
+        False, description="On a GPU, compile the model's layers: starts later, then trains faster (see README)."
     )
     device_memory_gb: float | None = Field(
         None, gt=0, description="Use no more of the GPU's memory than this (GiB). Empty: all that is free."
@@ -282,6 +306,17 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing):
             raise ValueError("max_steps is 0: give a number of steps, or -1 to train num_train_epochs")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both true: set one of them to false")
+        if self.full_finetuning and (self.load_in_4bit or self.load_in_8bit):
+            raise ValueError("full_finetuning needs a base in 16 bits: set load_in_4bit and load_in_8bit to false")
+        if self.per_device_train_batch_size * self.gradient_accumulation_steps % self.num_processes:
+            raise ValueError(
+                f"num_processes is {self.num_processes}: per_device_train_batch_size x gradient_accumulation_steps is "
+                "no multiple of it"
+            )
+        if self.method == "dpo" and (self.packing or self.on_too_long != "drop"):
+            raise ValueError("method is dpo: its pairs cannot be packed, and on_too_long must be drop")
+        if self.engine == "unsloth" and (self.method == "dpo" or self.full_finetuning or self.num_processes > 1):
+            raise ValueError("engine is unsloth, which trains an adapter by sft on one GPU: set engine to auto")
         return self
 
     def part(self, fields: Iterable[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""train: the adapter, by QLoRA, in a process of its own that survives retries."""
+"""train: the adapter, by QLoRA (or what else the recipe says), in a process of its own that survives retries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADAPTER, SMALLER = "adapter", "out_of_memory.json"
 
 
 @stage(
-    version=2,
+    version=3,
     uses=(
         "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length", "max_holdout_rows",
         *Lora.model_fields, *(field for field in Training.model_fields if field != "hang_timeout"),
@@ -65,7 +65,7 @@ def _train_with_what_fits(job: Job, work: dict[str, Any]) -> dict[str, Any]:
     """
     recipe, kept, checkpoints = job.recipe, job.out / SMALLER, StoredCheckpoint(job)
     checkpoints.fetch()
-    batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps // recipe.num_processes
     events: list[dict[str, Any]] = orjson.loads(kept.read_bytes()) if kept.exists() else []
     while True:
         most = {"micro_batch": events[-1]["micro_batch"]} if events else {}

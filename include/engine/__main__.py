@@ -1,4 +1,7 @@
-"""`python -m include.engine COMMAND JOB.json FD`: one engine job; events go to file descriptor FD as JSON lines."""
+"""`python -m include.engine COMMAND JOB.json FD`: one engine job; events go to file descriptor FD as JSON lines.
+
+A training with several processes becomes torchrun, whose children are this program again.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import orjson
 
+from include.engine.processes import COUNT, RANK
 from include.errors import RetuneError
 from include.store import to_json
 
@@ -25,7 +29,14 @@ def main(command: str, arguments: str, descriptor: str) -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() == 1:
         return 1
-    channel = os.fdopen(int(descriptor), "wb", buffering=0)
+    job = orjson.loads(Path(arguments).read_bytes())
+    processes = job["recipe"]["num_processes"] if command == "train" else 1
+    if processes > COUNT:
+        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "include.engine"]
+        os.execv(sys.executable, [sys.executable, *run, command, arguments, descriptor])
+    # torchrun hands no descriptors on, but keeps them open itself
+    place = int(descriptor) if COUNT == 1 else f"/proc/{os.getppid()}/fd/{descriptor}"
+    channel = open(place, "wb", buffering=0)  # noqa: SIM115  (until the process ends)
 
     def send(**event: object) -> None:
         try:
@@ -33,10 +44,13 @@ def main(command: str, arguments: str, descriptor: str) -> int:
         except BrokenPipeError:  # nobody listens any more; SIGTERM is on its way
             pass
 
+    def say(line: str, **more: object) -> None:
+        if RANK == 0:
+            send(event="say", line=line, **more)
+
     try:
         module = importlib.import_module(f"include.engine.{COMMANDS[command]}")
-        job = orjson.loads(Path(arguments).read_bytes())
-        result = getattr(module, command)(job, lambda line, **more: send(event="say", line=line, **more))
+        result = getattr(module, command)(job, say)
     except RetuneError as error:
         send(event="error", kind=type(error).__name__, what=error.what, do=error.do)
         return 1
@@ -45,7 +59,8 @@ def main(command: str, arguments: str, descriptor: str) -> int:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         send(event="error", kind="RetuneError", what=f"the {command} process failed: {what}", do="See engine.log")
         return 1
-    send(event="result", result=result)
+    if RANK == 0:
+        send(event="result", result=result)
     return 0
 
 

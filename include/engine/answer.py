@@ -1,15 +1,15 @@
-"""The generate job: answers to prompts, by the adapter and by the bare base, in a process that trained neither."""
+"""The generate job: answers to prompts, by what was trained and by the bare base, in a process that trained neither."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from include.engine.model import load_adapter, load_base
+from include.engine.model import variants
 from include.engine.plan import make_plan
 
 
 def generate(job: dict[str, Any], say: Any) -> dict[str, Any]:
-    """Answer each prompt with the adapter and with the base.
+    """Answer each prompt with the adapter (or the whole model that was trained) and with the base.
 
     Args:
         job: `recipe`, `base`, `adapter` (folders), `prompts` (list of token ids), `stop` (ids that end an answer),
@@ -23,8 +23,6 @@ def generate(job: dict[str, Any], say: Any) -> dict[str, Any]:
     from transformers import GenerationConfig, set_seed
 
     recipe = job["recipe"]
-    model = load_adapter(load_base(job["base"], recipe, plan), job["adapter"])
-    model.eval()
     sampling = {name: recipe[name] for name in ("temperature", "top_p", "min_p")} if recipe["do_sample"] else {}
     settings = GenerationConfig(
         max_new_tokens=recipe["max_new_tokens"],
@@ -34,20 +32,20 @@ def generate(job: dict[str, Any], say: Any) -> dict[str, Any]:
         **sampling,
     )
 
-    def answers() -> list[list[int]]:
-        found = []
+    def answers(model: Any) -> list[list[int]]:
+        said = []
         for ids in job["prompts"]:
             prompt = torch.tensor([ids], device=plan.device)
             set_seed(recipe["seed"])
             output = model.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
             )
-            found.append(output[0, len(ids) :].tolist())
-        return found
+            said.append(output[0, len(ids) :].tolist())
+        return said
 
+    found = {}
     with torch.inference_mode():
-        adapted = answers()
-        say(f"{len(adapted)} answers by the adapter")
-        with model.disable_adapter():
-            base = answers()
-    return {"adapter": adapted, "base": base, "plan": plan.as_dict()}
+        for name, model in variants(job["base"], {"adapter": job["adapter"]}, recipe, plan):
+            found[name] = answers(model)
+            say(f"{len(found[name])} answers by the {name}")
+    return {**found, "plan": plan.as_dict()}

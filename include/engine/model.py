@@ -1,7 +1,8 @@
-"""Loading: a frozen base, with a new adapter, with a saved one, or with none."""
+"""Loading: a base with a new adapter, and what was trained, as its users will load it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,25 @@ from include.engine.plan import Plan
 from include.errors import BadRecipe, Missing
 
 
-def load_base(base: str, recipe: dict[str, Any], plan: Plan) -> Any:
-    """The base model, frozen, in 4 bits (nf4, double quantization) or 8 where the recipe says so.
+def load_base(base: str | Path, recipe: dict[str, Any], plan: Plan, dtype: str | None = None) -> Any:
+    """A model in 4 bits (nf4, double quantization) or 8 where the recipe says so.
 
     Args:
         base: folder with config.json and safetensors.
         recipe: the recipe's fields.
+        dtype: of weights that are not quantized, where it is not the plan's.
 
     Raises:
         Missing: the folder holds no model that transformers can load.
     """
     import torch
 
-    dtype = getattr(torch, plan.dtype)
+    compute = getattr(torch, plan.dtype)
     if plan.engine == "unsloth":
         from unsloth import FastLanguageModel
 
         model, _ = FastLanguageModel.from_pretrained(
-            base, max_seq_length=recipe["max_seq_length"], dtype=dtype, load_in_4bit=recipe["load_in_4bit"],
+            str(base), max_seq_length=recipe["max_seq_length"], dtype=compute, load_in_4bit=recipe["load_in_4bit"],
             load_in_8bit=recipe["load_in_8bit"],
         )  # fmt: skip
         return model
@@ -38,14 +40,15 @@ def load_base(base: str, recipe: dict[str, Any], plan: Plan) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=compute,
         )
     elif recipe["load_in_8bit"]:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            base, quantization_config=quantization, dtype=dtype, device_map={"": plan.device}, use_safetensors=True
-        )
+            base, quantization_config=quantization, dtype=dtype or compute, use_safetensors=True,
+            device_map={"": torch.cuda.current_device() if plan.device == "cuda" else plan.device},
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())
         raise Missing(f"field 'base_model': {base} cannot be loaded: {problem}", "Check the model's files") from error
@@ -85,16 +88,43 @@ def add_adapter(model: Any, recipe: dict[str, Any], plan: Plan) -> Any:
         raise BadRecipe(f"field 'target_modules': {error}", "Name projections that the base model has") from error
 
 
-def load_adapter(model: Any, folder: str | Path, name: str = "default") -> Any:
-    """The base with a saved adapter, as a user of the published adapter would load it.
+def load_trainable(base: str, recipe: dict[str, Any], plan: Plan) -> Any:
+    """What is to be trained: a frozen base with a new adapter, or the whole model in 32 bits.
 
     Raises:
-        Missing: the folder holds no adapter that fits the base.
+        Missing, BadRecipe: see `load_base` and `add_adapter`.
+    """
+    if recipe["full_finetuning"]:
+        return load_base(base, recipe, plan, "float32")  # in 16 bits small updates would be lost
+    return add_adapter(load_base(base, recipe, plan), recipe, plan)
+
+
+def variants(
+    base: str | Path, trained: Mapping[str, str | Path], recipe: dict[str, Any], plan: Plan
+) -> Iterator[tuple[str, Any]]:
+    """The base and what was trained on it, one after the other, each ready to answer until the next one is asked for.
+
+    Args:
+        trained: folders by name, each with an adapter or with a whole model.
+
+    Yields:
+        `base` or the name, and the model.
+
+    Raises:
+        Missing: a folder holds nothing that fits the base.
     """
     from peft import PeftModel
 
-    try:
-        return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-    except (OSError, ValueError, RuntimeError) as error:
-        problem = " ".join(str(error).split())[:300]
-        raise Missing(f"the adapter in {folder} cannot be loaded: {problem}", "Train it again") from error
+    model = load_base(base, recipe, plan).eval()
+    yield "base", model
+    for name, folder in trained.items():
+        if not (Path(folder) / "adapter_config.json").is_file():
+            yield name, load_base(folder, recipe, plan).eval()
+            continue
+        try:
+            adapted = PeftModel.from_pretrained(model, str(folder))
+        except (OSError, ValueError, RuntimeError) as error:
+            problem = " ".join(str(error).split())[:300]
+            raise Missing(f"the adapter in {folder} cannot be loaded: {problem}", "Train it again") from error
+        yield name, adapted.eval()
+        model = adapted.unload()

@@ -76,7 +76,7 @@ def run(
             elif event["event"] == "result":
                 result = event["result"]
             elif event["event"] == "error":
-                failure = getattr(errors, event["kind"], RetuneError)(event["what"], event["do"])
+                failure = failure or getattr(errors, event["kind"], RetuneError)(event["what"], event["do"])
         process.wait()
     if failure:
         raise failure

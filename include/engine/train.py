@@ -1,4 +1,4 @@
-"""The train job: a LoRA adapter from token ids and labels, with checkpoints that a later try goes on from."""
+"""The train job: a LoRA adapter, or a whole model, from token ids, with checkpoints that a later try goes on from."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 
 import orjson
 
-from include.engine.model import add_adapter, load_base
-from include.engine.plan import PLAN, fit, make_plan
+from include.engine.attention import use_varlen
+from include.engine.model import load_trainable
+from include.engine.plan import PLAN, Plan, fit, make_plan
+from include.engine.processes import RANK, highest, join
 from include.errors import BadData, BadRecipe, OutOfMemory, ProcessLost
 from include.rows import load as load_rows
 from include.store import MANIFEST, describe_files, to_json, write_aside
@@ -23,7 +25,8 @@ ADAPTER, CHECKPOINTS, TRAINING_LOG = "adapter", "checkpoints", "training_log.jso
 
 
 def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
-    """Train, from the newest whole checkpoint where there is one.
+    """Train, from the newest whole checkpoint where there is one. Several processes may do it together (torchrun); all
+    of them return the result, and the first one writes.
 
     Args:
         job: `recipe` (its fields), `base`, `tokenizer` (folders), `rows` (folder, see `include.rows`), `out` (folder),
@@ -39,81 +42,34 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
     """
     recipe, out = job["recipe"], Path(job["out"])
     plan = make_plan(recipe, job.get("micro_batch"))  # imports unsloth, where it is to be used, before transformers
-    import pyarrow.compute as pc
     import torch
     from transformers import AutoTokenizer, set_seed
-    from trl import SFTConfig, SFTTrainer
 
+    join(plan.device)
     rows = load_rows(job["rows"])
-    longest = pc.max(pc.list_value_length(rows.data.column("input_ids"))).as_py()
-    plan = fit(plan, recipe, job["base"], longest)
-    write_aside(out / PLAN, to_json(plan.as_dict()))
-    for note in plan.notes:
-        say(note)
+    plan = fit(plan, recipe, job["base"], _longest(rows))
     if recipe["device_memory_gb"] and plan.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(
-            min(1.0, recipe["device_memory_gb"] * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+            min(1.0, recipe["device_memory_gb"] * 2**30 / torch.cuda.get_device_properties().total_memory)
         )
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
     if plan.engine == "transformers":
         set_seed(recipe["seed"])  # the adapter's first weights; Unsloth takes the seed itself
-    model = add_adapter(load_base(job["base"], recipe, plan), recipe, plan)
-    settings = SFTConfig(
-        output_dir=str(out / CHECKPOINTS),
-        per_device_train_batch_size=plan.micro_batch,
-        gradient_accumulation_steps=plan.accumulation,
-        max_steps=recipe["max_steps"],
-        num_train_epochs=recipe["num_train_epochs"],
-        learning_rate=recipe["learning_rate"],
-        lr_scheduler_type=recipe["lr_scheduler_type"],
-        warmup_steps=recipe["warmup_steps"],
-        optim=plan.optim,
-        weight_decay=recipe["weight_decay"],
-        seed=recipe["seed"],
-        bf16=plan.dtype == "bfloat16",
-        fp16=plan.dtype == "float16",
-        use_cpu=plan.device == "cpu",
-        gradient_checkpointing=bool(plan.gradient_checkpointing),
-        max_length=recipe["max_seq_length"],
-        packing=recipe["packing"],
-        dataset_kwargs={"skip_prepare_dataset": True},
-        include_num_input_tokens_seen="non_padding",
-        logging_steps=recipe["logging_steps"],
-        logging_nan_inf_filter=False,
-        save_steps=recipe["save_steps"],
-        save_total_limit=2,
-        disable_tqdm=True,
-        report_to=recipe["report_to"] or "none",
-        run_name=recipe["name"],
-        **_early_stopping(recipe, plan),
-        dataloader_num_workers=0,
-        dataloader_pin_memory=plan.device == "cuda",
-    )
-    if recipe["packing"]:
-        from trl import pack_dataset
-
-        rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe["max_seq_length"])
+    model = load_trainable(job["base"], recipe, plan)
+    base = model if recipe["full_finetuning"] else model.get_base_model()
+    if plan.attention == "varlen":
+        use_varlen(base)
+    if recipe["torch_compile"] and plan.device == "cuda":
+        for layer in base.base_model.layers:
+            layer.compile(dynamic=True)
+    settings = _settings(recipe, plan, out)
+    if RANK == 0:
+        write_aside(out / PLAN, to_json(plan.as_dict()))
+        for note in plan.notes:
+            say(note)
     types = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    journal = _journal_class()(out, recipe, say)
-    callbacks: list[Any] = [journal]
-    holdout = None
-    if recipe["early_stopping_patience"]:
-        from transformers import EarlyStoppingCallback
-
-        holdout = load_rows(job["holdout"])
-        holdout = holdout.select(range(min(recipe["max_holdout_rows"], len(holdout))))
-        callbacks.append(EarlyStoppingCallback(recipe["early_stopping_patience"]))
-    try:
-        trainer = SFTTrainer(
-            model=model, args=settings, train_dataset=rows, eval_dataset=holdout, processing_class=tokenizer,
-            callbacks=callbacks,
-        )  # fmt: skip
-    except RuntimeError as error:
-        if recipe["report_to"] and "requires" in str(error):
-            raise BadRecipe(
-                f"field 'report_to': {' '.join(str(error).split())}", "Install it, or leave it out"
-            ) from error
-        raise
+    journal = _journal_class()(out, recipe, say, plan.device)
+    trainer = _trainer(job, settings, model, rows, tokenizer, journal)
     trained: Any = trainer.model
     for name, parameter in trained.named_parameters():
         # TRL casts the adapter of a quantized base to bfloat16, in which small updates are lost.
@@ -121,8 +77,7 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
             parameter.data = parameter.data.to(types[name])
     checkpoint = newest_checkpoint(out / CHECKPOINTS)
     if checkpoint:
-        say(f"going on from {checkpoint.name}")
-        journal.keep_log_until(int(checkpoint.name.rsplit("-", 1)[1]))
+        journal.go_on_from(checkpoint)
     journal.watch_signals()
     journal.watch_batches(model, plan.accumulation)
     try:
@@ -141,8 +96,9 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
             f"training was asked to stop and saved step {trainer.state.global_step}",
             "Run again: it goes on from there",
         )
-    _save(trainer, tokenizer, job, out / ADAPTER)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    if RANK == 0:
+        _save(trained, tokenizer, job, out / ADAPTER, plan)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     losses = [entry["loss"] for entry in journal.entries]
     return {
         "plan": plan.as_dict(),
@@ -158,39 +114,131 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
     }
 
 
-def _early_stopping(recipe: dict[str, Any], plan: Any) -> dict[str, Any]:
-    """Settings that measure the holdout loss at every checkpoint and keep the best one."""
-    if not recipe["early_stopping_patience"]:
-        return {}
-    return {
-        "eval_strategy": "steps",
-        "eval_steps": recipe["save_steps"],
-        "per_device_eval_batch_size": plan.micro_batch,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
+def _longest(rows: Any) -> int:
+    """Tokens of the longest sequence: of a row, or of a pair's prompt with one of its answers."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    lengths = {
+        name: pc.list_value_length(rows.data.column(name)).to_numpy() for name in rows.column_names if "ids" in name
     }
+    if "input_ids" in lengths:
+        return int(lengths["input_ids"].max())
+    return int((lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])).max())
+
+
+def _settings(recipe: dict[str, Any], plan: Plan, out: Path) -> Any:
+    """The recipe and the plan as the trainer takes them: a TRL SFTConfig or DPOConfig."""
+    settings: dict[str, Any] = {
+        "output_dir": str(out / CHECKPOINTS),
+        "per_device_train_batch_size": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "max_steps": recipe["max_steps"],
+        "num_train_epochs": recipe["num_train_epochs"],
+        "learning_rate": recipe["learning_rate"],
+        "lr_scheduler_type": recipe["lr_scheduler_type"],
+        "warmup_steps": recipe["warmup_steps"],
+        "optim": plan.optim,
+        "weight_decay": recipe["weight_decay"],
+        "seed": recipe["seed"],
+        "bf16": plan.dtype == "bfloat16",
+        "fp16": plan.dtype == "float16",
+        "use_cpu": plan.device == "cpu",
+        "use_liger_kernel": plan.liger,
+        "gradient_checkpointing": bool(plan.gradient_checkpointing),
+        "max_length": recipe["max_seq_length"],
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_steps": recipe["logging_steps"],
+        "logging_nan_inf_filter": False,
+        "save_steps": recipe["save_steps"],
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+        "report_to": recipe["report_to"] or "none",
+        "run_name": recipe["name"],
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": plan.device == "cuda",
+        "ddp_find_unused_parameters": False if plan.processes > 1 else None,
+    }
+    if recipe["early_stopping_patience"]:  # measure the holdout loss at every checkpoint and keep the best one
+        settings.update(
+            eval_strategy="steps",
+            eval_steps=recipe["save_steps"],
+            per_device_eval_batch_size=plan.micro_batch,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+        )
+    if recipe["method"] == "dpo":
+        from trl import DPOConfig
+
+        return DPOConfig(beta=recipe["beta"], **settings)
+    from trl import SFTConfig
+
+    return SFTConfig(packing=recipe["packing"], dataset_kwargs={"skip_prepare_dataset": True}, **settings)
+
+
+def _trainer(job: dict[str, Any], settings: Any, model: Any, rows: Any, tokenizer: Any, journal: Any) -> Any:
+    """TRL's trainer of the recipe's method, on rows that are token ids already.
+
+    Raises:
+        BadRecipe: a package that `report_to` names is not installed.
+    """
+    from trl import DPOTrainer, SFTTrainer, pack_dataset
+
+    class PairTrainer(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:  # it has no `skip_prepare_dataset`
+            return dataset
+
+    recipe = job["recipe"]
+    callbacks, holdout = [journal], None
+    if recipe["early_stopping_patience"]:
+        from transformers import EarlyStoppingCallback
+
+        holdout = load_rows(job["holdout"])
+        holdout = holdout.select(range(min(recipe["max_holdout_rows"], len(holdout))))
+        callbacks.append(EarlyStoppingCallback(recipe["early_stopping_patience"]))
+    if recipe["packing"]:
+        rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe["max_seq_length"])
+    try:
+        return (PairTrainer if recipe["method"] == "dpo" else SFTTrainer)(
+            model=model, args=settings, train_dataset=rows, eval_dataset=holdout, processing_class=tokenizer,
+            callbacks=callbacks,
+        )  # fmt: skip
+    except RuntimeError as error:
+        if recipe["report_to"] and "requires" in str(error):
+            raise BadRecipe(
+                f"field 'report_to': {' '.join(str(error).split())}", "Install it, or leave it out"
+            ) from error
+        raise
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: its manifest, written last, names files that are all there."""
+    """The newest checkpoint that is whole: its manifest, written last, has the digests of what is there. Others are
+    removed.
+    """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
     for checkpoint in found:
         try:
             files = orjson.loads((checkpoint / MANIFEST).read_bytes())["files"]
-            if all((checkpoint / name).stat().st_size == file["bytes"] for name, file in files.items()):
+            if describe_files(checkpoint) == files:
                 return checkpoint
         except (OSError, orjson.JSONDecodeError, KeyError):
             pass
-        shutil.rmtree(checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)  # another process of this training may do the same
     return None
 
 
-def _save(trainer: Any, tokenizer: Any, job: dict[str, Any], folder: Path) -> None:
-    """The adapter with its tokenizer; its config names the pinned base, not a folder of this machine's cache."""
-    config = trainer.model.peft_config["default"]
-    config.base_model_name_or_path, config.revision = job["base_name"], job["base_revision"]
-    trainer.model.save_pretrained(str(folder), safe_serialization=True)
+def _save(trained: Any, tokenizer: Any, job: dict[str, Any], folder: Path, plan: Plan) -> None:
+    """The adapter, or the whole model, with its tokenizer; it names the pinned base, not a folder of this machine."""
+    import torch
+
+    if job["recipe"]["full_finetuning"]:
+        trained.config._name_or_path = job["base_name"]
+        trained = trained.to(getattr(torch, plan.dtype))
+    else:
+        config = trained.peft_config["default"]
+        config.base_model_name_or_path, config.revision = job["base_name"], job["base_revision"]
+    trained.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `publish` writes the real one
 
@@ -211,8 +259,8 @@ def _journal_class() -> type:
     class Journal(TrainerCallback):
         """Log file, lines for people, whole checkpoints, and SIGTERM."""
 
-        def __init__(self, out: Path, recipe: dict[str, Any], say: Any):
-            self.path, self.recipe, self.say = out / TRAINING_LOG, recipe, say
+        def __init__(self, out: Path, recipe: dict[str, Any], say: Any, device: str):
+            self.path, self.recipe, self.say, self.device = out / TRAINING_LOG, recipe, say, device
             self.entries: list[dict[str, Any]] = []
             self.stopped = False
             self._said = self._began = self._alive = time.monotonic()
@@ -238,7 +286,7 @@ def _journal_class() -> type:
             model.register_forward_pre_hook(remember, with_kwargs=True)
 
         def rows_of_last_step(self, rows: Any) -> str:
-            """The rows of the last step by their numbers in the dataset, as far as they can be told."""
+            """The rows of this process's last step by their numbers in the dataset, as far as they can be told."""
             seen = set()
             for ids, mask in self._batches:
                 for i, line in enumerate(ids.tolist()):
@@ -246,16 +294,19 @@ def _journal_class() -> type:
                         mask[i].bool().tolist() if mask is not None and mask.shape == ids.shape else [True] * len(line)
                     )
                     seen.add(tuple(id for id, keep in zip(line, kept, strict=True) if keep))
-            if "row" not in rows.column_names:
+            if self.recipe["packing"]:
                 return "its rows are packed together"
-            found = [row["row"] for row in rows if tuple(row["input_ids"]) in seen]
+            found = [row["row"] for row in rows if _ids(row) in seen]
             return f"rows of that step: {', '.join(map(str, sorted(found)))}"
 
-        def keep_log_until(self, step: int) -> None:
+        def go_on_from(self, checkpoint: Path) -> None:
             """Forget log entries of steps that were done after the checkpoint and are done again."""
+            self.say(f"going on from {checkpoint.name}")
+            step = int(checkpoint.name.rsplit("-", 1)[1])
             lines = self.path.read_bytes().splitlines() if self.path.exists() else []
             self.entries = [entry for line in lines if (entry := orjson.loads(line))["step"] <= step]
-            write_aside(self.path, b"".join(orjson.dumps(entry) + b"\n" for entry in self.entries))
+            if RANK == 0:
+                write_aside(self.path, b"".join(orjson.dumps(entry) + b"\n" for entry in self.entries))
             if self.entries:
                 self._earlier = self.entries[-1]
 
@@ -288,8 +339,9 @@ def _journal_class() -> type:
                     "Lower learning_rate, or look at these rows",
                 )
             self.entries.append(entry)
-            with self.path.open("ab") as file:
-                file.write(orjson.dumps(entry) + b"\n")
+            if RANK == 0:
+                with self.path.open("ab") as file:
+                    file.write(orjson.dumps(entry) + b"\n")
             last = state.global_step >= state.max_steps
             if time.monotonic() - self._said >= 2 or len(self.entries) == 1 or last:  # a log for people, not a stream
                 self._said = time.monotonic()
@@ -316,12 +368,20 @@ def _journal_class() -> type:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self._show_life()
+            self.stopped = bool(highest(int(self.stopped), self.device))  # all processes stop at the same step
             if self.stopped:
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_aside(folder / MANIFEST, to_json({"step": state.global_step, "files": describe_files(folder)}))
-            self.say("", saved=str(folder))
+            highest(0, self.device)  # the other processes' random states are in the folder, too
+            if RANK == 0:
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                write_aside(folder / MANIFEST, to_json({"step": state.global_step, "files": describe_files(folder)}))
+                self.say("", saved=str(folder))
 
     return Journal
+
+
+def _ids(row: dict[str, Any]) -> tuple[int, ...]:
+    """A row as the model sees it; of a pair the chosen answer."""
+    return tuple(row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row["chosen_ids"])
