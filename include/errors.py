@@ -59,6 +59,10 @@ class Unreachable(TransientError):
     """A service did not answer."""
 
 
+class NoSpace(TransientError):
+    """A disk is full; somebody may free some space before the next try."""
+
+
 class ProcessLost(TransientError):
     """The training process died or was told to stop; the next try goes on from its last checkpoint."""
 

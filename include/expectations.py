@@ -66,6 +66,10 @@ RAW_ROWS = (
     Rule("long_turns", f"a turn has more than {LONG_TURN:,} characters", "info"),
     Rule("unknown_keys", "a turn has keys besides speaker and text; they are left out", "info"),
 )
+PAIRS = (  # what is asked of preference rows besides
+    Rule("unpaired_answers", "chosen and rejected are not one answer each to the same prompt"),
+    Rule("same_answers", "the chosen and the rejected answer are the same"),
+)
 TOOL_RULES = ("tool_turns", "tool_lists")  # only where the chat template renders no tools
 
 PREPARED_ROWS = (
@@ -77,7 +81,8 @@ PREPARED_ROWS = (
     Rule("kept_over", "what is kept of the conversation is longer than max_seq_length", limit=0),
     Rule("cut", "the conversation is truncated although on_too_long does not say so", limit=0),
 )
-CHECKS = tuple(rule.column for rule in (*RAW_ROWS, *PREPARED_ROWS))
+PREPARED_PAIRS = (Rule("prompt_errors", "the tokens before the two answers differ", limit=0),)
+CHECKS = tuple(rule.column for rule in (*RAW_ROWS, *PAIRS, *PREPARED_ROWS, *PREPARED_PAIRS))
 
 
 @dataclass

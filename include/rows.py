@@ -29,6 +29,39 @@ def batch(encoded: Encoded, rows: Any, chosen: Any) -> Any:
     return pa.RecordBatch.from_arrays([pa.array(rows[chosen]), *lists], ["row", "input_ids", "labels"])
 
 
+def pair_batch(chosen: Encoded, rejected: Encoded, rows: Any, used: Any) -> Any:
+    """An Arrow record batch of the used preference rows: `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+    Args:
+        chosen, rejected: the conversations with the one and with the other answer, which is their last trained stretch.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    for i in used:
+        for name, encoded in (("chosen_ids", chosen), ("rejected_ids", rejected)):
+            ids = encoded.ids[encoded.starts[i] : encoded.ends[i]]
+            begin, end = answer_span(encoded, i)
+            columns[name].append(ids[begin:end])
+            if name == "chosen_ids":
+                columns["prompt_ids"].append(ids[:begin])
+    lists = {name: pa.array(values, pa.list_(pa.int32())) for name, values in columns.items()}
+    return pa.RecordBatch.from_pydict({"row": pa.array(rows[np.asarray(used, int)]), **lists})
+
+
+def answer_span(encoded: Encoded, i: int) -> tuple[int, int]:
+    """Where the last trained stretch of a conversation begins and ends, in tokens from the conversation's start."""
+    import numpy as np
+
+    trained = encoded.trained[encoded.starts[i] : encoded.ends[i]]
+    if not trained.any():
+        return len(trained), len(trained)
+    end = int(np.flatnonzero(trained)[-1]) + 1
+    before = np.flatnonzero(~trained[:end])
+    return (int(before[-1]) + 1 if len(before) else 0), end
+
+
 def write(path: Path, batches: list[Any]) -> dict[str, Any]:
     """Write an Arrow stream, if there is something to write; returns its rows, tokens, trained tokens and sha256."""
     import pyarrow as pa
@@ -40,12 +73,16 @@ def write(path: Path, batches: list[Any]) -> dict[str, Any]:
     digest = hashlib.sha256()
     with pa.ipc.new_stream(str(path), batches[0].schema) as writer:
         for batch in batches:
-            ids, labels = (batch[name].flatten().to_numpy() for name in ("input_ids", "labels"))
-            digest.update(ids.tobytes())
-            digest.update(labels.tobytes())
+            lists = {name: batch[name].flatten().to_numpy() for name in batch.schema.names[1:]}
+            for values in lists.values():
+                digest.update(values.tobytes())
             facts["rows"] += len(batch)
-            facts["tokens"] += len(ids)
-            facts["trained"] += int((labels != IGNORED).sum())
+            facts["tokens"] += sum(len(values) for name, values in lists.items() if name != "labels")
+            facts["trained"] += (
+                int((lists["labels"] != IGNORED).sum())
+                if "labels" in lists
+                else sum(len(lists[name]) for name in ("chosen_ids", "rejected_ids"))
+            )
             writer.write_batch(batch)
     return {**facts, "sha256": digest.hexdigest()}
 

@@ -1,8 +1,9 @@
 """Reading a ShareGPT row: what it looks like (for the checks) and the conversation in it (for training).
 
 A row is one JSON document. Conversations stand under `conversations`, `messages` or `conversation`, turns are
-`from`/`value` or `role`/`content`, roles have aliases. What can be read without guessing is repaired and counted;
-everything else stays visible in the features, and the suite in `include/expectations.py` decides.
+`from`/`value` or `role`/`content`, roles have aliases; preference rows have two answers. What can be read without
+guessing is repaired and counted; everything else stays visible in the features, and the suite in
+`include/expectations.py` decides.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ FEATURES = (
     "unreadable", "no_turns", "malformed_turns", "unknown_roles", "tool_turns", "tool_lists", "tool_calls",
     "bad_tool_lists", "non_text_values", "empty_values", "no_assistant", "first_speaker", "last_speaker",
     "order_errors", "long_turns", "unknown_keys", "special_token_text", "broken_characters", "control_characters",
+    "unpaired_answers", "same_answers",
 )  # fmt: skip
 
 Message = dict[str, str]  # {role: system | user | assistant | tool, content: text}
@@ -46,11 +48,15 @@ Message = dict[str, str]  # {role: system | user | assistant | tool, content: te
 
 @dataclass(slots=True)
 class Conversation:
-    """Who says what, in turn; `tools` is a JSON list of what the assistant may call, or None."""
+    """Who says what, in turn; `tools` is a JSON list of what the assistant may call, or None.
+
+    Of a preference row the last turn is the chosen answer, and `rejected` is what was liked less.
+    """
 
     roles: tuple[str, ...] = ()
     contents: list[str] = field(default_factory=list)
     tools: str | None = None
+    rejected: str | None = None
 
     @classmethod
     def of(cls, messages: list[Message]) -> Conversation:
@@ -65,7 +71,9 @@ class Conversation:
     @property
     def digest(self) -> bytes:
         """The first 16 bytes of the content's sha256."""
-        content = self.messages if self.tools is None else [self.messages, self.tools]
+        content: Any = self.messages if self.tools is None else [self.messages, self.tools]
+        if self.rejected is not None:
+            content = [content, self.rejected]
         return hashlib.sha256(orjson.dumps(content)).digest()[:16]
 
 
@@ -93,31 +101,34 @@ class _Unreadable(Exception):
     pass
 
 
-def read(raw: bytes, alpaca: bool = False, merge: bool = False) -> Reading:
+def read(raw: bytes, alpaca: bool = False, merge: bool = False, pairs: bool = False) -> Reading:
     """Read one row, see `read_all`."""
-    (reading,), _ = read_all([raw], alpaca, merge)
+    (reading,), _ = read_all([raw], alpaca, merge, pairs)
     return reading
 
 
-def read_all(rows: list[bytes], alpaca: bool, merge: bool) -> tuple[list[Reading], dict[str, Any]]:
+def read_all(rows: list[bytes], alpaca: bool, merge: bool, pairs: bool = False) -> tuple[list[Reading], dict[str, Any]]:
     """Read rows. Never raises: what is wrong with a row shows in its features.
 
     Args:
         rows: JSON documents, or what should be some.
         alpaca: read instruction, input and output (or response) as a conversation of one exchange.
         merge: join turns of one role that follow each other, with an empty line between them.
+        pairs: read preference rows: a prompt, a `chosen` and a `rejected` answer (see `_pair`).
 
     Returns:
         The readings, and their conversations as Arrow columns: `roles` (joined by spaces), `contents` (list of texts),
-        `tools`.
+        `tools`, `rejected`.
     """
-    readings = [_read(raw, alpaca, merge) for raw in rows]
+    readings = [_read(raw, alpaca, merge, pairs) for raw in rows]
     columns = _columns([reading.conversation for reading in readings])
     _find_signs(columns["contents"], readings)
+    if pairs:
+        _find_signs(_listed(columns["rejected"]), readings)
     return readings, columns
 
 
-def _read(raw: bytes, alpaca: bool, merge: bool) -> Reading:
+def _read(raw: bytes, alpaca: bool, merge: bool, pairs: bool) -> Reading:
     reading = Reading(dict.fromkeys(FEATURES, 0), Conversation(), [])
     row = None
     try:
@@ -129,13 +140,18 @@ def _read(raw: bytes, alpaca: bool, merge: bool) -> Reading:
             row = {"conversations": row}
         if not isinstance(row, dict):
             raise _Unreadable(f"not an object but {type(row).__name__}")
-        turns = _alpaca_turns(row) if alpaca else _turns(row, reading)
+        if pairs:
+            turns, other_turns = _pair(row, reading)
+        else:
+            turns = _alpaca_turns(row) if alpaca else _turns(row, reading)
     except _Unreadable as problem:
         reading.features["unreadable"] = 1
         reading.columns = tuple(sorted(map(str, row))) if isinstance(row, dict) else ()
         reading.problem = str(problem)
         return reading
     _read_turns(turns, reading, merge)
+    if pairs:
+        _read_rejected(other_turns, reading, merge)
     _read_tools(row.get("tools"), reading)
     return reading
 
@@ -168,6 +184,54 @@ def _alpaca_turns(row: dict[str, Any]) -> list[Any]:
         question = f"{question}\n\n{extra}"
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _pair(row: dict[str, Any], reading: Reading) -> tuple[list[Any], list[Any]]:
+    """The turns of a preference row with its chosen answer, and with its rejected one.
+
+    The two are texts, turns, or whole conversations that differ in their last turn; otherwise the prompt stands in a
+    column of turns, in `prompt` (a text or turns), or in Alpaca's `instruction` and `input`.
+    """
+    columns = f"(it has: {', '.join(sorted(map(str, row)))})"
+    if row.get("chosen") is None or row.get("rejected") is None:
+        raise _Unreadable(f"no chosen and rejected answers {columns}")
+    chosen, rejected = (_as_turns(row[name], "assistant") for name in ("chosen", "rejected"))
+    common = 0
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+        common += 1
+    if common:
+        prompt = chosen[:common]
+    elif any(row.get(name) is not None for name in COLUMNS):
+        prompt = _turns(row, reading)
+    elif row.get("prompt") is not None:
+        prompt = _as_turns(row["prompt"], "user")
+    elif "instruction" in row:
+        prompt = _alpaca_turns({**row, "output": ""})[:-1]
+    else:
+        raise _Unreadable(f"no prompt {columns}")
+    if len(chosen) != common + 1 or len(rejected) != common + 1:
+        reading.features["unpaired_answers"] = 1
+    return [*prompt, *chosen[common:]], [*prompt, *rejected[common:]]
+
+
+def _as_turns(said: Any, role: str) -> list[Any]:
+    return said if isinstance(said, list) else [said if isinstance(said, dict) else {"role": role, "content": said}]
+
+
+def _read_rejected(turns: list[Any], reading: Reading, merge: bool) -> None:
+    """Add what there is in the conversation with the rejected answer to the reading of the other one."""
+    other = Reading(dict.fromkeys(FEATURES, 0), Conversation(), [])
+    _read_turns(turns, other, merge)
+    chosen, rejected = reading.conversation, other.conversation
+    for name, count in other.features.items():
+        reading.features[name] = max(reading.features[name], count)
+    reading.repairs += [repair for repair in other.repairs if repair not in reading.repairs]
+    reading.problem = reading.problem or other.problem
+    if chosen.roles != rejected.roles:
+        reading.features["unpaired_answers"] = 1
+    elif rejected.contents:
+        chosen.rejected = rejected.contents[-1]
+        reading.features["same_answers"] = int(chosen.rejected == chosen.contents[-1])
 
 
 def _read_turns(turns: list[Any], reading: Reading, merge: bool) -> None:
@@ -304,7 +368,16 @@ def _columns(conversations: list[Conversation]) -> dict[str, Any]:
         "roles": pa.array([" ".join(c.roles) for c in conversations], pa.string()),
         "contents": pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), contents),
         "tools": pa.array([c.tools for c in conversations], pa.string()),
+        "rejected": pa.array([c.rejected for c in conversations], pa.large_string()),
     }
+
+
+def _listed(texts: Any) -> Any:
+    """An Arrow array of texts and nulls as lists of one and no text."""
+    import pyarrow as pa
+
+    offsets = np.concatenate([[0], np.cumsum(texts.is_valid().to_numpy(zero_copy_only=False))])
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), texts.drop_null())
 
 
 def conversations_in(table: Any) -> Iterator[Conversation]:
@@ -312,9 +385,10 @@ def conversations_in(table: Any) -> Iterator[Conversation]:
     texts = table["contents"].combine_chunks().flatten().to_pylist()
     known: dict[str, tuple[str, ...]] = {}
     at = 0
-    for joined, tools in zip(table["roles"].to_pylist(), table["tools"].to_pylist(), strict=True):
+    others = (table[name].to_pylist() for name in ("tools", "rejected"))
+    for joined, tools, rejected in zip(table["roles"].to_pylist(), *others, strict=True):
         roles = known.get(joined)
         if roles is None:
             roles = known[joined] = tuple(joined.split(" ")) if joined else ()
-        yield Conversation(roles, texts[at : at + len(roles)], tools)
+        yield Conversation(roles, texts[at : at + len(roles)], tools, rejected)
         at += len(roles)

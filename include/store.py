@@ -25,7 +25,7 @@ from typing import Any
 import orjson
 from upath import UPath
 
-from include.errors import NoPermission, TransientError
+from include.errors import NoPermission, NoSpace, TransientError
 from include.settings import store_uri, var
 
 MANIFEST = "manifest.json"
@@ -157,7 +157,7 @@ class Store:
 
         Raises:
             NoPermission: the store cannot be written.
-            TransientError: no space is left, or the object store did not answer.
+            NoSpace, TransientError: no space is left, or the object store did not answer.
         """
         try:
             yield
@@ -167,19 +167,20 @@ class Store:
                 "Set RETUNE_STORE to a place that this account can write, or correct its permissions",
             ) from error
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             if error.errno == errno.EROFS:
                 raise NoPermission(f"the store {self.uri} is on a read-only file system", "Set RETUNE_STORE") from error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(f"the store {self.uri} has no space left", "Free some and retry the task") from error
             raise TransientError(
-                f"the store {self.uri} " + ("has no space left" if full else f"did not take the files ({error})"),
-                "Free some space and retry the task" if full else "Retry the task; check the store if it persists",
+                f"the store {self.uri} did not take the files ({error})",
+                "Retry the task; check the store if it persists",
             ) from error
 
     def probe(self) -> None:
         """Make sure that the store can be written.
 
         Raises:
-            NoPermission, TransientError: see `writing`.
+            NoPermission, NoSpace, TransientError: see `writing`.
         """
         with self.writing():
             write_aside(self.path(".probe"), b"")

@@ -32,8 +32,8 @@ def rival(job: Job, train: Artifact) -> Version | None:
 @stage(
     version=1,
     uses=(
-        "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length", "max_holdout_rows",
-        "gate_margin", "gate_confidence",
+        "method", "beta", "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length",
+        "max_holdout_rows", "gate_margin", "gate_confidence",
     ),
     facts=lambda job, train, **_: (live := rival(job, train)) and [live.revision, live.content],
 )  # fmt: skip

@@ -25,7 +25,7 @@ def _benchmark_digest(job: Job, **_: Artifact) -> str | None:
 
 
 @stage(
-    version=3,
+    version=4,
     uses=("holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against"),
     facts=_benchmark_digest,
 )
@@ -124,7 +124,7 @@ def _words_said(table: Any) -> tuple[Any, Any]:
 def _write_group(file: Path, out: Path, kept: Any, sides: Any) -> None:
     import pyarrow as pa
 
-    table, place = _good_rows(file, kept, ["row", "roles", "contents", "tools"])
+    table, place = _good_rows(file, kept, ["row", "roles", "contents", "tools", "rejected"])
     table = table.append_column("holdout", pa.array(sides[place]))
     write_table(table, out / MESSAGES / file.name)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from include.chat import ChatFormat, Encoded
 from include.errors import BadData
-from include.expectations import PREPARED_ROWS, Suite
+from include.expectations import PREPARED_PAIRS, PREPARED_ROWS, Suite
 from include.parallel import in_order
 from include.profile import histogram
 from include.recipe import Recipe
-from include.rows import IGNORED, batch, read_table, sum_up, write
+from include.rows import IGNORED, answer_span, batch, pair_batch, read_table, sum_up, write
 from include.sharegpt import Conversation, Message, conversations_in
 from include.sources import fetch_base
 from include.stage import Job, Result, stage
@@ -25,23 +25,25 @@ PROVED_ROWS, SHOWN_ROWS = 256, 10
 
 
 @stage(
-    version=3,
+    version=4,
     uses=(
-        "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
+        "method", "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
         "max_seq_length", "on_too_long", "check_limits",
     ),
 )  # fmt: skip
 def template(job: Job, standardize: Artifact) -> Result:
-    """Write `train/` and `holdout/` (Arrow streams, one for each file of messages: `row`, `input_ids`, `labels`),
-    `tokenizer/` with the template in it, `samples.txt` for people (trained text between » and «) and `data_docs/` of
-    the token checks.
+    """Write `train/` and `holdout/` (Arrow streams, one for each file of messages: `row`, `input_ids`, `labels`; of
+    preference rows `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`), `tokenizer/` with the template in it,
+    `samples.txt` for people (trained text between » and «) and `data_docs/` of the token checks.
 
     Raises:
         BadRecipe: the template does not fit the base's vocabulary.
         BadData: a conversation breaks the token contract, or no row is short enough.
     """
     recipe = job.recipe
-    with Suite("prepared_rows", PREPARED_ROWS, recipe.check_limits, job.out / DOCS) as suite:
+    pairs = recipe.method == "dpo"
+    rules = (*PREPARED_ROWS, *PREPARED_PAIRS) if pairs else PREPARED_ROWS
+    with Suite("prepared_pairs" if pairs else "prepared_rows", rules, recipe.check_limits, job.out / DOCS) as suite:
         import numpy as np
         import pandas as pd
 
@@ -54,7 +56,8 @@ def template(job: Job, standardize: Artifact) -> Result:
         job.say(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
         for side in (TRAIN, HOLDOUT):
             (job.out / side).mkdir(exist_ok=True)
-        groups = list(in_order(lambda index: _encode_group(chat, files[index], job.out, recipe), range(len(files))))
+        encode = _encode_pairs if pairs else _encode_group
+        groups = list(in_order(lambda index: encode(chat, files[index], job.out, recipe), range(len(files))))
         columns = {name: np.concatenate([group.contract[name] for group in groups]) for name in groups[0].contract}
         contract = pd.DataFrame(columns)
         findings = suite.validate(contract)
@@ -136,6 +139,43 @@ def _encode_group(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _G
         sides[side] = write(out / side / f"{file.stem}.arrow", batches)
     shown = batch(encoded, rows, np.flatnonzero(usable)[:SHOWN_ROWS]) if file.stem == "00000" else None
     return _Group(contract, sides, [_readable(chat, row) for row in shown.to_pylist()] if shown else [])
+
+
+def _encode_pairs(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _Group:
+    import numpy as np
+
+    table = read_table(file)
+    conversations = list(conversations_in(table))
+    rows, holdout = table["row"].to_numpy(), table["holdout"].to_numpy()
+    others = [replace(c, contents=[*c.contents[:-1], str(c.rejected)]) for c in conversations]
+    chosen, rejected = chat.encode(conversations), chat.encode(others)
+    contracts = [_contract(chat, e, c, recipe.max_seq_length) for e, c in ((chosen, conversations), (rejected, others))]
+    contract = {name: np.maximum(contracts[0][name], contracts[1][name]) for name in contracts[0]}
+    usable = contract["tokens_over"] == 0
+    used = np.flatnonzero(usable)
+    contract.update(
+        row=rows,
+        left_out=(~usable).astype(np.int32),
+        kept_over=np.zeros(len(rows), np.int32),  # a pair is used whole or not at all
+        cut=np.zeros(len(rows), np.int32),
+        prompt_errors=np.array([_prompts_differ(chosen, rejected, i) for i in range(len(rows))], np.int32),
+    )
+    sides = {}
+    for side, held in ((TRAIN, False), (HOLDOUT, True)):
+        batch = pair_batch(chosen, rejected, rows, used[holdout[used] == held])
+        sides[side] = write(out / side / f"{file.stem}.arrow", [batch])
+    shown = pair_batch(chosen, rejected, rows, used[:SHOWN_ROWS]).to_pylist() if file.stem == "00000" else []
+    samples = [
+        f"row {row['row']}\n{chat.decode(row['prompt_ids'])}»{chat.decode(row['chosen_ids'])}«\n"
+        f"rather than »{chat.decode(row['rejected_ids'])}«\n"
+        for row in shown
+    ]
+    return _Group(contract, sides, samples)
+
+
+def _prompts_differ(chosen: Encoded, rejected: Encoded, i: int) -> bool:
+    one, other = (e.ids[e.starts[i] : e.starts[i] + answer_span(e, i)[0]] for e in (chosen, rejected))
+    return one.tolist() != other.tolist()
 
 
 def _split(chat: ChatFormat, conversation: Conversation, longest: int) -> list[Conversation]:

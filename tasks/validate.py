@@ -11,7 +11,7 @@ import orjson
 
 from include.chat import renders_tools, template_source
 from include.errors import BadData
-from include.expectations import RAW_ROWS, TOOL_RULES, Findings, Suite
+from include.expectations import PAIRS, RAW_ROWS, TOOL_RULES, Findings, Suite
 from include.parallel import in_order
 from include.profile import RowFacts, profile
 from include.recipe import Recipe
@@ -34,8 +34,8 @@ def _tools_rendered(job: Job, **_: Artifact) -> bool:
 
 
 @stage(
-    version=2,
-    uses=("dataset_format", "merge_turns", "max_refused_share", "check_limits"),
+    version=3,
+    uses=("method", "dataset_format", "merge_turns", "max_refused_share", "check_limits"),
     facts=_tools_rendered,
 )
 def validate(job: Job, download: Artifact) -> Result:
@@ -50,10 +50,13 @@ def validate(job: Job, download: Artifact) -> Result:
         BadData: no row is usable, or more rows are refused than `max_refused_share` or `check_limits` allow.
     """
     tools = _tools_rendered(job)
-    rules = [rule for rule in RAW_ROWS if not (tools and rule.column in TOOL_RULES)]
+    pairs = job.recipe.method == "dpo"
+    rules = [rule for rule in (*RAW_ROWS, *(PAIRS if pairs else ())) if not (tools and rule.column in TOOL_RULES)]
     source = download.local() / ROWS
     (job.out / READINGS).mkdir(exist_ok=True)
-    with Suite("sharegpt_rows", rules, job.recipe.check_limits, job.out / DOCS) as suite:
+    with Suite(
+        "preference_rows" if pairs else "sharegpt_rows", rules, job.recipe.check_limits, job.out / DOCS
+    ) as suite:
         import numpy as np
         import pandas as pd
         import pyarrow as pa
@@ -117,8 +120,8 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
 
     table = pq.ParquetFile(source).read_row_group(index, use_threads=False)
     rows = table["row"].to_pylist()
-    alpaca = recipe.dataset_format == "alpaca"
-    readings, columns = read_all(table["content"].to_pylist(), alpaca, recipe.merge_turns)
+    alpaca, pairs = recipe.dataset_format == "alpaca", recipe.method == "dpo"
+    readings, columns = read_all(table["content"].to_pylist(), alpaca, recipe.merge_turns, pairs)
     digests = [b"" if reading.features["unreadable"] else reading.conversation.digest for reading in readings]
     write_table(
         pa.table({"row": table["row"], "digest": pa.array(digests, pa.binary()), **columns}),
@@ -193,6 +196,8 @@ class _Verdicts:
         columns = [set(names) for part in self._parts for names in part.columns]
         if job.recipe.dataset_format != "alpaca" and any({"instruction", "output"} <= names for names in columns):
             hint = "; the rows look like Alpaca's: set dataset_format: alpaca"
+        if any({"chosen", "rejected"} <= names for names in columns):
+            hint = "; the rows look like preference pairs: set method: dpo"
         often, count = next(iter(reasons.items()), ("", 0))
         if not self._good.any():
             raise BadData(f"none of the {rows:,} rows is usable: most often {often} ({count:,}){hint}", where)

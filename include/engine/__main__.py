@@ -6,8 +6,10 @@ A training with several processes becomes torchrun, whose children are this prog
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -20,6 +22,7 @@ from include.errors import RetuneError
 from include.store import to_json
 
 COMMANDS = {"train": "train", "generate": "answer", "losses": "measure", "logits": "measure"}
+GO_ON = "Free some space and retry the task: it goes on from its last checkpoint"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -56,12 +59,21 @@ def main(command: str, arguments: str, descriptor: str) -> int:
         return 1
     except Exception as error:
         traceback.print_exc()
+        if _is_full(job.get("out", "."), error):
+            send(event="error", kind="NoSpace", what="the disk of the work folder is full", do=GO_ON)
+            return 1
         what = " ".join(f"{type(error).__name__}: {error}".split())
         send(event="error", kind="RetuneError", what=f"the {command} process failed: {what}", do="See engine.log")
         return 1
     if RANK == 0:
         send(event="result", result=result)
     return 0
+
+
+def _is_full(folder: str, error: Exception) -> bool:
+    """Whether an error comes of a full disk; PyTorch and safetensors say so in other words than the system."""
+    no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return no_space or "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ def join(device: str) -> None:
     import torch
 
     if COUNT > 1:
+        if device == "cpu":
+            os.environ["ACCELERATE_TORCH_DEVICE"] = device  # its own "cpu:0" is nothing that torch.load can load to
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,9 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from include.engine import supervise
-from include.errors import BadData, BadRecipe, Hung, Missing, ProcessLost
+from include.errors import BadData, BadRecipe, Hung, Missing, NoSpace, ProcessLost
 from include.recipe import MODULE_SETS
 from include.rows import load as load_rows
+from tests.conftest import conversation
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
@@ -153,19 +155,72 @@ def test_a_training_goes_on_with_an_empty_disk_from_the_checkpoint_in_the_store(
     assert not list(found.folder.parent.glob("*.checkpoints/*")), "no checkpoint is left behind"
 
 
-def test_an_incomplete_checkpoint_is_passed_over(job: Callable, tmp_path: Path) -> None:
+def test_an_incomplete_or_damaged_checkpoint_is_passed_over(job: Callable, tmp_path: Path) -> None:
     from include.engine.train import newest_checkpoint
     from include.store import describe_files, to_json
 
-    for step in (4, 8, 12):
+    for step in (4, 8, 12, 16):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "weights").write_bytes(b"x" * 100)
-        if step != 12:
+        if step != 12:  # not finished
             (folder / "manifest.json").write_bytes(to_json({"files": describe_files(folder)}))
     (tmp_path / "checkpoint-8" / "weights").write_bytes(b"x" * 50)
+    (tmp_path / "checkpoint-16" / "weights").write_bytes(b"x" * 99 + b"y")
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_two_processes_hold_the_effective_batch_stop_together_and_end_like_one(job: Callable, tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    rows = tmp_path / "many.jsonl"  # no epoch ends within the 30 steps: at its end processes repeat rows to be even
+    rows.write_text(
+        "".join(json.dumps(conversation(f"What is {i} times 7?", f"It is {7 * i}.")) + "\n" for i in range(400))
+    )
+    fields = {"dataset": str(rows), "max_steps": 30, "save_steps": 100}
+    supervise.run("train", job(alone, **fields), alone, lambda _: None)
+    made = job(together, num_processes=2, **fields)
+
+    stopper = strike(together, 5, signal.SIGTERM)
+    with pytest.raises(ProcessLost, match=r"was asked to stop and saved step \d+"):
+        supervise.run("train", made, together, lambda _: None)
+    stopper.join()
+    assert not engines(together)
+    (checkpoint,) = (together / "checkpoints").glob("checkpoint-*")
+    states = {"rng_state_0.pth", "rng_state_1.pth"}
+    assert states < set(orjson.loads((checkpoint / "manifest.json").read_bytes())["files"])
+    done = supervise.run("train", made, together, lambda _: None)
+    assert done["resumed_from"] == checkpoint.name
+    plan = done["plan"]
+    assert (plan["processes"], plan["micro_batch"], plan["accumulation"]) == (2, 2, 2), "2 x 2 x 2 for 2 x 4"
+    one, two = log_of(alone), log_of(together)
+    assert [entry["step"] for entry in two] == list(range(1, 31))
+    assert [entry["tokens"] for entry in two] == [entry["tokens"] for entry in one], "the same rows in every step"
+    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=2e-3)
+
+
+def test_a_whole_model_is_trained_and_published(
+    small_recipe: Callable, pipeline: Callable, artifact: Callable, tiny_base: Path
+) -> None:
+    recipe = small_recipe(full_finetuning=True, load_in_4bit=False, learning_rate=1e-3, max_steps=30)
+    trail = pipeline(recipe)
+    base, trained = (
+        load_file(folder / "model.safetensors") for folder in (tiny_base, artifact(trail, "train").local() / "adapter")
+    )
+    assert not torch.equal(base["model.norm.weight"], trained["model.norm.weight"]), "no projection, and yet trained"
+    assert artifact(trail, "evaluate").facts["verdict"]["publish"]
+    assert artifact(trail, "verify").facts["largest_difference"] == 0
+    published = AutoModelForCausalLM.from_pretrained(artifact(trail, "publish").facts["place"])
+    assert published.num_parameters() == sum(tensor.numel() for tensor in trained.values())
+
+
+def test_a_full_disk_is_said_in_one_line_and_tried_again(job: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "training_log.jsonl").symlink_to("/dev/full")  # takes nothing, as a full disk does
+    with pytest.raises(NoSpace, match="the disk of the work folder is full. Free some space and retry") as caught:
+        supervise.run("train", job(out), out, lambda _: None)
+    assert caught.value.retryable
 
 
 def test_packed_rows_do_not_see_each_other(job: Callable, tmp_path: Path, tiny_base: Path) -> None:
