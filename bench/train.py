@@ -9,7 +9,7 @@ compile and warm up, are left out. The ways:
 - reference: Unsloth with the reference recipe's settings (2 x 4, its gradient checkpointing);
 - Retune: the same recipe as the planner fits it to the device, the effective batch of 8 held;
 - Retune in 8 GB: the same with no more than 8 GiB of the device's memory;
-- TRL packed: TRL's own fastest here: 4 x 2,048 packed, Liger's kernels, no checkpointing, a mask;
+- TRL: its own fastest settings, without Retune: 4 x 2,048 packed, Liger's kernels, no checkpointing;
 - Retune packed: the planner's choice for 16 packed sequences of 2,048 tokens in each step;
 - Retune packed, compiled: the same with torch_compile and adamw_torch_fused.
 """
@@ -43,8 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "reference": {"engine": "unsloth", **AS_WRITTEN},
     "Retune": {"engine": "auto"},
     "Retune in 8 GB": {"engine": "auto", "device_memory_gb": 8},
-    "TRL packed": {"engine": "transformers", "packing": True, "per_device_train_batch_size": 4,
-                   "gradient_accumulation_steps": 1, "optim": "adamw_torch_fused", **AS_WRITTEN},
+    "TRL": {"packing": True},
     "Retune packed": PACKED,
     "Retune packed, compiled": {**PACKED, "torch_compile": True, "optim": "adamw_torch_fused"},
 }  # fmt: skip
@@ -67,15 +66,17 @@ def make_base(folder: str, device: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
 
 
-def make_rows(folder: str, rows: str) -> None:
-    """Write prepared rows: random ids, lengths like FineTome's (mean 378, median 282 tokens), 5 of 8 trained."""
+def make_rows(folder: str, rows: str, longest: str) -> None:
+    """Write prepared rows: random ids, 5 of 8 trained; lengths like FineTome's (mean 378, median 282 tokens) where the
+    longest is 2,040.
+    """
     import numpy as np
 
     from include.chat import Encoded
     from include.rows import batch, write
 
     random = np.random.default_rng(0)
-    lengths = np.clip(random.lognormal(5.8, 0.75, int(rows)), 20, 2040).astype(int)
+    lengths = (np.clip(random.lognormal(5.8, 0.75, int(rows)), 20, 2040) * int(longest) / 2040).astype(int)
     ends, numbers = lengths.cumsum(), np.arange(len(lengths))
     ids = random.integers(10, 8000, ends[-1]).astype(np.int32)
     trained = np.arange(len(ids)) - np.repeat(ends - lengths, lengths) >= np.repeat(lengths * 3 // 8, lengths)
@@ -99,14 +100,88 @@ def train(recipe: dict[str, Any], work: Path, out: Path) -> dict[str, Any]:
     done = supervise.run("train", job, out, lambda _: None)
     seconds = time.monotonic() - began
     entries = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
-    first, last = entries[SKIPPED - 1], entries[-1]
-    return {
-        "tokens_per_second": (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"]),
-        "seconds_per_step": (last["seconds"] - first["seconds"]) / (last["step"] - first["step"]),
+    return _rates(entries) | {
         "first_step_after": seconds - done["seconds"] + entries[0]["seconds"],
         "peak_gib": done["peak_memory_bytes"] / 2**30, "predicted_gib": done["plan"]["predicted_bytes"] / 2**30,
-        "loss": last["loss"], "plan": done["plan"],
+        "plan": done["plan"],
     }  # fmt: skip
+
+
+def _rates(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Non-padding tokens/s and seconds of a step of a training log, its first steps left out, and its last loss."""
+    first, last = entries[SKIPPED - 1], entries[-1]
+    seconds = last["seconds"] - first["seconds"]
+    return {
+        "tokens_per_second": (last["tokens"] - first["tokens"]) / seconds,
+        "seconds_per_step": seconds / (last["step"] - first["step"]), "loss": last["loss"],
+    }  # fmt: skip
+
+
+def trl(folder: str, out: str, steps: str, length: str) -> None:
+    """Train with TRL alone, with the settings that are fastest there; writes what `train` returns."""
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl import SFTConfig, SFTTrainer, pack_dataset
+
+    from include.recipe import PROJECTIONS
+    from include.rows import load
+
+    class Meter(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.entries: list[dict[str, Any]] = []
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs:
+                self.entries.append(
+                    {"step": state.global_step, "tokens": int(state.num_input_tokens_seen), "seconds": time.monotonic(),
+                     "loss": float(logs["loss"])}
+                )  # fmt: skip
+
+    began, gpu, meter = time.monotonic(), torch.cuda.is_available(), Meter()
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if gpu else torch.float32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        f"{folder}/base", quantization_config=quantization, device_map={"": 0 if gpu else "cpu"},
+        dtype=torch.bfloat16 if gpu else torch.float32,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=model, processing_class=AutoTokenizer.from_pretrained(f"{folder}/base"), callbacks=[meter],
+        train_dataset=pack_dataset(load(f"{folder}/rows").select_columns(["input_ids", "labels"]), int(length)),
+        peft_config=LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM", target_modules=PROJECTIONS),
+        args=SFTConfig(
+            output_dir=out, per_device_train_batch_size=4, max_steps=int(steps), warmup_steps=5,
+            learning_rate=2e-4, optim="adamw_torch_fused" if gpu else "adamw_torch", bf16=gpu, use_cpu=not gpu,
+            use_liger_kernel=gpu, gradient_checkpointing=False, packing=True, max_length=int(length), report_to="none",
+            dataset_kwargs={"skip_prepare_dataset": True}, include_num_input_tokens_seen="non_padding",
+            logging_steps=1, save_strategy="no", disable_tqdm=True,
+        ),
+    )  # fmt: skip
+    trainer.train()
+    peak = torch.cuda.max_memory_allocated() if gpu else 0
+    found = _rates(meter.entries) | {
+        "first_step_after": meter.entries[0]["seconds"] - began, "peak_gib": peak / 2**30, "predicted_gib": 0.0,
+        "plan": None,
+    }  # fmt: skip
+    Path(out).mkdir(exist_ok=True)
+    Path(out, "found.json").write_text(json.dumps(found))
+
+
+def _alone(function: list[str]) -> Any:
+    """Call a function of this module, with its arguments, in a process of its own; what it wrote for us, if it did."""
+    with tempfile.TemporaryFile("w+") as log:
+        try:
+            subprocess.run(
+                [sys.executable, "-m", "bench.train", *function], check=True, cwd=PROJECT, stdout=log, stderr=log
+            )
+        except subprocess.CalledProcessError:
+            log.seek(0)
+            print(log.read()[-2000:], flush=True)
+            raise
+    written = Path(function[2]) / "found.json"
+    return json.loads(written.read_text()) if written.is_file() else None
 
 
 def main() -> None:
@@ -123,31 +198,39 @@ def main() -> None:
     from include.recipe import check
 
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, length = ("cuda", 2048) if torch.cuda.is_available() else ("cpu", 256)
     recipe = check({"name": "bench"}, "bench").model_dump(mode="json")
     name = torch.cuda.get_device_name() if device == "cuda" else "no GPU: a tiny Llama on the CPU"
     print(f"{name}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for function in (["make_base", str(work / "base"), device], ["make_rows", str(work / "rows"), "2000"]):
-            subprocess.run([sys.executable, "-m", "bench.train", *function], check=True, cwd=PROJECT)
+        for function in (
+            ["make_base", str(work / "base"), device],
+            ["make_rows", str(work / "rows"), "4000", str(length - 8)],
+        ):
+            _alone(function)
         runs: dict[str, list[Any]] = {way: [] for way in arguments.ways}
         print(
-            f"{'way':<16} {'tokens/s':>9} {'s/step':>7} {'peak GiB':>9} {'predicted':>9} {'first step':>10} {'loss':>7}"
+            f"{'way':<24} {'tokens/s':>9} {'s/step':>7} {'peak GiB':>9} {'predicted':>9} {'first step':>10} {'loss':>7}"
         )
         for repeat in range(arguments.repeats):
             for way in arguments.ways:
-                if device == "cpu" and WAYS[way]["engine"] == "unsloth":
+                if device == "cpu" and WAYS[way].get("engine") == "unsloth":
                     continue
-                fields = {**recipe, **WAYS[way], "max_steps": arguments.steps, "save_steps": arguments.steps * 2}
+                fields = {**recipe, **WAYS[way], "max_steps": arguments.steps, "save_steps": arguments.steps * 2,
+                          "max_seq_length": length}  # fmt: skip
+                out = work / f"{way} {repeat}"
                 try:
-                    found = train(fields, work, work / f"{way} {repeat}")
-                except RetuneError as error:
-                    print(f"{way:<16} failed: {error}", flush=True)
+                    if way == "TRL":
+                        found = _alone(["trl", str(work), str(out), str(arguments.steps), str(length)])
+                    else:
+                        found = train(fields, work, out)
+                except (RetuneError, subprocess.CalledProcessError) as error:
+                    print(f"{way:<24} failed: {error}", flush=True)
                     continue
                 runs[way].append(found)
                 print(
-                    f"{way:<16} {found['tokens_per_second']:>9,.0f} {found['seconds_per_step']:>7.2f} "
+                    f"{way:<24} {found['tokens_per_second']:>9,.0f} {found['seconds_per_step']:>7.2f} "
                     f"{found['peak_gib']:>9.1f} {found['predicted_gib']:>9.1f} {found['first_step_after']:>9.0f}s "
                     f"{found['loss']:>7.3f}", flush=True,
                 )  # fmt: skip
@@ -167,9 +250,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["make_base"]:
-        make_base(*sys.argv[2:])
-    elif sys.argv[1:2] == ["make_rows"]:
-        make_rows(*sys.argv[2:])
+    functions = {function.__name__: function for function in (make_base, make_rows, trl)}
+    if sys.argv[1:2] and sys.argv[1] in functions:
+        functions[sys.argv[1]](*sys.argv[2:])
     else:
         main()

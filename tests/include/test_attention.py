@@ -1,0 +1,33 @@
+"""Packed rows on a GPU: PyTorch's variable-length kernel gives each row what it has alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from include.engine.attention import use_varlen
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")
+def test_packed_rows_have_the_logits_and_gradients_that_they_have_alone() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    rows = [torch.randint(0, 512, (1, length), device="cuda") for length in (70, 1, 129, 33)]
+    alone = torch.cat([model(row).logits for row in rows], 1)
+    alone.float().pow(2).mean().backward()
+    expected = model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+    model.zero_grad()
+    use_varlen(model)
+    positions = torch.cat([torch.arange(row.shape[1], device="cuda") for row in rows])[None]
+    packed = model(torch.cat(rows, 1), position_ids=positions).logits
+    packed.float().pow(2).mean().backward()
+    found = model.model.layers[0].self_attn.q_proj.weight.grad
+    assert (packed - alone).abs().max() < 0.02 * alone.abs().max()
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    seeing = model(torch.cat(rows, 1), position_ids=torch.arange(positions.shape[1], device="cuda")[None]).logits
+    assert (seeing - alone).abs().max() > 0.2 * alone.abs().max(), "it would show if a row saw the ones before it"
