@@ -223,9 +223,6 @@ class Training(BaseModel):
         description="GPUs of the worker that train together (torchrun). The effective batch stays what batch size and "
         "accumulation say, and must be a multiple of this.",
     )
-    torch_compile: bool = Field(
-        False, description="On a GPU, compile the model's layers: starts later, then trains faster (see README)."
-    )
     device_memory_gb: float | None = Field(
         None, gt=0, description="Use no more of the GPU's memory than this (GiB). Empty: all that is free."
     )

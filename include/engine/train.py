@@ -56,12 +56,8 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
     if plan.engine == "transformers":
         set_seed(recipe["seed"])  # the adapter's first weights; Unsloth takes the seed itself
     model = load_trainable(job["base"], recipe, plan)
-    base = model if recipe["full_finetuning"] else model.get_base_model()
     if plan.attention == "varlen":
-        use_varlen(base)
-    if recipe["torch_compile"] and plan.device == "cuda":
-        for layer in base.base_model.layers:
-            layer.compile(dynamic=True)
+        use_varlen(model if recipe["full_finetuning"] else model.get_base_model())
     settings = _settings(recipe, plan, out)
     if RANK == 0:
         write_aside(out / PLAN, to_json(plan.as_dict()))
