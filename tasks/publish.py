@@ -8,14 +8,15 @@ from typing import Any
 from include.errors import Refused
 from include.registry import CARD, content_digest, open_registry
 from include.report import loss_picture, model_card
+from include.sources import base_license
 from include.stage import Job, Result, stage
-from include.store import MANIFEST, Artifact, describe_files, fingerprint, installed_packages, now, to_json
+from include.store import MANIFEST, Artifact, describe_files, file_digest, fingerprint, installed_packages, now, to_json
 from tasks.train import ADAPTER
 
 TRAINING_LOG, PICTURE = "training_log.jsonl", "loss.png"
 
 
-@stage(version=1, uses=("registry",), reuse=False)
+@stage(version=2, uses=("registry",), reuse=False)
 def publish(
     job: Job, download: Artifact, validate: Artifact, standardize: Artifact, template: Artifact, train: Artifact,
     smoke_test: Artifact, evaluate: Artifact,
@@ -23,8 +24,9 @@ def publish(
     """Publish what the gate let through; the same content again is the same version.
 
     Raises:
-        Refused: the gate did not let the candidate through, and why.
-        PermanentError: something else went live since the candidate was compared.
+        Refused: the gate did not let the candidate through, and why; or it is an older version, which a person may
+            make live again.
+        Overtaken: something else went live since the candidate was compared.
         NoPermission, Unreachable: the registry cannot be written, or does not answer.
     """
     verdict = evaluate.facts["verdict"]
@@ -38,31 +40,41 @@ def publish(
     shutil.copytree(train.local() / ADAPTER, folder)
     shutil.copy(train.local() / TRAINING_LOG, folder)
     (folder / PICTURE).write_bytes(loss_picture(train.local() / TRAINING_LOG))
+    (folder / CARD).unlink(missing_ok=True)  # PEFT's own
     certificate = birth_certificate(job, {artifact.manifest["stage"]: artifact for artifact in stages})
-    (folder / CARD).write_text(model_card(certificate), encoding="utf-8")
     certificate["files"] = describe_files(folder)
     certificate["content"] = content_digest(certificate["files"])
     (folder / MANIFEST).write_bytes(to_json(certificate))
+    # the card comes last and names the manifest's digest, so the manifest cannot name the card's
+    card = model_card(certificate, file_digest(folder / MANIFEST))
+    (folder / CARD).write_text(card, encoding="utf-8")
 
     registry = open_registry(str(job.recipe.registry))
-    before, compared = registry.live(), evaluate.facts["live"]
+    compared = evaluate.facts["live"]
     version = registry.publish(folder, compared and compared["revision"], job.recipe.private)
     shutil.rmtree(folder)
-    unchanged = before is not None and before.revision == version.revision
+    unchanged = version.run != job.run_id
     facts = {"name": version.name, "revision": version.revision, "place": version.place, "content": version.content}
     return Result(f"{version.name} {'was live already' if unchanged else 'is live'}: {version.place}", facts, unchanged)
 
 
 def birth_certificate(job: Job, stages: dict[str, Artifact]) -> dict[str, Any]:
-    """All that is known about how the adapter came to be; the card and the report are made from it."""
+    """All that is known about how the adapter came to be; the card is made from it.
+
+    Rows of the data stay out of it: the adapter may be public where its data is not.
+    """
     facts = {name: artifact.facts for name, artifact in stages.items()}
+    facts["template"] = {name: value for name, value in facts["template"].items() if name != "samples"}
+    profile = {name: value for name, value in facts["validate"]["profile"].items() if name != "top_duplicates"}
+    facts["validate"] = {**facts["validate"], "profile": profile}
     recipe = job.recipe
     return {
+        "run": job.run_id,
         "recipe": recipe.model_dump(mode="json"),
         "recipe_sha256": fingerprint(recipe.model_dump(mode="json")),
         "made_at": now(),
         "dataset": {"name": recipe.dataset, "revision": recipe.dataset_revision, **facts["download"]},
-        "base": {"name": recipe.base_model, "revision": recipe.base_revision},
+        "base": {"name": recipe.base_model, "revision": recipe.base_revision, **base_license(recipe)},
         "data": {**facts["validate"], **facts["standardize"]},
         "tokens": facts["template"],
         "training": facts["train"],

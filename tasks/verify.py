@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import orjson
 
 from include.chat import ChatFormat
 from include.engine import supervise
 from include.errors import PermanentError
-from include.registry import open_registry
+from include.registry import CARD, open_registry
 from include.sources import fetch_base
 from include.stage import Job, Result, stage
-from include.store import MANIFEST, Artifact, describe_files, fingerprint
+from include.store import MANIFEST, Artifact, describe_files, file_digest, fingerprint
 from tasks.smoke_test import messages
 from tasks.template import TOKENIZER
 from tasks.train import ADAPTER
@@ -20,12 +22,11 @@ TOLERANCE = 1e-4  # of logits: the two copies are the same bytes, run by the sam
 
 def as_published(job: Job, publish: Artifact) -> str:
     """What the registry holds of the version now: a changed byte there means another proof."""
-    folder = open_registry(str(job.recipe.registry)).fetch(publish.facts["revision"])
-    return fingerprint([publish.facts["revision"], describe_files(folder)])
+    return fingerprint(open_registry(str(job.recipe.registry)).holds(publish.facts["revision"]))
 
 
 @stage(
-    version=1,
+    version=2,
     uses=("base_model", "base_revision", "chat_template", "missing_special_tokens", "load_in_4bit", "prompts"),
     facts=lambda job, publish, **_: as_published(job, publish),
 )
@@ -36,10 +37,13 @@ def verify(job: Job, template: Artifact, train: Artifact, publish: Artifact) -> 
         PermanentError: a file differs from its digest, or the two adapters answer differently.
     """
     recipe, name = job.recipe, publish.facts["name"]
-    folder = open_registry(str(recipe.registry)).fetch(publish.facts["revision"])
+    empty = job.out / "published"  # this try's own, so that nothing fetched earlier stands in for what is published
+    folder = open_registry(str(recipe.registry)).fetch(publish.facts["revision"], into=empty)
     expected = orjson.loads((folder / MANIFEST).read_bytes())["files"]
     found = describe_files(folder)
     wrong = [file for file, facts in expected.items() if found.get(file, {}).get("sha256") != facts["sha256"]]
+    if file_digest(folder / MANIFEST) not in (folder / CARD).read_text(encoding="utf-8"):
+        wrong.append(MANIFEST)
     if wrong:
         raise PermanentError(
             f"the published {name} in {publish.facts['place']} is not what was published: {', '.join(wrong)} differ",
@@ -63,5 +67,6 @@ def verify(job: Job, template: Artifact, train: Artifact, publish: Artifact) -> 
             f"{compared['largest_difference']:.2g})",
             "Do not use that version; compare the packages of this worker with those in its manifest",
         )
+    shutil.rmtree(empty, ignore_errors=True)
     line = f"{name}: {len(expected)} files whole, logits differ by {compared['largest_difference']:.1g} at most"
     return Result(line, compared)
