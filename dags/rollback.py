@@ -12,6 +12,7 @@ from include.errors import RetuneError
 from include.recipe import load
 from include.registry import open_registry, registry_uri
 from include.settings import recipe_files
+from include.stage import log
 from tasks.rollback import rollback
 
 DOC = """### Rollback
@@ -64,7 +65,13 @@ with DAG(
 
     @task(task_id="rollback", doc_md=rollback.__doc__)
     def _rollback(params: Any = None) -> str:
-        with hub_account():
-            return rollback(params["recipe"], params["version"], params["reason"])
+        try:
+            with hub_account():
+                line = rollback(params["recipe"], params["version"], params["reason"])
+        except RetuneError as error:
+            log.error("rollback failed: %s", error)
+            raise
+        log.info("%s", line)
+        return line
 
     _rollback()

@@ -69,7 +69,8 @@ def model_card(certificate: dict[str, Any], manifest_sha256: str) -> str:
     Args:
         manifest_sha256: of the `manifest.json` beside it, which holds the certificate.
     """
-    recipe = yaml.safe_dump(certificate["recipe"], sort_keys=False, allow_unicode=True, width=120).strip()
+    fields = {"name": None, "description": None, **certificate["recipe"]}  # these two first
+    recipe = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=120).strip()
     address = certificate["recipe"]["registry"]
     page = _pages().get_template("card.md")
     return page.render(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from include.errors import BadRecipe, RetuneError
+from include.errors import BadRecipe
 from include.recipe import find, load
 from include.registry import open_registry, registry_uri
-from include.stage import log
 
 
 def rollback(recipe_name: str, version: str, reason: str) -> str:
@@ -22,18 +21,11 @@ def rollback(recipe_name: str, version: str, reason: str) -> str:
         Missing: there is no such recipe or version; the message lists those that there are.
         NoPermission, Unreachable: the registry cannot be written, or does not answer.
     """
-    try:
-        if not reason.strip():
-            raise BadRecipe("no reason is given", "Say why, for those who look at the history later")
-        registry = open_registry(registry_uri(load(find(recipe_name))))
-        before = registry.live()
-        now = registry.promote(version.strip(), reason.strip())
-    except RetuneError as error:
-        log.error("rollback failed: %s", error)
-        raise
+    if not reason.strip():
+        raise BadRecipe("no reason is given", "Say why, for those who look at the history later")
+    registry = open_registry(registry_uri(load(find(recipe_name))))
+    before = registry.live()
+    now = registry.promote(version.strip(), reason.strip())
     if before and before.content == now.content:
-        line = f"{now.name} is live already: {now.place}"
-    else:
-        line = f"{now.name} is live again instead of {before.name if before else 'nothing'}: {now.place}"
-    log.info("%s", line)
-    return line
+        return f"{now.name} is live already: {now.place}"
+    return f"{now.name} is live again instead of {before.name if before else 'nothing'}: {now.place}"

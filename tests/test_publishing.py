@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from include.errors import Missing, Overtaken, PermanentError, RetuneError
+from include.errors import Missing, NoPermission, Overtaken, PermanentError, RetuneError
 from include.registry import FolderRegistry, content_digest
+from include.report import model_card
 from include.store import Store, describe_files, file_digest, to_json
 from tasks.publish import publish
+from tasks.resolve import resolve
 from tasks.rollback import rollback
 from tests.conftest import PROJECT, last_run
 from tests.hub import Hub
@@ -70,6 +73,9 @@ def test_a_whole_run_and_a_rollback_with_a_marked_token_and_every_fault(
         assert (data.license, data.license_name, data.license_link) == ("other", "tiny", "LICENSE")
         assert {result.metric_type for result in data.eval_results} == {"loss", "pass_rate"}
         assert data.eval_results[0].dataset_revision == sha
+        assert f"vllm serve owner/base --revision {base} --enable-lora --max-lora-rank 16" in readme
+        manifest["smoke_test"]["answers"][0]["answer"] = "<script>|a| **b**\n# c"
+        assert r"| &lt;script&gt;\|a\| \*\*b\*\* \# c |" in model_card(manifest, ""), "what it says is no markup"
         rows = [json.loads(row)["conversations"][0]["value"] for row in dataset.read_text().splitlines()]
         assert not any(row in json.dumps(manifest) for row in rows[10:]), "the data may be less public than the adapter"
 
@@ -121,6 +127,27 @@ def test_a_rollback_between_evaluate_and_publish_is_met_as_a_race(
     assert registry.live().name == "v1"
     published = artifact(pipeline(recipe, "publish", run_id="third"))
     assert published.facts["name"] == "v3", "evaluate has compared again"
+
+
+def test_a_token_that_may_not_write_is_told_before_anything_is_trained(
+    small_recipe: Callable, pipeline: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(registry="hf://owner/adapter")
+    with Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        for token, said in (("", "there is no token"), (hub.read_token, "does not allow it")):
+            monkeypatch.setenv("HF_TOKEN", token)
+            with pytest.raises(NoPermission, match=f"write to the repository owner/adapter: .*{said}"):
+                resolve("small", {}, "run")
+        assert "resolve" in pipeline(recipe, "resolve"), "a look at the data needs no registry"
+
+
+def test_a_rollback_from_the_shell(var: Path, small_recipe: Callable, retune: Callable) -> None:
+    small_recipe()
+    wrong = retune("rollback", "small", "v1", "--reason", "to see")
+    said = "error: the version v1 is not in .*/registry/small. Choose one of those that are: none"
+    assert wrong.returncode == 1 and re.match(said, wrong.stdout)
+    assert len(wrong.stdout.splitlines()) == 1 and not wrong.stderr
 
 
 def trail_of(run_id: str) -> dict[str, str]:
