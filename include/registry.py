@@ -117,6 +117,12 @@ def registry_uri(recipe: Recipe) -> str:
     return recipe.registry or f"file://{var() / 'registry' / recipe.name}"
 
 
+def merged_uri(uri: str) -> str:
+    """Where the merged model of a registry's adapter is published: a repository of its own, since vLLM takes no
+    subfolder. The version made of an adapter has the adapter's `content`."""
+    return f"{uri}-merged"
+
+
 def content_digest(files: dict[str, dict[str, Any]]) -> str:
     """The digest of a version's content, from the description of its files (see `describe_files`)."""
     return fingerprint({name: file["sha256"] for name, file in files.items() if name not in DESCRIBING})

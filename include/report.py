@@ -83,6 +83,13 @@ def model_card(certificate: dict[str, Any], manifest_sha256: str) -> str:
     )
 
 
+def _metadata_of_base(base: dict[str, Any]) -> dict[str, Any]:
+    known = {name: base[name] for name in ("license", "license_name", "license_link") if name in base}
+    return (
+        ({"base_model": base["name"]} if is_hub_id(base["name"]) else {}) | known | {"pipeline_tag": "text-generation"}
+    )
+
+
 def _metadata(certificate: dict[str, Any]) -> Any:
     """What the Hub reads: the card's front matter."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -103,13 +110,9 @@ def _metadata(certificate: dict[str, Any]) -> Any:
         )
 
     return ModelCardData(
-        base_model=base["name"] if is_hub_id(base["name"]) else None,
+        **_metadata_of_base(base),
         datasets=[dataset["name"]] if on_hub else None,
-        license=base.get("license"),
-        license_name=base.get("license_name"),
-        license_link=base.get("license_link"),
         library_name="peft",
-        pipeline_tag="text-generation",
         tags=[
             *(["lora", "qlora"] if recipe["load_in_4bit"] else ["lora"]), "sft", "trl",
             *(["unsloth"] if certificate["training"]["plan"]["engine"] == "unsloth" else []), "retune",
@@ -124,6 +127,23 @@ def _metadata(certificate: dict[str, Any]) -> Any:
             ),
         ],
     )  # fmt: skip
+
+
+def merged_card(certificate: dict[str, Any], manifest_sha256: str) -> str:
+    """The README.md of a merged model, from its manifest's content."""
+    recipe, base = certificate["recipe"], certificate["base"]
+    on_hub = recipe["registry"].startswith("hf://")
+    metadata = _metadata_of_base(base) | {"library_name": "transformers", "tags": ["merged", "retune"]}
+    return (
+        _pages()
+        .get_template("merged.md")
+        .render(
+            **certificate,
+            metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
+            here=f"{recipe['registry'].removeprefix('hf://')}-merged" if on_hub else "path/to/this/folder",
+            manifest_sha256=manifest_sha256,
+        )
+    )
 
 
 def run_page(summary: dict[str, Any], details: dict[str, dict[str, Any]]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from include.engine import supervise
 from include.errors import Refused
-from include.registry import CARD, content_digest, open_registry
-from include.report import loss_picture, model_card
-from include.sources import base_license
+from include.registry import CARD, Version, content_digest, merged_uri, open_registry
+from include.report import loss_picture, merged_card, model_card
+from include.sources import base_license, fetch_base
 from include.stage import Job, Result, stage
 from include.store import MANIFEST, Artifact, describe_files, file_digest, fingerprint, installed_packages, now, to_json
 from tasks.train import ADAPTER
@@ -16,7 +19,7 @@ from tasks.train import ADAPTER
 TRAINING_LOG, PICTURE = "training_log.jsonl", "loss.png"
 
 
-@stage(version=2, uses=("registry",), reuse=False)
+@stage(version=2, uses=("registry", "merged_16bit"), reuse=False)
 def publish(
     job: Job, download: Artifact, validate: Artifact, standardize: Artifact, template: Artifact, train: Artifact,
     smoke_test: Artifact, evaluate: Artifact,
@@ -54,8 +57,45 @@ def publish(
     version = registry.publish(folder, compared and compared["revision"], job.recipe.private)
     shutil.rmtree(folder)
     unchanged = version.run != job.run_id
-    facts = {"name": version.name, "revision": version.revision, "place": version.place, "content": version.content}
-    return Result(f"{version.name} {'was live already' if unchanged else 'is live'}: {version.place}", facts, unchanged)
+    facts = asdict(version)
+    line = f"{version.name} {'was live already' if unchanged else 'is live'}: {version.place}"
+    if job.recipe.merged_16bit:
+        merged = publish_merged(job, version, train.local() / ADAPTER, certificate)
+        facts["merged"] = asdict(merged)
+        line += f"; merged: {merged.place}"
+    return Result(line, facts, unchanged)
+
+
+def publish_merged(job: Job, version: Version, adapter: Path, certificate: dict[str, Any]) -> Version:
+    """Make the merged model of the live adapter live, too; merged only where no earlier try or run has done it."""
+    recipe, registry = job.recipe, open_registry(merged_uri(str(job.recipe.registry)))
+    for known in registry.versions():
+        if known.content == version.content:
+            return registry.promote(known.revision, f"the adapter's {version.name} is live")
+    folder = job.out / "merged"
+    work = {
+        "recipe": recipe.model_dump(mode="json"), "base": fetch_base(recipe, job.store), "adapter": adapter,
+        "out": folder,
+    }  # fmt: skip
+    made = supervise.run("merge", work, job.out, job.say)
+    repository = str(recipe.registry).removeprefix("hf://") if str(recipe.registry).startswith("hf://") else None
+    manifest = {
+        "run": job.run_id,
+        "content": version.content,
+        "adapter": {"name": version.name, "revision": version.revision, "place": version.place,
+                    "repository": repository},
+        "recipe": certificate["recipe"],
+        "base": certificate["base"],
+        "dtype": made["dtype"],
+        "packages": installed_packages(),
+        "files": describe_files(folder),
+    }  # fmt: skip
+    (folder / MANIFEST).write_bytes(to_json(manifest))
+    (folder / CARD).write_text(merged_card(manifest, file_digest(folder / MANIFEST)), encoding="utf-8")
+    live = registry.live()
+    merged = registry.publish(folder, live.revision if live else None, recipe.private)
+    shutil.rmtree(folder)
+    return merged
 
 
 def birth_certificate(job: Job, stages: dict[str, Artifact]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from include.recipe import find, load
-from include.registry import open_registry, registry_uri
+from include.registry import merged_uri, open_registry, registry_uri
 from include.settings import var
 from include.sources import absolute, is_hub_id, pin_base, pin_dataset
 from include.stage import Trail, log, recorded
@@ -42,7 +42,9 @@ def resolve(recipe_file: str, values: dict[str, Any], run_id: str, to_publish: b
             }
         )
         if to_publish:
-            open_registry(str(frozen.registry)).check()  # hours of training do not end at a missing permission
+            uri = str(frozen.registry)
+            for place in (uri, merged_uri(uri)) if frozen.merged_16bit else (uri,):
+                open_registry(place).check()  # hours of training do not end at a missing permission
         line = f"dataset {_short(recipe.dataset)}@{dataset[:8]}, base {_short(recipe.base_model)}@{base[:8]}"
         content = frozen.model_dump(mode="json")
         mark = fingerprint(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from include.errors import BadRecipe
 from include.recipe import find, load
-from include.registry import open_registry, registry_uri
+from include.registry import Version, merged_uri, open_registry, registry_uri
 
 
 def rollback(recipe_name: str, version: str, reason: str) -> str:
@@ -23,9 +23,24 @@ def rollback(recipe_name: str, version: str, reason: str) -> str:
     """
     if not reason.strip():
         raise BadRecipe("no reason is given", "Say why, for those who look at the history later")
-    registry = open_registry(registry_uri(load(find(recipe_name))))
+    uri = registry_uri(load(find(recipe_name)))
+    registry = open_registry(uri)
     before = registry.live()
     now = registry.promote(version.strip(), reason.strip())
     if before and before.content == now.content:
-        return f"{now.name} is live already: {now.place}"
-    return f"{now.name} is live again instead of {before.name if before else 'nothing'}: {now.place}"
+        line = f"{now.name} is live already: {now.place}"
+    else:
+        line = f"{now.name} is live again instead of {before.name if before else 'nothing'}: {now.place}"
+    return line + _merged(merged_uri(uri), now, reason.strip())
+
+
+def _merged(uri: str, now: Version, reason: str) -> str:
+    """The merged model follows its adapter, where there is one."""
+    registry = open_registry(uri)
+    live = registry.live()
+    if live is None or live.content == now.content:
+        return ""
+    for version in registry.versions():
+        if version.content == now.content:
+            return f"; merged: {registry.promote(version.revision, reason).place}"
+    return f"; no merged model of {now.name} was ever published, {live.name} stays live in {uri}"

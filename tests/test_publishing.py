@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
@@ -104,9 +105,10 @@ def test_a_whole_run_and_a_rollback_with_a_marked_token_and_every_fault(
 
 
 def test_a_rollback_between_evaluate_and_publish_is_met_as_a_race(
-    var: Path, tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+    var: Path, tmp_path: Path, tiny_base: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
 ) -> None:
-    recipe, registry = small_recipe(gate_margin=20), FolderRegistry(var / "registry" / "small")
+    recipe = small_recipe(gate_margin=20, merged_16bit=True)
+    registry, merged = FolderRegistry(var / "registry" / "small"), FolderRegistry(var / "registry" / "small-merged")
     adapter = artifact(pipeline(recipe, "train")).local() / "adapter"
     for number, parent in ((1, None), (2, "v1")):
         folder = tmp_path / f"version{number}"
@@ -125,8 +127,26 @@ def test_a_rollback_between_evaluate_and_publish_is_met_as_a_race(
     with pytest.raises(Overtaken, match="v1 is live in .*, not v2"):
         publish(trail_of("third"))
     assert registry.live().name == "v1"
-    published = artifact(pipeline(recipe, "publish", run_id="third"))
-    assert published.facts["name"] == "v3", "evaluate has compared again"
+    proof = artifact(pipeline(recipe, run_id="third"))
+    assert registry.live().name == "v3", "evaluate has compared again"
+
+    assert merged.live().content == registry.live().content
+    assert 0 < proof.facts["merged"]["kl"] < 0.01
+    folder = merged.fetch("v1")
+    weights = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "tokenizer.json", "chat_template.jinja", "manifest.json"} <= names
+    assert not [name for name in names if name.startswith("adapter") or name.endswith(".bin")]
+    assert ModelCard.load(folder / "README.md").data.library_name == "transformers"
+    base = load_file(tiny_base / "model.safetensors")
+    assert any(not torch.equal(weights[name], base[name].bfloat16()) for name in weights)
+    publish(trail_of("third"))
+    assert [version.name for version in merged.versions()] == ["v1"]
+    assert rollback("small", "v2", "why").endswith(
+        f"; no merged model of v2 was ever published, v1 stays live in \
+file://{var}/registry/small-merged"
+    )
 
 
 def test_a_token_that_may_not_write_is_told_before_anything_is_trained(

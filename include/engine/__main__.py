@@ -16,6 +16,7 @@ from include.errors import RetuneError
 from include.store import to_json
 
 COMMANDS = {"train": "train", "generate": "answer", "losses": "measure", "logits": "measure"}
+COMMANDS |= {"merge": "merge", "merged_logits": "merge"}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
