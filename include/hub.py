@@ -30,7 +30,7 @@ def hub_api() -> Any:
     from huggingface_hub import HfApi
 
     _never_wait_for_ever()
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
 @functools.cache

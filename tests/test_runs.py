@@ -193,8 +193,11 @@ def airflow(var: Path, small_recipe: Callable) -> Iterator[Airflow]:
 
 
 def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var: Path) -> None:
-    dags = {dag["dag_id"]: dag for dag in airflow.call("GET", "/api/v2/dags")["dags"]}
-    assert {"demo", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken"} <= set(dags)
+    expected = {"demo", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken", "rollback"}
+    deadline = time.monotonic() + 60
+    while not expected <= set(dags := {dag["dag_id"]: dag for dag in airflow.call("GET", "/api/v2/dags")["dags"]}):
+        assert time.monotonic() < deadline, "each file is parsed by itself"
+        time.sleep(0.2)
     assert "unknown field 'lora_rank'" in dags["broken"]["description"]
     assert airflow.call("GET", "/api/v2/importErrors")["total_entries"] == 0
 
@@ -247,3 +250,6 @@ def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var
     last = json.loads((var / "registry" / "small" / "history.jsonl").read_text().splitlines()[-1])
     assert (last["live"], last["instead_of"], last["reason"]) == ("v1", "v2", "v2 insults people")
     airflow.call("PATCH", f"/api/v2/dags/small/dagRuns/{run['dag_run_id']}", {"state": "failed"})
+    while processes(var, "include.engine"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
