@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,25 +178,37 @@ class FolderRegistry:
 
     def live(self) -> Version | None:
         """What `live` points to."""
+        name = self._live_name()
+        return self._version(name) if name else None
+
+    def _live_name(self) -> str | None:
         try:
-            return self._version(Path(os.readlink(self.root / "live")).name)
+            return Path(os.readlink(self.root / "live")).name
         except FileNotFoundError:
             return None
 
     def versions(self) -> list[Version]:
-        """See `Registry`."""
+        """See `Registry`; a damaged one is left out."""
+        found = []
+        for name in self._names():
+            with suppress(Missing):
+                found.append(self._version(name))
+        return found
+
+    def _names(self) -> list[str]:
         found = [path.name for path in (self.root / "versions").glob("v*") if re.fullmatch(VERSION, path.name)]
-        return [self._version(name) for name in sorted(found, key=lambda name: int(name[1:]))]
+        return sorted(found, key=lambda name: int(name[1:]))
 
     def _version(self, name: str) -> Version:
         folder = self.root / "versions" / name
         try:
             manifest = orjson.loads((folder / MANIFEST).read_bytes())
-        except FileNotFoundError:
+            return Version(name, name, str(folder), manifest["content"], manifest.get("run"))
+        except (OSError, orjson.JSONDecodeError, KeyError):
             raise Missing(
-                f"the version {name} is not in {self.root}", "Publish it again, or restore the folder"
+                f"the version {name} is not in {self.root}, or its manifest is damaged",
+                "Restore the folder, or make another version live with the DAG rollback",
             ) from None
-        return Version(name, name, str(folder), manifest["content"], manifest.get("run"))
 
     def check(self) -> None:
         """See `Registry`."""
@@ -218,7 +230,7 @@ class FolderRegistry:
             _may_publish(content, [v for v in versions if v.name in once], live, compared, str(self.root))
             # one that is there and was never live is what a try left that was killed before it switched
             left = [version.name for version in versions if version.content == content]
-            name = left[-1] if left else self._add(folder, _next([version.name for version in versions]))
+            name = left[-1] if left else self._add(folder, _next(self._names()))
             self._switch(name)
         return self._version(name)
 
@@ -230,9 +242,9 @@ class FolderRegistry:
     def promote(self, revision: str, reason: str) -> Version:
         """See `Registry`. The reason stands in `history.jsonl`."""
         with self._alone():
-            version, live = choose(self.versions(), revision, str(self.root)), self.live()
-            if version != live:
-                self._switch(version.name, instead_of=live and live.name, reason=reason)
+            version, live = choose(self.versions(), revision, str(self.root)), self._live_name()
+            if version.name != live:
+                self._switch(version.name, instead_of=live, reason=reason)
         return version
 
     @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from include.engine import supervise
-from include.errors import Refused
+from include.errors import Overtaken, Refused
 from include.registry import CARD, Version, content_digest, merged_uri, open_registry
 from include.report import loss_picture, merged_card, model_card
 from include.sources import base_license, fetch_base
@@ -92,6 +92,12 @@ def publish_merged(job: Job, version: Version, adapter: Path, certificate: dict[
     }  # fmt: skip
     (folder / MANIFEST).write_bytes(to_json(manifest))
     (folder / CARD).write_text(merged_card(manifest, file_digest(folder / MANIFEST)), encoding="utf-8")
+    adapters = open_registry(str(recipe.registry))
+    if (now := adapters.live()) is None or now.content != version.content:
+        raise Overtaken(
+            f"{now.name if now else 'nothing'} went live in {recipe.registry} while {version.name} was merged",
+            "Nothing to do: the merged model of what is live stays live",
+        )
     live = registry.live()
     merged = registry.publish(folder, live.revision if live else None, recipe.private)
     shutil.rmtree(folder)

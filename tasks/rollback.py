@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from include.errors import BadRecipe
+from include.errors import BadRecipe, Missing
 from include.recipe import find, load
 from include.registry import Version, merged_uri, open_registry, registry_uri
 
@@ -25,12 +25,15 @@ def rollback(recipe_name: str, version: str, reason: str) -> str:
         raise BadRecipe("no reason is given", "Say why, for those who look at the history later")
     uri = registry_uri(load(find(recipe_name)))
     registry = open_registry(uri)
-    before = registry.live()
+    try:
+        before = registry.live()
+    except Missing:  # damaged: all the more reason
+        before = None
     now = registry.promote(version.strip(), reason.strip())
     if before and before.content == now.content:
         line = f"{now.name} is live already: {now.place}"
     else:
-        line = f"{now.name} is live again instead of {before.name if before else 'nothing'}: {now.place}"
+        line = f"{now.name} is live again instead of {before.name if before else 'none'}: {now.place}"
     return line + _merged(merged_uri(uri), now, reason.strip())
 
 

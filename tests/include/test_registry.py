@@ -150,6 +150,17 @@ def test_what_people_change_in_a_repository_is_no_version(hub: Hub, version: Cal
     assert "picture.png" in files and "old.json" not in files
 
 
+def test_a_fetch_into_an_empty_folder_takes_nothing_from_the_cache(hub: Hub, tmp_path: Path, version: Callable) -> None:
+    registry = HubRegistry("owner/adapter")
+    one = registry.publish(version(ONE), None, True)
+    held = registry.holds(one.revision)
+    cached = registry.fetch(one.revision) / "adapter_model.safetensors"
+    cached.resolve().write_bytes(b"damaged")
+    fresh = registry.fetch(one.revision, into=tmp_path / "empty")
+    assert (fresh / "adapter_model.safetensors").read_bytes() == ONE
+    assert held["adapter_model.safetensors"] == describe_files(fresh)["adapter_model.safetensors"]["sha256"]
+
+
 def test_a_registry_that_cannot_be_written_or_understood_says_so(tmp_path: Path, version: Callable) -> None:
     (tmp_path / "file").write_text("")
     blocked = FolderRegistry(tmp_path / "file" / "registry")
@@ -267,6 +278,20 @@ def test_a_killed_try_leaves_a_version_in_the_folder_that_the_next_one_takes(tmp
     (tmp_path / "registry" / "history.jsonl").unlink()
     assert registry.publish(version(ONE), None, True).name == "v1"
     assert registry.live().name == "v1"
+
+
+def test_a_damaged_version_is_left_behind_and_its_number_stays_taken(tmp_path: Path, version: Callable) -> None:
+    registry = FolderRegistry(tmp_path / "registry")
+    one = registry.publish(version(ONE), None, True)
+    two = registry.publish(version(TWO), one.revision, True)
+    manifest = Path(two.place) / MANIFEST
+    manifest.chmod(0o644)
+    manifest.write_bytes(manifest.read_bytes()[:20])
+    with pytest.raises(Missing, match="its manifest is damaged. Restore the folder, or make another version live"):
+        registry.live()
+    assert registry.promote("v1", "v2 is damaged") == one
+    assert (registry.live(), registry.versions()) == (one, [one])
+    assert registry.publish(version(THREE), one.revision, True).name == "v3"
 
 
 def test_of_two_runs_that_race_one_wins(registry: Registry, version: Callable) -> None:
