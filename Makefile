@@ -4,12 +4,16 @@ PORT ?= 8080
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run up test lint bench-data bench-train clean
+.PHONY: help setup demo run rollback up test lint bench-data bench-train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(READY) ## make .venv with the pinned packages
+setrollback: $(READY) ## make a published version live again: make rollback RECIPE=name VERSION=v1 REASON="..."
+	@test -n "$(RECIPE)" -a -n "$(VERSION)" || { echo 'which one? make rollback RECIPE=<name> VERSION=<v1> REASON="..."'; exit 2; }
+	@.venv/bin/python -m retune rollback $(RECIPE) $(VERSION) --reason "$(REASON)"
+
+up: $(READY) ## make .venv with the pinned packages
 
 $(READY): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0'
@@ -24,6 +28,10 @@ demo: $(READY) ## the whole pipeline on this machine: a small model is trained, 
 run: $(READY) ## run a recipe without UI: make run RECIPE=name-or-path [SET="max_steps=20 r=8"]
 	@test -n "$(RECIPE)" || { echo 'which one? make run RECIPE=<name or path>'; exit 2; }
 	@.venv/bin/python -m retune run $(RECIPE) $(foreach pair,$(SET),--set '$(pair)')
+
+rollback: $(READY) ## make a published version live again: make rollback RECIPE=name VERSION=v1 REASON="..."
+	@test -n "$(RECIPE)" -a -n "$(VERSION)" || { echo 'which one? make rollback RECIPE=<name> VERSION=<v1> REASON="..."'; exit 2; }
+	@.venv/bin/python -m retune rollback $(RECIPE) $(VERSION) --reason "$(REASON)"
 
 up: $(READY) ## Airflow with its UI on http://127.0.0.1:8080 (PORT=...); Ctrl-C stops it
 	@exec .venv/bin/python -m retune up --port $(PORT)

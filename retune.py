@@ -1,6 +1,7 @@
-"""The shell commands behind `make`: run a recipe headless, start Airflow with its UI.
+"""The shell commands behind `make`: run a recipe headless, start Airflow with its UI, take a version back.
 
-Both start Airflow as a process of its own with one set of settings; this file does not import it.
+The first two start Airflow as a process of its own with one set of settings; this file does not import it. The last
+needs no Airflow.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from include.errors import NoPermission, RetuneError
 from include.recipe import find, load, typed
 from include.settings import PROJECT, recipe_files, var
 from include.store import Store
+from tasks.rollback import rollback
 
 START_SECONDS = 180.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -232,6 +234,12 @@ def _wait_for(address: str, airflow: subprocess.Popen[bytes], log: Path) -> None
     raise RetuneError(f"Airflow did not answer within {START_SECONDS:.0f} s", f"See {log}")
 
 
+def back(recipe: str, version: str, reason: str) -> int:
+    """Make a published version live again; the Hub's token is HF_TOKEN."""
+    console.print(escape(rollback(recipe, version, reason)), soft_wrap=True)
+    return 0
+
+
 def main() -> int:
     """Parse the command line; errors are one line and status 1."""
     parser = argparse.ArgumentParser(prog="retune", description=__doc__.splitlines()[0])
@@ -241,9 +249,17 @@ def main() -> int:
     run_parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="in place of the file's")
     up_parser = commands.add_parser("up", help="start Airflow with its UI on the loopback address")
     up_parser.add_argument("--port", type=int, default=8080)
+    back_parser = commands.add_parser("rollback", help="make a version that was published before live again")
+    back_parser.add_argument("recipe", help="name of a recipe in include/recipes, or path of a recipe file")
+    back_parser.add_argument("version", help="v1, v2 ...; one that is not there lists those that are")
+    back_parser.add_argument("--reason", required=True, help="why; it stays in the registry's history")
     arguments = parser.parse_args()
     try:
-        return up(arguments.port) if arguments.command == "up" else run(arguments.recipe, arguments.set)
+        if arguments.command == "up":
+            return up(arguments.port)
+        if arguments.command == "rollback":
+            return back(arguments.recipe, arguments.version, arguments.reason)
+        return run(arguments.recipe, arguments.set)
     except RetuneError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 1

@@ -108,7 +108,7 @@ def train(recipe: dict[str, Any], work: Path, out: Path) -> dict[str, Any]:
 
 
 def _rates(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Non-padding tokens/s and seconds of a step of a training log, its first steps left out, and its last loss."""
+    """Rates of a training log (tokens without padding), its first steps left out, and its last loss."""
     first, last = entries[SKIPPED - 1], entries[-1]
     seconds = last["seconds"] - first["seconds"]
     return {
@@ -216,7 +216,6 @@ def main() -> None:
             ["make_rows", str(work / "rows"), "4000", str(length - 8)],
         ):
             _alone(function)
-        runs: dict[str, list[Any]] = {way: [] for way in arguments.ways}
         print(
             f"{'way':<24} {'tokens/s':>9} {'s/step':>7} {'peak GiB':>9} {'predicted':>9} {'first step':>10} {'loss':>7}"
         )

@@ -1,19 +1,19 @@
 """One DAG per recipe: from a ShareGPT dataset to a published adapter.
 
 Everything that a stage does is in `tasks/`; this file is the picture of the pipeline and Airflow's part in it: queues,
-the one-slot pool of the GPU, retries, the trigger form.
+the one-slot pool of the GPU, the trigger form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import DAG, ExceptionRetryPolicy, Param, RetryAction, RetryRule, task
+from airflow.sdk import DAG, Param, task
 
-from include.errors import PermanentError, RetuneError, TransientError
+from dags.common import RETRIES, hub_account
+from include.errors import RetuneError
 from include.recipe import Recipe, form, load
 from include.settings import recipe_files
 from include.sources import DEMO_BASE
@@ -31,17 +31,6 @@ from tasks.train import train
 from tasks.validate import validate
 from tasks.verify import verify
 
-RETRIES = {
-    "retries": 3,
-    "retry_delay": timedelta(seconds=10),
-    "retry_exponential_backoff": True,
-    "retry_policy": ExceptionRetryPolicy(
-        rules=[
-            RetryRule(PermanentError, RetryAction.FAIL, reason="a retry would fail in the same way"),
-            RetryRule(TransientError, RetryAction.RETRY, reason="the next try may succeed"),
-        ]
-    ),
-}
 GPU = {"queue": "gpu", "pool": "gpu"}  # the pool has one slot: two trainings never share a device
 
 
@@ -80,14 +69,16 @@ def on(stage: Stage, **where: Any) -> Callable[..., Any]:
 
     @task(task_id=stage.name, doc_md=stage.__doc__, **where)
     def run(trail: Any):  # no return annotation: Airflow would push each key of the trail as a value of its own
-        return stage(trail)
+        with hub_account():
+            return stage(trail)
 
     return run
 
 
 @task(task_id="resolve", doc_md=resolve.__doc__)
 def _resolve(name: str, params: Any = None, run_id: Any = None):
-    return resolve(name, dict(params), run_id)
+    with hub_account():
+        return resolve(name, dict(params), run_id)
 
 
 @task(task_id="report", doc_md=report.__doc__, retries=1)

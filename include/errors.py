@@ -52,7 +52,16 @@ class NoPermission(PermanentError):
 
 
 class Refused(PermanentError):
-    """The gate did not let the candidate through."""
+    """The candidate may not go live: the gate did not let it through, or a person has taken it back."""
+
+
+class Overtaken(RetuneError):
+    """Something else went live since the candidate was compared.
+
+    A new run, or clearing `evaluate`, compares again and may succeed; a retry of `publish` alone cannot.
+    """
+
+    retryable = True
 
 
 class Unreachable(TransientError):

@@ -280,6 +280,11 @@ class Publishing(BaseModel):
         description="`hf://owner/name` for the Hugging Face Hub or `file:///folder`. Empty: a folder under `var/`.",
     )
     private: bool = Field(True, description="Create the Hub repository as a private one.")
+    merged_16bit: bool = Field(
+        False,
+        description="Also publish base and adapter merged into one model of 16 bits, beside the adapter as "
+        "`<registry>-merged`: vLLM and others load it as it is.",
+    )
 
 
 class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing):

@@ -20,6 +20,7 @@ import fsspec
 import orjson
 
 from include.errors import BadData, Missing, NoPermission, RetuneError, Unreachable
+from include.hub import hub_api, hub_errors
 from include.recipe import Recipe
 from include.settings import PROJECT, var
 from include.sharegpt import read
@@ -42,44 +43,6 @@ def absolute(place: str) -> str:
     return place if "://" in place else str((PROJECT / Path(place).expanduser()).resolve())
 
 
-@contextmanager
-def hub_errors(what: str, field: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one sentence about the field that asked for it.
-
-    Raises:
-        Missing, NoPermission: a retry would not help.
-        Unreachable: the Hub did not answer, or asked for patience.
-    """
-    import httpx
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise NoPermission(
-            f"field '{field}': {what} is gated", "Accept its terms on the Hub with the account of your HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise Missing(
-            f"field '{field}': {what} has no such revision", "Correct the revision, or leave it empty"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise Missing(
-            f"field '{field}': {what} is not on the Hub, or is private",
-            "Check the name; for a private repository set HF_TOKEN to a token that can read it",
-        ) from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        if status in (401, 403):
-            raise NoPermission(f"field '{field}': the Hub refused {what} ({status})", "Check HF_TOKEN") from error
-        raise Unreachable(f"the Hub answered {status} for {what}", "Retry the task in a while") from error
-    except (httpx.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError) as error:
-        raise Unreachable(
-            f"field '{field}': {what} needs the Hub, and {constants.ENDPOINT} cannot be reached",
-            "Check the network or HF_ENDPOINT; to work without a network, name a local file or folder",
-        ) from error
-
-
 def pin_dataset(recipe: Recipe) -> str:
     """The revision of the recipe's dataset as it is now.
 
@@ -88,10 +51,8 @@ def pin_dataset(recipe: Recipe) -> str:
     """
     name = recipe.dataset
     if is_hub_id(name):
-        from huggingface_hub import HfApi
-
         with hub_errors(f"the dataset {name}", "dataset"):
-            return str(HfApi().dataset_info(name, revision=recipe.dataset_revision).sha)
+            return str(hub_api().dataset_info(name, revision=recipe.dataset_revision).sha)
     if not name.endswith(FORMATS):
         raise Missing(
             f"field 'dataset': '{name}' is neither a Hub id (owner/name) nor a file of a known type",
@@ -262,10 +223,8 @@ def pin_base(recipe: Recipe) -> str:
     if name == DEMO_BASE:
         return file_digest(PROJECT / "include" / "world.py")[:16]  # the model is what that file makes
     if is_hub_id(name):
-        from huggingface_hub import HfApi
-
         with hub_errors(f"the model {name}", "base_model"):
-            info = HfApi().model_info(name, revision=recipe.base_revision)
+            info = hub_api().model_info(name, revision=recipe.base_revision)
         names = {file.rfilename for file in info.siblings or ()}
         if not any(file.endswith(".safetensors") for file in names):
             raise Missing(f"field 'base_model': {name} has no safetensors files", "Choose a model that has")
@@ -294,11 +253,9 @@ def fetch_base(recipe: Recipe, store: Store, tokenizer_only: bool = False) -> Pa
             )
         return artifact.local()
     if is_hub_id(recipe.base_model):
-        from huggingface_hub import snapshot_download
-
         with hub_errors(f"the model {recipe.base_model}", "base_model"):
             return Path(
-                snapshot_download(
+                hub_api().snapshot_download(
                     recipe.base_model,
                     revision=recipe.base_revision,
                     allow_patterns=TOKENIZER_FILES if tokenizer_only else [*TOKENIZER_FILES, "*.safetensors*"],
@@ -306,3 +263,21 @@ def fetch_base(recipe: Recipe, store: Store, tokenizer_only: bool = False) -> Pa
                 )
             )
     return Path(absolute(recipe.base_model))
+
+
+def base_license(recipe: Recipe) -> dict[str, str]:
+    """What the base model's card says of its licence: `license`, and `license_name` and `license_link` of its own kind.
+
+    Empty where the card says nothing, or there is none.
+    """
+    from huggingface_hub import ModelCard
+
+    card: Any = None
+    if is_hub_id(recipe.base_model):
+        with hub_errors(f"the model {recipe.base_model}", "base_model"):
+            card = hub_api().model_info(recipe.base_model, revision=recipe.base_revision).card_data
+    elif recipe.base_model != DEMO_BASE:
+        readme = Path(absolute(recipe.base_model)) / "README.md"
+        card = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else None
+    values = {name: card.get(name) for name in ("license", "license_name", "license_link")} if card else {}
+    return {name: value for name, value in values.items() if isinstance(value, str)}

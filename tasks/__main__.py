@@ -22,7 +22,7 @@ from tasks.resolve import resolve
 
 def run(recipe: str, values: dict[str, Any], run_id: str, until: str = STAGES[-1]) -> Trail:
     """The trail of a recipe's stages up to one of them; errors are those of the stages."""
-    trail = resolve(recipe, values, run_id)
+    trail = resolve(recipe, values, run_id, to_publish=STAGES.index(until) >= STAGES.index("publish"))
     for name in STAGES[1 : STAGES.index(until) + 1]:
         if name != "pretrain" or load(find(recipe), values).base_model == DEMO_BASE:
             trail = getattr(importlib.import_module(f"tasks.{name}"), name)(trail)

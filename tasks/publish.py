@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from include.errors import Refused
-from include.registry import CARD, content_digest, open_registry
-from include.report import loss_picture, model_card
+from include.engine import supervise
+from include.errors import Overtaken, Refused
+from include.registry import CARD, Version, content_digest, merged_uri, open_registry
+from include.report import loss_picture, merged_card, model_card
+from include.sources import base_license, fetch_base
 from include.stage import Job, Result, stage
-from include.store import MANIFEST, Artifact, describe_files, fingerprint, installed_packages, now, to_json
+from include.store import MANIFEST, Artifact, describe_files, file_digest, fingerprint, installed_packages, now, to_json
 from tasks.train import ADAPTER
 
 TRAINING_LOG, PICTURE = "training_log.jsonl", "loss.png"
 
 
-@stage(version=1, uses=("registry",), reuse=False)
+@stage(version=2, uses=("registry", "merged_16bit"), reuse=False)
 def publish(
     job: Job, download: Artifact, validate: Artifact, standardize: Artifact, template: Artifact, train: Artifact,
     smoke_test: Artifact, evaluate: Artifact,
@@ -23,8 +27,9 @@ def publish(
     """Publish what the gate let through; the same content again is the same version.
 
     Raises:
-        Refused: the gate did not let the candidate through, and why.
-        PermanentError: something else went live since the candidate was compared.
+        Refused: the gate did not let the candidate through, and why; or it is an older version, which a person may
+            make live again.
+        Overtaken: something else went live since the candidate was compared.
         NoPermission, Unreachable: the registry cannot be written, or does not answer.
     """
     verdict = evaluate.facts["verdict"]
@@ -38,31 +43,84 @@ def publish(
     shutil.copytree(train.local() / ADAPTER, folder)
     shutil.copy(train.local() / TRAINING_LOG, folder)
     (folder / PICTURE).write_bytes(loss_picture(train.local() / TRAINING_LOG))
+    (folder / CARD).unlink(missing_ok=True)  # PEFT's own
     certificate = birth_certificate(job, {artifact.manifest["stage"]: artifact for artifact in stages})
-    (folder / CARD).write_text(model_card(certificate), encoding="utf-8")
     certificate["files"] = describe_files(folder)
     certificate["content"] = content_digest(certificate["files"])
     (folder / MANIFEST).write_bytes(to_json(certificate))
+    # the card comes last and names the manifest's digest, so the manifest cannot name the card's
+    card = model_card(certificate, file_digest(folder / MANIFEST))
+    (folder / CARD).write_text(card, encoding="utf-8")
 
     registry = open_registry(str(job.recipe.registry))
-    before, compared = registry.live(), evaluate.facts["live"]
+    compared = evaluate.facts["live"]
     version = registry.publish(folder, compared and compared["revision"], job.recipe.private)
     shutil.rmtree(folder)
-    unchanged = before is not None and before.revision == version.revision
-    facts = {"name": version.name, "revision": version.revision, "place": version.place, "content": version.content}
-    return Result(f"{version.name} {'was live already' if unchanged else 'is live'}: {version.place}", facts, unchanged)
+    unchanged = version.run != job.run_id
+    facts = asdict(version)
+    line = f"{version.name} {'was live already' if unchanged else 'is live'}: {version.place}"
+    if job.recipe.merged_16bit:
+        merged = publish_merged(job, version, train.local() / ADAPTER, certificate)
+        facts["merged"] = asdict(merged)
+        line += f"; merged: {merged.place}"
+    return Result(line, facts, unchanged)
+
+
+def publish_merged(job: Job, version: Version, adapter: Path, certificate: dict[str, Any]) -> Version:
+    """Make the merged model of the live adapter live, too; merged only where no earlier try or run has done it."""
+    recipe, registry = job.recipe, open_registry(merged_uri(str(job.recipe.registry)))
+    for known in registry.versions():
+        if known.content == version.content:
+            return registry.promote(known.revision, f"the adapter's {version.name} is live")
+    folder = job.out / "merged"
+    work = {
+        "recipe": recipe.model_dump(mode="json"), "base": fetch_base(recipe, job.store), "adapter": adapter,
+        "out": folder,
+    }  # fmt: skip
+    made = supervise.run("merge", work, job.out, job.say)
+    repository = str(recipe.registry).removeprefix("hf://") if str(recipe.registry).startswith("hf://") else None
+    manifest = {
+        "run": job.run_id,
+        "content": version.content,
+        "adapter": {"name": version.name, "revision": version.revision, "place": version.place,
+                    "repository": repository},
+        "recipe": certificate["recipe"],
+        "base": certificate["base"],
+        "dtype": made["dtype"],
+        "packages": installed_packages(),
+        "files": describe_files(folder),
+    }  # fmt: skip
+    (folder / MANIFEST).write_bytes(to_json(manifest))
+    (folder / CARD).write_text(merged_card(manifest, file_digest(folder / MANIFEST)), encoding="utf-8")
+    adapters = open_registry(str(recipe.registry))
+    if (now := adapters.live()) is None or now.content != version.content:
+        raise Overtaken(
+            f"{now.name if now else 'nothing'} went live in {recipe.registry} while {version.name} was merged",
+            "Nothing to do: the merged model of what is live stays live",
+        )
+    live = registry.live()
+    merged = registry.publish(folder, live.revision if live else None, recipe.private)
+    shutil.rmtree(folder)
+    return merged
 
 
 def birth_certificate(job: Job, stages: dict[str, Artifact]) -> dict[str, Any]:
-    """All that is known about how the adapter came to be; the card and the report are made from it."""
+    """All that is known about how the adapter came to be; the card is made from it.
+
+    Rows of the data stay out of it: the adapter may be public where its data is not.
+    """
     facts = {name: artifact.facts for name, artifact in stages.items()}
+    facts["template"] = {name: value for name, value in facts["template"].items() if name != "samples"}
+    profile = {name: value for name, value in facts["validate"]["profile"].items() if name != "top_duplicates"}
+    facts["validate"] = {**facts["validate"], "profile": profile}
     recipe = job.recipe
     return {
+        "run": job.run_id,
         "recipe": recipe.model_dump(mode="json"),
         "recipe_sha256": fingerprint(recipe.model_dump(mode="json")),
         "made_at": now(),
         "dataset": {"name": recipe.dataset, "revision": recipe.dataset_revision, **facts["download"]},
-        "base": {"name": recipe.base_model, "revision": recipe.base_revision},
+        "base": {"name": recipe.base_model, "revision": recipe.base_revision, **base_license(recipe)},
         "data": {**facts["validate"], **facts["standardize"]},
         "tokens": facts["template"],
         "training": facts["train"],

@@ -7,24 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from include.recipe import find, load
+from include.registry import merged_uri, open_registry, registry_uri
 from include.settings import var
 from include.sources import absolute, is_hub_id, pin_base, pin_dataset
 from include.stage import Trail, log, recorded
 from include.store import Store, fingerprint, to_json, write_aside
 
 
-def resolve(recipe_file: str, values: dict[str, Any], run_id: str) -> Trail:
+def resolve(recipe_file: str, values: dict[str, Any], run_id: str, to_publish: bool = True) -> Trail:
     """Check the recipe, pin the dataset and the base model to their revisions, and freeze the result.
 
     Args:
         recipe_file: name or path of the recipe.
         values: fields given at trigger time, which take the place of the file's.
         run_id: the run's name; its records and report are kept under it.
+        to_publish: whether the run may end in a publication; then its registry is looked at, too.
 
     Raises:
         BadRecipe: a field is unknown, of the wrong type or out of range; the message names it.
         Missing, NoPermission, Unreachable: the dataset or the base model is not there or does not answer.
-        NoPermission: the store cannot be written.
+        NoPermission: the store or the registry cannot be written.
     """
     store, name = Store(), Path(recipe_file).stem
     with recorded(store, name, run_id, "resolve") as record:
@@ -36,9 +38,13 @@ def resolve(recipe_file: str, values: dict[str, Any], run_id: str) -> Trail:
                 "dataset_revision": dataset,
                 "base_model": recipe.base_model if is_hub_id(recipe.base_model) else absolute(recipe.base_model),
                 "base_revision": base,
-                "registry": recipe.registry or f"file://{var() / 'registry' / recipe.name}",
+                "registry": registry_uri(recipe),
             }
         )
+        if to_publish:
+            uri = str(frozen.registry)
+            for place in (uri, merged_uri(uri)) if frozen.merged_16bit else (uri,):
+                open_registry(place).check()  # hours of training do not end at a missing permission
         line = f"dataset {_short(recipe.dataset)}@{dataset[:8]}, base {_short(recipe.base_model)}@{base[:8]}"
         content = frozen.model_dump(mode="json")
         mark = fingerprint(content)

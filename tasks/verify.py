@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
 import orjson
 
 from include.chat import ChatFormat
 from include.engine import supervise
 from include.errors import PermanentError
-from include.registry import open_registry
+from include.registry import CARD, merged_uri, open_registry
 from include.sources import fetch_base
 from include.stage import Job, Result, stage
-from include.store import MANIFEST, Artifact, describe_files, fingerprint
+from include.store import MANIFEST, Artifact, describe_files, file_digest, fingerprint
 from tasks.smoke_test import messages
 from tasks.template import TOKENIZER
 from tasks.train import ADAPTER
 
+MERGED_TOLERANCE = 0.05  # nats: room for weights rounded to 16 bits, none for another model
 TOLERANCE = 1e-4  # of logits: the two copies are the same bytes, run by the same code
 
 
 def as_published(job: Job, publish: Artifact) -> str:
     """What the registry holds of the version now: a changed byte there means another proof."""
-    folder = open_registry(str(job.recipe.registry)).fetch(publish.facts["revision"])
-    return fingerprint([publish.facts["revision"], describe_files(folder)])
+    held = [open_registry(str(job.recipe.registry)).holds(publish.facts["revision"])]
+    if merged := publish.facts.get("merged"):
+        held.append(open_registry(merged_uri(str(job.recipe.registry))).holds(merged["revision"]))
+    return fingerprint(held)
 
 
 @stage(
-    version=1,
+    version=2,
     uses=("base_model", "base_revision", "chat_template", "missing_special_tokens", "load_in_4bit", "prompts"),
     facts=lambda job, publish, **_: as_published(job, publish),
 )
@@ -36,32 +43,52 @@ def verify(job: Job, template: Artifact, train: Artifact, publish: Artifact) -> 
         PermanentError: a file differs from its digest, or the two adapters answer differently.
     """
     recipe, name = job.recipe, publish.facts["name"]
-    folder = open_registry(str(recipe.registry)).fetch(publish.facts["revision"])
-    expected = orjson.loads((folder / MANIFEST).read_bytes())["files"]
-    found = describe_files(folder)
-    wrong = [file for file, facts in expected.items() if found.get(file, {}).get("sha256") != facts["sha256"]]
-    if wrong:
-        raise PermanentError(
-            f"the published {name} in {publish.facts['place']} is not what was published: {', '.join(wrong)} differ",
-            "Remove that version and run again; it will be published anew",
-        )
+    folder, files = fetched_whole(str(recipe.registry), publish.facts, job.out / "published")
     chat = ChatFormat(template.local() / TOKENIZER, recipe)
-    compared = supervise.run(
-        "logits",
-        {
-            "recipe": recipe.model_dump(mode="json"),
-            "base": fetch_base(recipe, job.store),
-            "adapters": [train.local() / ADAPTER, folder],
-            "prompts": [chat.prompt(messages(prompt)) for prompt in recipe.prompts],
-        },
-        job.out,
-        job.say,
-    )
+    work = {
+        "recipe": recipe.model_dump(mode="json"),
+        "base": fetch_base(recipe, job.store),
+        "prompts": [chat.prompt(messages(prompt)) for prompt in recipe.prompts],
+    }
+    compared = supervise.run("logits", {**work, "adapters": [train.local() / ADAPTER, folder]}, job.out, job.say)
     if compared["largest_difference"] > TOLERANCE or not compared["same_tokens"]:
         raise PermanentError(
             f"the published {name} answers differently from what was tested (logits differ by "
             f"{compared['largest_difference']:.2g})",
             "Do not use that version; compare the packages of this worker with those in its manifest",
         )
-    line = f"{name}: {len(expected)} files whole, logits differ by {compared['largest_difference']:.1g} at most"
+    line = f"{name}: {files} files whole, logits differ by {compared['largest_difference']:.1g} at most"
+    if merged := publish.facts.get("merged"):
+        whole, files = fetched_whole(merged_uri(str(recipe.registry)), merged, job.out / "merged")
+        distance = supervise.run("merged_logits", {**work, "adapter": folder, "merged": whole}, job.out, job.say)
+        if distance["kl"] > MERGED_TOLERANCE:
+            raise PermanentError(
+                f"the merged {merged['name']} answers differently from base and adapter (KL {distance['kl']:.2g} nats)",
+                "Do not use the merged model; the adapter itself is as it was tested",
+            )
+        line += f"; merged: {files} files whole, KL to base and adapter {distance['kl']:.1g} nats"
+        compared["merged"] = distance
+    for download in ("published", "merged"):
+        shutil.rmtree(job.out / download, ignore_errors=True)
     return Result(line, compared)
+
+
+def fetched_whole(uri: str, version: dict[str, Any], empty: Path) -> tuple[Path, int]:
+    """A version as the registry gives it to somebody who has nothing of it yet, and how many files its manifest names.
+
+    Raises:
+        PermanentError: a file differs from its digest in the manifest, or the manifest from its digest in the card.
+    """
+    folder = open_registry(uri).fetch(version["revision"], into=empty)
+    expected = orjson.loads((folder / MANIFEST).read_bytes())["files"]
+    found = describe_files(folder)
+    wrong = [file for file, facts in expected.items() if found.get(file, {}).get("sha256") != facts["sha256"]]
+    if file_digest(folder / MANIFEST) not in (folder / CARD).read_text(encoding="utf-8"):
+        wrong.append(MANIFEST)
+    if wrong:
+        raise PermanentError(
+            f"the published {version['name']} in {version['place']} is not what was published: "
+            f"{', '.join(wrong)} differ",
+            "Remove that version and run again; it will be published anew",
+        )
+    return folder, len(expected)

@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 from safetensors.torch import load_file
 
-from include.store import describe_files
+from include.store import describe_files, file_digest
 from tasks.report import STAGES
 from tests.conftest import PROJECT, last_run
 
@@ -68,9 +68,10 @@ def test_the_demo_survives_being_killed_and_is_published_once(var: Path, retune:
 
     published = Path(summary["place"])
     manifest = orjson.loads((published / "manifest.json").read_bytes())
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= set(manifest["files"])
+    assert {"adapter_config.json", "adapter_model.safetensors", "loss.png", "tokenizer.json"} <= set(manifest["files"])
     found = describe_files(published)
     assert {name: found[name] for name in manifest["files"]} == manifest["files"]
+    assert file_digest(published / "manifest.json") in (published / "README.md").read_text()
     assert len(load_file(published / "adapter_model.safetensors")) == 2 * 7 * 4
     config = json.loads((published / "adapter_config.json").read_text())
     assert (config["r"], len(config["target_modules"])) == (16, 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from include.registry import FolderRegistry
 from tests.conftest import PROJECT, last_run
 from tests.hub import Hub
 from tests.test_demo import processes
@@ -145,7 +147,7 @@ def test_data_base_and_registry_on_the_hub(var: Path, small_recipe: Callable, ti
         assert (config["base_model_name_or_path"], config["revision"]) == (f"{owner}/base", base)
         manifest = json.loads(files["manifest.json"])
         assert (manifest["dataset"]["revision"], manifest["base"]["revision"]) == (sha, base)
-        assert f'base_model: "{owner}/base"' in files["README.md"].decode()
+        assert f"base_model: {owner}/base" in files["README.md"].decode()
         assert last_run(var)["place"] == f"{hub.url}/{owner}/adapter/tree/{repository.head.sha}"
 
 
@@ -191,8 +193,11 @@ def airflow(var: Path, small_recipe: Callable) -> Iterator[Airflow]:
 
 
 def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var: Path) -> None:
-    dags = {dag["dag_id"]: dag for dag in airflow.call("GET", "/api/v2/dags")["dags"]}
-    assert {"demo", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken"} <= set(dags)
+    expected = {"demo", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken", "rollback"}
+    deadline = time.monotonic() + 60
+    while not expected <= set(dags := {dag["dag_id"]: dag for dag in airflow.call("GET", "/api/v2/dags")["dags"]}):
+        assert time.monotonic() < deadline, "each file is parsed by itself"
+        time.sleep(0.2)
     assert "unknown field 'lora_rank'" in dags["broken"]["description"]
     assert airflow.call("GET", "/api/v2/importErrors")["total_entries"] == 0
 
@@ -217,3 +222,34 @@ def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var
     assert summary["stages"]["train"]["line"].startswith("5 steps")
     log = airflow.call("GET", f"{path}/taskInstances/train/logs/1")
     assert any("step 5/5  loss" in str(entry) for entry in log["content"])
+
+    # a rollback, while another run trains
+    registry = FolderRegistry(var / "registry" / "small")
+    folder = var.parent / "two"
+    shutil.copytree(registry.fetch("v1"), folder)
+    (folder / "manifest.json").chmod(0o644)
+    (folder / "manifest.json").write_text('{"content": "another"}')
+    registry.publish(folder, "v1", True)
+    assert registry.live().name == "v2"
+    run = airflow.call("POST", "/api/v2/dags/small/dagRuns", {"logical_date": None, "conf": {"max_steps": 5000}})
+    while not list(var.glob("work/small/train/*/training_log.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    runs = "/api/v2/dags/rollback/dagRuns"
+    choice = {"recipe": "small", "version": "v1", "reason": "v2 insults people"}
+    for wrong in ({"recipe": "smal"}, {"reason": ""}):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            airflow.call("POST", runs, {"logical_date": None, "conf": {**choice, **wrong}})
+        assert refused.value.code == 400
+    back = airflow.call("POST", runs, {"logical_date": None, "conf": choice})
+    while (state := airflow.call("GET", f"{runs}/{back['dag_run_id']}")["state"]) not in ("success", "failed"):
+        assert time.monotonic() < deadline, state
+        time.sleep(0.2)
+    assert (state, registry.live().name) == ("success", "v1")
+    assert processes(var, "include.engine"), "the training goes on"
+    last = json.loads((var / "registry" / "small" / "history.jsonl").read_text().splitlines()[-1])
+    assert (last["live"], last["instead_of"], last["reason"]) == ("v1", "v2", "v2 insults people")
+    airflow.call("PATCH", f"/api/v2/dags/small/dagRuns/{run['dag_run_id']}", {"state": "failed"})
+    while processes(var, "include.engine"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

@@ -21,7 +21,10 @@ from include.engine.processes import COUNT, RANK
 from include.errors import RetuneError
 from include.store import to_json
 
-COMMANDS = {"train": "train", "generate": "answer", "losses": "measure", "logits": "measure"}
+COMMANDS = {
+    "train": "train", "generate": "answer", "losses": "measure", "logits": "measure", "merge": "merge",
+    "merged_logits": "merge",
+}  # fmt: skip
 GO_ON = "Free some space and retry the task: it goes on from its last checkpoint"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

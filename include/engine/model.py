@@ -99,6 +99,21 @@ def load_trainable(base: str, recipe: dict[str, Any], plan: Plan) -> Any:
     return add_adapter(load_base(base, recipe, plan), recipe, plan)
 
 
+def load_adapter(model: Any, folder: str | Path) -> Any:
+    """The base with a saved adapter, as a user of the published adapter would load it.
+
+    Raises:
+        Missing: the folder holds no adapter that fits the base.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise Missing(f"the adapter in {folder} cannot be loaded: {problem}", "Train it again") from error
+
+
 def variants(
     base: str | Path, trained: Mapping[str, str | Path], recipe: dict[str, Any], plan: Plan
 ) -> Iterator[tuple[str, Any]]:
@@ -113,18 +128,12 @@ def variants(
     Raises:
         Missing: a folder holds nothing that fits the base.
     """
-    from peft import PeftModel
-
     model = load_base(base, recipe, plan).eval()
     yield "base", model
     for name, folder in trained.items():
-        if not (Path(folder) / "adapter_config.json").is_file():
+        if (Path(folder) / "adapter_config.json").is_file():
+            adapted = load_adapter(model, folder)
+            yield name, adapted.eval()
+            model = adapted.unload()
+        else:
             yield name, load_base(folder, recipe, plan).eval()
-            continue
-        try:
-            adapted = PeftModel.from_pretrained(model, str(folder))
-        except (OSError, ValueError, RuntimeError) as error:
-            problem = " ".join(str(error).split())[:300]
-            raise Missing(f"the adapter in {folder} cannot be loaded: {problem}", "Train it again") from error
-        yield name, adapted.eval()
-        model = adapted.unload()
