@@ -90,6 +90,8 @@ def evaluate(job: Job, template: Artifact, train: Artifact, smoke_test: Artifact
     line += f" on {count} holdout rows: " + ("better" if verdict.publish else "; ".join(verdict.reasons))
     facts = {
         "verdict": verdict.as_dict(),
+        "confidence": recipe.gate_confidence,
+        "margin": recipe.gate_margin,
         "holdout_rows": count,
         "live": live and {"name": live.name, "revision": live.revision, "other_template": _template_differs(adapters)},
     }

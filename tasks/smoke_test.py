@@ -77,7 +77,8 @@ def smoke_test(job: Job, template: Artifact, train: Artifact) -> Result:
         )
     passed = sum(not any(name in answer["seen"] for name in recipe.required_checks) for answer in answers)
     line = f"{passed} of {len(answers)} answers pass the required checks"
-    return Result(line, {"answers": answers, "failed": failed, "passed": passed})
+    required = list(recipe.required_checks)
+    return Result(line, {"answers": answers, "required": required, "failed": failed, "passed": passed})
 
 
 def _failed(answers: list[dict[str, Any]], required: Sequence[str]) -> list[str]:

@@ -99,9 +99,10 @@ def recipe(small_recipe: Callable, state: Path, base: Path, monkeypatch: pytest.
             for word, other in list(OPPOSITES.items())[:4]
         ]
         own = {
-            "dataset": str(state / "rows.jsonl"), "base_model": str(base), "chat_template": "alpaca", "prompts": prompts,
-            "max_new_tokens": 24, "max_steps": 120, "save_steps": 1000, "per_device_train_batch_size": 16,
-            "gradient_accumulation_steps": 1, "load_in_4bit": False, "near_duplicate_similarity": 1.0,
+            "dataset": str(state / "rows.jsonl"), "base_model": str(base), "chat_template": "alpaca",
+            "prompts": prompts, "max_new_tokens": 24, "max_steps": 120, "save_steps": 1000,
+            "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "load_in_4bit": False,
+            "near_duplicate_similarity": 1.0,
             "required_checks": ["not_empty", "stops", "no_special_tokens", "no_repetition", "no_echo", "as_expected"],
         }  # fmt: skip
         return small_recipe(**{**own, **fields})
