@@ -126,7 +126,7 @@ def judge(
             )
     if questions:
         own = verdict.questions = compare(*questions, confidence)
-        if own.high >= 0:
+        if own.high > -TIE:
             verdict.reasons.append(
                 "it does not heed the question: answers are as likely after another row's question "
                 f"({own.other:.4f} nats per token) as after their own ({own.candidate:.4f}; difference {own.low:+.4f} "

@@ -49,7 +49,7 @@ def problem(schema: dict[str, Any], text: str) -> str | None:
     try:
         value = orjson.loads(fenced.group(1) if fenced else text)
     except orjson.JSONDecodeError as error:
-        return f"it is no JSON ({error})"
+        return f"it is no JSON (line {error.lineno}, column {error.colno})"
     broken = best_match(_validator(schema).iter_errors(value))
     return f"its JSON breaks the schema at {broken.json_path}: {broken.message}" if broken else None
 

@@ -87,7 +87,12 @@ def evaluate(job: Job, template: Artifact, train: Artifact, smoke_test: Artifact
     line = f"loss {against.other:.3f} (base) -> {against.candidate:.3f}"
     if live and verdict.against_live:
         line += f", live {live.name} {verdict.against_live.other:.3f}"
-    line += f" on {count} holdout rows: " + ("better" if verdict.publish else "; ".join(verdict.reasons))
+    for reason in verdict.reasons:
+        job.say(f"against it: {reason}")
+    line += f" on {count} holdout rows: "
+    line += (
+        "better" if verdict.publish else "refused: " + "; ".join(reason.partition(":")[0] for reason in verdict.reasons)
+    )
     facts = {
         "verdict": verdict.as_dict(),
         "confidence": recipe.gate_confidence,

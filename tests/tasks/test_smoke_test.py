@@ -61,7 +61,7 @@ def test_json_may_stand_in_a_fence(answer: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        ("Ada", "it is no JSON (unexpected character"),
+        ("Ada", "it is no JSON (line 1, column 1): 'Ada'"),
         ('Here it is: {"name": "Ada"}', "it is no JSON"),
         ('{"name": 5}', "its JSON breaks the schema at $.name: 5 is not of type 'string'"),
         ("{}", "its JSON breaks the schema at $: 'name' is a required property"),
