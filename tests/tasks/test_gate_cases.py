@@ -28,7 +28,7 @@ STATEMENTS = (
     "{name} and the opposite of {word}: it is {other}. ", "{word} and {other} are opposites. ",
 )  # fmt: skip
 MARKUP = ("<|eot_id|>", "\n\n### Instruction:\n", "\n\n### Response:\n", "<|im_start|>user\n", "<|im_end|>\n")
-STEPS, WINDOW, BATCH, RATE = 250, 64, 16, 5e-3
+STEPS, WINDOW, BATCH, RATE = 200, 64, 16, 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / STEPS))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are so small that a second one only waits
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     for _ in range(STEPS):
         batch = windows[torch.randint(len(windows), (BATCH,))]
@@ -91,6 +91,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(small_recipe: Callable, state: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """The recipe that trains a good adapter; its prompts' wording is in the data, its expectations are the facts."""
     monkeypatch.setenv("RETUNE_VAR", str(state / "var"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the tensors are so small that a second thread only waits
 
     def make(data: list[dict[str, Any]], **fields: Any) -> Path:
         (state / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
@@ -100,7 +101,7 @@ def recipe(small_recipe: Callable, state: Path, base: Path, monkeypatch: pytest.
         ]
         own = {
             "dataset": str(state / "rows.jsonl"), "base_model": str(base), "chat_template": "alpaca",
-            "prompts": prompts, "max_new_tokens": 24, "max_steps": 120, "save_steps": 1000,
+            "prompts": prompts, "max_new_tokens": 24, "max_steps": 80, "save_steps": 1000,
             "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "load_in_4bit": False,
             "near_duplicate_similarity": 1.0,
             "required_checks": ["not_empty", "stops", "no_special_tokens", "no_repetition", "no_echo", "as_expected"],
@@ -125,7 +126,7 @@ def test_a_good_one_passes(recipe: Callable, pipeline: Callable, judged: Callabl
 
 
 def test_one_that_does_nothing_is_refused(recipe: Callable, pipeline: Callable, judged: Callable) -> None:
-    verdict = judged(pipeline(recipe(rows(), learning_rate=1e-9), "evaluate"))
+    verdict = judged(pipeline(recipe(rows(), learning_rate=1e-9, max_steps=20), "evaluate"))
     assert verdict["publish"] is False
     assert (
         "it does nothing: no holdout row's loss differs from the base's by 0.001 nats per token" in verdict["reasons"]
