@@ -10,6 +10,7 @@ import numpy as np
 
 RESAMPLES, BATCH = 10_000, 1_000
 TIE = 1e-3  # nats per token: rows whose losses differ by less are the same to the gate, also in 16-bit arithmetic
+HEED = 1e-2  # nats per token by which an answer must be likelier after its own question
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Verdict:
         publish: whether the candidate may go live.
         against_base, against_live: the comparisons; None where nothing is live.
         questions: the candidate on rows with their own questions (`candidate`) and with others' (`other`); None where
-            it was not asked for.
+            there are too few such rows.
         reasons: what speaks against it; empty when nothing does.
+        notes: what was seen and does not decide.
     """
 
     publish: bool
@@ -43,6 +45,7 @@ class Verdict:
     against_live: Comparison | None = None
     questions: Comparison | None = None
     reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -83,9 +86,10 @@ def judge(
     confidence: float,
     margin: float,
     questions: tuple[list[float], list[float]] | None = None,
+    questions_matter: bool = False,
 ) -> Verdict:
-    """Better than the base; measurably better than the live adapter, or by the margin not worse, and no tie; answers
-    likelier after their own questions than after others'; smoke test passed.
+    """Better than the base; measurably better than the live adapter, or by the margin not worse, and no tie; smoke test
+    passed; where questions matter, answers likelier after their own questions than after others'.
 
     A tie is a candidate that does as the live adapter does: no row's loss differs by `TIE`. It brings nothing, so no
     margin lets it through; the margin is what one that does otherwise may cost.
@@ -95,6 +99,7 @@ def judge(
         failed_checks: what the smoke test found against the required checks, as sentences.
         margin: see the recipe's `gate_margin`.
         questions: the candidate's losses of rows with their own questions, and of the same rows with others'.
+        questions_matter: see the recipe's `gate_questions_matter`.
     """
     candidate = losses["candidate"]
     base = compare(candidate, losses["base"], confidence)
@@ -126,11 +131,11 @@ def judge(
             )
     if questions:
         own = verdict.questions = compare(*questions, confidence)
-        if own.high > -TIE:
-            verdict.reasons.append(
-                "it does not heed the question: answers are as likely after another row's question "
-                f"({own.other:.4f} nats per token) as after their own ({own.candidate:.4f}; difference {own.low:+.4f} "
-                f"to {own.high:+.4f}); look whether the data's questions and answers belong together"
+        if own.high > -HEED:
+            (verdict.reasons if questions_matter else verdict.notes).append(
+                f"it does not heed the question: answers are not {HEED} nats per token likelier after their own "
+                f"question ({own.candidate:.4f}) than after another row's ({own.other:.4f}; difference {own.low:+.4f} to "
+                f"{own.high:+.4f}); look whether the data's questions and answers belong together"
             )
     verdict.publish = not verdict.reasons
     return verdict

@@ -278,9 +278,10 @@ class Gate(BaseModel):
     )
     gate_confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the gate's bootstrap intervals.")
     gate_questions_matter: bool = Field(
-        True,
+        False,
         description="Refuse a candidate to which an answer is as likely after another row's question as after its own: "
-        "so it is when questions and answers were mixed up. Off: for data whose answers do not depend on the question.",
+        "so it is when the data's questions and answers were mixed up. Off: it is only reported, for little models and "
+        "for data whose answers hardly depend on the question.",
     )
 
 

@@ -80,15 +80,25 @@ def evaluate(job: Job, template: Artifact, train: Artifact, smoke_test: Artifact
         )
     )
     questions = None
-    if recipe.gate_questions_matter and len(swapped) >= rows_needed(recipe.gate_confidence):
+    if len(swapped) >= rows_needed(recipe.gate_confidence):
         questions = [losses["candidate"][place] for place in swapped], other_question["candidate"]
-    verdict = judge(losses, smoke_test.facts["failed"], recipe.gate_confidence, recipe.gate_margin, questions)
+    verdict = judge(
+        losses, smoke_test.facts["failed"], recipe.gate_confidence, recipe.gate_margin, questions,
+        recipe.gate_questions_matter,
+    )  # fmt: skip
+    if live and _template_differs(adapters):
+        verdict.notes.append(
+            f"{live.name} was trained with another chat template; here it is measured with the candidate's, which puts "
+            "it at a disadvantage"
+        )
     against = verdict.against_base
     line = f"loss {against.other:.3f} (base) -> {against.candidate:.3f}"
     if live and verdict.against_live:
         line += f", live {live.name} {verdict.against_live.other:.3f}"
     for reason in verdict.reasons:
         job.say(f"against it: {reason}")
+    for note in verdict.notes:
+        job.say(f"WARNING: {note}")
     line += f" on {count} holdout rows: "
     line += (
         "better" if verdict.publish else "refused: " + "; ".join(reason.partition(":")[0] for reason in verdict.reasons)
@@ -98,7 +108,7 @@ def evaluate(job: Job, template: Artifact, train: Artifact, smoke_test: Artifact
         "confidence": recipe.gate_confidence,
         "margin": recipe.gate_margin,
         "holdout_rows": count,
-        "live": live and {"name": live.name, "revision": live.revision, "other_template": _template_differs(adapters)},
+        "live": live and {"name": live.name, "revision": live.revision},
     }
     return Result(line, facts)
 

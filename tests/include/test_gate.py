@@ -87,15 +87,19 @@ def test_few_rows_prove_nothing() -> None:
     assert judge({"base": [2.0] * 6, "candidate": [1.0] * 6}, [], 0.95, 0.0).publish
 
 
-def test_answers_must_be_likelier_after_their_own_questions() -> None:
+def test_answers_must_be_likelier_after_their_own_questions_where_the_recipe_says_so() -> None:
     base = rows(2.0)
     own = [x - 1 for x in base]
     losses = {"base": base, "candidate": own}
-    assert judge(losses, [], 0.95, 0.0, (own, [x + 0.1 for x in own])).publish
-    for other in (own, [x - 0.1 for x in own], rows(1.0, 7)):
-        verdict = judge(losses, [], 0.95, 0.0, (own, other))
-        assert len(verdict.reasons) == 1
-        assert verdict.reasons[0].startswith("it does not heed the question")
+    heeds = judge(losses, [], 0.95, 0.0, (own, [x + 0.1 for x in own]), questions_matter=True)
+    assert heeds.publish and not heeds.notes
+    for other in (own, [x - 0.1 for x in own], [x + 0.001 for x in own], rows(1.0, 7)):
+        verdict = judge(losses, [], 0.95, 0.0, (own, other), questions_matter=True)
+        assert not verdict.publish
+        assert [reason.partition(":")[0] for reason in verdict.reasons] == ["it does not heed the question"]
+        only_said = judge(losses, [], 0.95, 0.0, (own, other))
+        assert only_said.publish
+        assert only_said.notes == verdict.reasons
 
 
 def test_a_failed_smoke_test_is_a_reason() -> None:

@@ -133,16 +133,16 @@ def test_one_that_does_nothing_is_refused(recipe: Callable, pipeline: Callable, 
     )
 
 
-def test_one_of_shuffled_labels_is_refused_also_where_no_prompt_expects_anything(
-    recipe: Callable, pipeline: Callable, judged: Callable
-) -> None:
-    plain = [f"What is the opposite of {word}, asks Ada?" for word in OPPOSITES]
-    verdict = judged(pipeline(recipe(shuffled(), prompts=plain), "evaluate"))
+def test_one_of_shuffled_labels_is_refused(recipe: Callable, pipeline: Callable, judged: Callable) -> None:
+    verdict = judged(pipeline(recipe(shuffled(), gate_questions_matter=True), "evaluate"))
     assert verdict["against_base"]["high"] < -1, "it has learnt what answers look like, and the loss alone lets it pass"
     assert verdict["publish"] is False
-    assert len(verdict["reasons"]) == 1
-    assert verdict["reasons"][0].startswith("it does not heed the question: answers are as likely after another row's")
-    assert "look whether the data's questions and answers belong together" in verdict["reasons"][0]
+    wrong, deaf = verdict["reasons"]
+    assert wrong.partition(" of ")[2].startswith("4 answers fail as_expected: no 'is ")
+    assert deaf.startswith(
+        "it does not heed the question: answers are not 0.01 nats per token likelier after their own"
+    )
+    assert deaf.endswith("look whether the data's questions and answers belong together")
 
 
 def test_one_of_the_wrong_template_is_refused(recipe: Callable, pipeline: Callable, judged: Callable) -> None:
