@@ -134,8 +134,8 @@ def judge(
         if own.high > -HEED:
             (verdict.reasons if questions_matter else verdict.notes).append(
                 f"it does not heed the question: answers are not {HEED} nats per token likelier after their own "
-                f"question ({own.candidate:.4f}) than after another row's ({own.other:.4f}; difference {own.low:+.4f} to "
-                f"{own.high:+.4f}); look whether the data's questions and answers belong together"
+                f"question ({own.candidate:.4f}) than after another row's ({own.other:.4f}; difference {own.low:+.4f} "
+                f"to {own.high:+.4f}); look whether the data's questions and answers belong together"
             )
     verdict.publish = not verdict.reasons
     return verdict
