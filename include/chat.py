@@ -170,6 +170,12 @@ class ChatFormat:
         """The text of ids, special tokens included."""
         return str(self._backend.decode(ids, skip_special_tokens=False))
 
+    def special_in(self, ids: list[int]) -> list[str]:
+        """The special tokens among ids, and what is written like one, each once."""
+        known = self._backend.get_added_tokens_decoder()
+        tokens = [str(known[id].content) for id in ids if id in known and known[id].special]
+        return list(dict.fromkeys([*tokens, *re.findall(CONTROL, self.decode(ids))]))
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer and the template so that transformers loads what was used here, and nothing else."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from include import json_schema
 from include.errors import BadRecipe, Missing
 from include.expectations import CHECKS
 from include.settings import recipe_files
@@ -36,6 +37,12 @@ class Prompt(BaseModel):
     prompt: str = Field(min_length=1, description="What the user says.")
     system: str | None = Field(None, description="The system message, if any.")
     expect: str | None = Field(None, description="A regular expression that the answer must contain (case ignored).")
+    contains: str | None = Field(
+        None, min_length=1, description="A text that the answer must contain, letter by letter."
+    )
+    expect_json: dict[str, Any] | None = Field(
+        None, description="A JSON schema: the answer must be JSON (it may stand in a ``` fence) that it holds for."
+    )
 
     @field_validator("expect")
     @classmethod
@@ -46,6 +53,13 @@ class Prompt(BaseModel):
             except re.error as error:
                 raise ValueError(f"not a regular expression: {error}") from None
         return pattern
+
+    @field_validator("expect_json")
+    @classmethod
+    def _is_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is not None:
+            json_schema.check(schema)
+        return schema
 
 
 class Data(BaseModel):
@@ -238,20 +252,34 @@ class SmokeTest(BaseModel):
     """The questions put to the freshly trained adapter, and the gate's demands on the answers."""
 
     prompts: list[Prompt] = Field(
-        [Prompt(prompt="Continue the Fibonacci sequence: 1, 1, 2, 3, 5, 8,", system=None, expect=r"\b13\b")],
+        [Prompt.model_validate({"prompt": "Continue the Fibonacci sequence: 1, 1, 2, 3, 5, 8,", "expect": r"\b13\b"})],
         min_length=1,
-        description="Prompts of the smoke test: a list of texts, or of {prompt, system, expect}.",
+        description="Prompts of the smoke test: a list of texts, or of {prompt, system} with what the answer must be "
+        "like: {expect, contains, expect_json}.",
     )
     required_checks: list[Check] = Field(
-        ["not_empty", "no_special_tokens", "as_expected"],
-        description="Checks that every answer must pass for the adapter to be published; the others are reported.",
+        ["not_empty", "no_special_tokens", "no_repetition", "no_echo", "as_expected"],
+        description="Checks that every answer must pass for the adapter to be published; the others are reported. "
+        "`stops` counts on a max_new_tokens that is long enough, `differs_from_base` on a base that does worse.",
         examples=list(get_args(Check)),
     )
     max_new_tokens: int = Field(128, ge=1, le=32768, description="Longest answer in tokens.")
-    do_sample: bool = Field(False, description="Sample instead of taking the likeliest token.")
-    temperature: float = Field(1.5, gt=0, le=10, description="Sampling temperature.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
+    do_sample: bool = Field(
+        False,
+        description="Draw each token by its likelihood instead of taking the likeliest; temperature, top_p, top_k and "
+        "min_p count only then.",
+    )
+    temperature: float = Field(1.5, gt=0, le=10, description="Above 1, unlikely tokens are drawn more often.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw among the likeliest tokens that have this share together.")
+    top_k: int = Field(50, ge=0, description="Draw among so many of the likeliest tokens; 0: among all.")
     min_p: Share = Field(0.1, description="Drops tokens less likely than this share of the likeliest.")
+    repetition_penalty: float = Field(
+        1.0, gt=0, le=10, description="Above 1, tokens that have been there, also in the prompt, become less likely."
+    )
+    no_repeat_ngram_size: int = Field(
+        0, ge=0, description="No sequence of so many tokens comes twice, prompt included; 0: any may."
+    )
+    num_beams: int = Field(1, ge=1, le=64, description="Beams of the beam search; 1: none.")
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -266,9 +294,16 @@ class Gate(BaseModel):
         0.0,
         ge=0,
         description="By how much (nats per token, mean over holdout rows) a candidate may be worse than the live "
-        "adapter and still replace it; 0: it must be measurably better.",
+        "adapter and still replace it; 0: it must be measurably better. One that does as the live one does never "
+        "replaces it.",
     )
     gate_confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the gate's bootstrap intervals.")
+    gate_questions_matter: bool = Field(
+        False,
+        description="Refuse a candidate to which an answer is as likely after another row's question as after its own: "
+        "so it is when the data's questions and answers were mixed up. Off: it is only reported, for little models and "
+        "for data whose answers hardly depend on the question.",
+    )
 
 
 class Publishing(BaseModel):
@@ -310,6 +345,8 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing):
             raise ValueError("load_in_4bit and load_in_8bit are both true: set one of them to false")
         if self.full_finetuning and (self.load_in_4bit or self.load_in_8bit):
             raise ValueError("full_finetuning needs a base in 16 bits: set load_in_4bit and load_in_8bit to false")
+        if self.full_finetuning and self.merged_16bit:
+            raise ValueError("full_finetuning publishes a whole model already: set merged_16bit to false")
         if self.per_device_train_batch_size * self.gradient_accumulation_steps % self.num_processes:
             raise ValueError(
                 f"num_processes is {self.num_processes}: per_device_train_batch_size x gradient_accumulation_steps is "

@@ -112,14 +112,15 @@ def _metadata(certificate: dict[str, Any]) -> Any:
     return ModelCardData(
         **_metadata_of_base(base),
         datasets=[dataset["name"]] if on_hub else None,
-        library_name="peft",
+        library_name="transformers" if recipe["full_finetuning"] else "peft",
         tags=[
-            *(["lora", "qlora"] if recipe["load_in_4bit"] else ["lora"]), "sft", "trl",
+            *([] if recipe["full_finetuning"] else ["lora", "qlora"] if recipe["load_in_4bit"] else ["lora"]),
+            recipe["method"], "trl",
             *(["unsloth"] if certificate["training"]["plan"]["engine"] == "unsloth" else []), "retune",
         ],
         model_name=recipe["name"],
         eval_results=[
-            result("loss", "Loss (nats per token)", round(loss, 4)),
+            result("loss", "DPO loss" if recipe["method"] == "dpo" else "Loss (nats per token)", round(loss, 4)),
             result(
                 "pass_rate",
                 "Smoke test answers that pass the required checks",

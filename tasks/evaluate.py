@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 from include.engine import supervise
-from include.gate import judge
+from include.gate import judge, rows_needed
+from include.questions import write_with_swapped
+from include.recipe import Gate
 from include.registry import Version, content_digest, open_registry
 from include.sources import fetch_base
 from include.stage import Job, Result, stage
 from include.store import Artifact, to_json
+from tasks.smoke_test import TEMPLATE
 from tasks.template import HOLDOUT
 from tasks.train import ADAPTER
 
@@ -30,10 +36,10 @@ def rival(job: Job, train: Artifact) -> Version | None:
 
 
 @stage(
-    version=1,
+    version=2,
     uses=(
         "method", "beta", "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length",
-        "max_holdout_rows", "gate_margin", "gate_confidence",
+        "max_holdout_rows", *Gate.model_fields,
     ),
     facts=lambda job, train, **_: (live := rival(job, train)) and [live.revision, live.content],
 )  # fmt: skip
@@ -44,28 +50,70 @@ def evaluate(job: Job, template: Artifact, train: Artifact, smoke_test: Artifact
     adapters = {"candidate": train.local() / ADAPTER}
     if live:
         adapters["live"] = registry.fetch(live.revision)
+    rows, held_out = job.out / "rows", template.local() / HOLDOUT
+    count, swapped = write_with_swapped(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
+    names = ("base", *adapters)
     measured = supervise.run(
         "losses",
         {
             "recipe": recipe.model_dump(mode="json"),
             "base": fetch_base(recipe, job.store),
-            "rows": template.local() / HOLDOUT,
-            "most": recipe.max_holdout_rows,
+            "rows": rows,
+            "most": count + len(swapped),
             "adapters": adapters,
         },
         job.out,
-        job.say,
+        lambda line: None if line.startswith(names) else job.say(line),  # its means are over rows and copies together
     )
-    (job.out / LOSSES).write_bytes(to_json(measured))
-    verdict = judge(measured["losses"], smoke_test.facts["failed"], recipe.gate_confidence, recipe.gate_margin)
+    shutil.rmtree(rows)
+    losses = {name: measured["losses"][name][:count] for name in names}
+    other_question = {name: measured["losses"][name][count:] for name in names}
+    (job.out / LOSSES).write_bytes(
+        to_json(
+            {
+                "row": measured["row"][:count],
+                "tokens": measured["tokens"][:count],
+                "losses": losses,
+                "other_question": {"row": measured["row"][count:], "losses": other_question},
+                "plan": measured["plan"],
+            }
+        )
+    )
+    questions = None
+    if len(swapped) >= rows_needed(recipe.gate_confidence):
+        questions = [losses["candidate"][place] for place in swapped], other_question["candidate"]
+    verdict = judge(
+        losses, smoke_test.facts["failed"], recipe.gate_confidence, recipe.gate_margin, questions,
+        recipe.gate_questions_matter,
+    )  # fmt: skip
+    if live and _template_differs(adapters):
+        verdict.notes.append(
+            f"{live.name} was trained with another chat template; here it is measured with the candidate's, which puts "
+            "it at a disadvantage"
+        )
     against = verdict.against_base
     line = f"loss {against.other:.3f} (base) -> {against.candidate:.3f}"
     if live and verdict.against_live:
         line += f", live {live.name} {verdict.against_live.other:.3f}"
-    line += f" on {len(measured['row'])} holdout rows: " + ("better" if verdict.publish else "; ".join(verdict.reasons))
+    for reason in verdict.reasons:
+        job.say(f"against it: {reason}")
+    for note in verdict.notes:
+        job.say(f"WARNING: {note}")
+    line += f" on {count} holdout rows: "
+    line += (
+        "better" if verdict.publish else "refused: " + "; ".join(reason.partition(":")[0] for reason in verdict.reasons)
+    )
     facts = {
         "verdict": verdict.as_dict(),
-        "holdout_rows": len(measured["row"]),
+        "confidence": recipe.gate_confidence,
+        "margin": recipe.gate_margin,
+        "holdout_rows": count,
         "live": live and {"name": live.name, "revision": live.revision},
     }
     return Result(line, facts)
+
+
+def _template_differs(adapters: dict[str, Path]) -> bool:
+    """Whether the live adapter names another chat template than the candidate, with whose rows both are measured."""
+    files = [folder / TEMPLATE for folder in adapters.values()]
+    return all(file.is_file() for file in files) and len({file.read_text("utf-8") for file in files}) > 1

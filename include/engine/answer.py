@@ -7,6 +7,10 @@ from typing import Any
 from include.engine.model import variants
 from include.engine.plan import make_plan
 
+# None may be left out: what is not said here, generate() takes from the base's own generation_config.json
+DECODING = ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty", "no_repeat_ngram_size")
+DRAWING = ("temperature", "top_p", "top_k", "min_p")  # mean something only with do_sample
+
 
 def generate(job: dict[str, Any], say: Any) -> dict[str, Any]:
     """Answer each prompt with the adapter (or the whole model that was trained) and with the base.
@@ -23,13 +27,9 @@ def generate(job: dict[str, Any], say: Any) -> dict[str, Any]:
     from transformers import GenerationConfig, set_seed
 
     recipe = job["recipe"]
-    sampling = {name: recipe[name] for name in ("temperature", "top_p", "min_p")} if recipe["do_sample"] else {}
+    named = DECODING + (DRAWING if recipe["do_sample"] else ())
     settings = GenerationConfig(
-        max_new_tokens=recipe["max_new_tokens"],
-        do_sample=recipe["do_sample"],
-        eos_token_id=job["stop"],
-        pad_token_id=job["pad"],
-        **sampling,
+        eos_token_id=job["stop"], pad_token_id=job["pad"], **{name: recipe[name] for name in named}
     )
 
     def answers(model: Any) -> list[list[int]]:

@@ -25,6 +25,22 @@ from include.settings import recipe_files
         ({"max_steps": 0}, "max_steps is 0"),
         ({"registry": "s3://bucket"}, "field 'registry'"),
         ({"prompts": [{"prompt": "hi", "expect": "("}]}, "not a regular expression"),
+        (
+            {"prompts": [{"prompt": "hi", "expect_json": {"type": "objekt"}}]},
+            "field 'prompts.0.expect_json': not a JSON schema: at $.type 'objekt' is not valid",
+        ),
+        (
+            {
+                "prompts": [
+                    {"prompt": "hi", "expect_json": {"properties": {"a": {"$ref": "http://127.0.0.1:9/a.json"}}}}
+                ]
+            },
+            "field 'prompts.0.expect_json': not a whole JSON schema: it refers to 'http://127.0.0.1:9/a.json'",
+        ),
+        ({"prompts": [{"prompt": "hi", "expect_json": {"$schema": 7}}]}, "not a JSON schema: its $schema is 7"),
+        ({"prompts": [{"prompt": "hi", "contains": ""}]}, "field 'prompts.0.contains'"),
+        ({"num_beams": 0}, "field 'num_beams'"),
+        ({"repetition_penalty": 0}, "field 'repetition_penalty'"),
         ({"prompts": "hi"}, "field 'prompts': input should be a valid list"),
         ({"required_checks": ["pretty"]}, "field 'required_checks.0'"),
     ],
@@ -49,6 +65,15 @@ def test_the_defaults_are_the_reference_recipe() -> None:
     assert (recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps) == (2, 4)
     assert (recipe.warmup_steps, recipe.max_steps, recipe.learning_rate) == (5, 60, 2e-4)
     assert (recipe.max_seq_length, recipe.load_in_4bit, recipe.chat_template) == (2048, True, "llama-3.1")
+    assert (recipe.temperature, recipe.min_p) == (1.5, 0.1)
+
+
+def test_what_the_reference_leaves_open_about_sampling_is_as_in_transformers() -> None:
+    from transformers import GenerationConfig
+
+    recipe, theirs = check({"name": "x"}, "x.yaml"), GenerationConfig._get_default_generation_params()
+    for name in ("do_sample", "top_p", "top_k", "repetition_penalty", "no_repeat_ngram_size", "num_beams"):
+        assert getattr(recipe, name) == theirs[name], name
 
 
 @pytest.mark.parametrize("file", recipe_files(), ids=lambda file: file.stem)
