@@ -433,6 +433,20 @@ class ChatFormat:
                 self._prove_trained(conversation, self.decode([label for label in labels if label != IGNORED]))
         return len(plain)
 
+    def asked_otherwise(self, conversations: list[Conversation]) -> int:
+        """How many of the conversations have other ids before their last answer than the prompt of its turns has, or do
+        not train the answer's first id.
+
+        Tokenizers that join a line break with what follows it make such ones; the loss does not show it, and answers
+        may be bad.
+        """
+        plain = [c for c in conversations if c.tools is None and c.roles[-2:] == ("user", "assistant")]
+        asked = self._encode([Conversation.of(c.messages[:-1]) for c in plain], generation_prompt=True)
+        found = 0
+        for (ids, labels), (prompt, _) in zip(self.encode(plain).rows(), asked.rows(), strict=True):
+            found += ids[: len(prompt)] != prompt or labels[len(prompt)] == IGNORED
+        return found
+
     def _prove_trained(self, conversation: Conversation, trained: str) -> None:
         at = 0
         for role, content in zip(conversation.roles, conversation.contents, strict=True):

@@ -25,7 +25,7 @@ PROVED_ROWS, SHOWN_ROWS = 256, 10
 
 
 @stage(
-    version=4,
+    version=5,
     uses=(
         "method", "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
         "max_seq_length", "on_too_long", "check_limits",
@@ -52,8 +52,14 @@ def template(job: Job, standardize: Artifact) -> Result:
             job.say(f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens")
         chat.save(job.out / TOKENIZER)
         files = sorted((standardize.local() / MESSAGES).iterdir())
-        proved = chat.prove(_spread_rows(files))
+        spread = _spread_rows(files)
+        proved, otherwise = chat.prove(spread), chat.asked_otherwise(spread)
         job.say(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
+        if otherwise:
+            job.say(
+                f"WARNING: {otherwise} of {len(spread)} rows are trained to answer after other tokens than a prompt "
+                "ends in: look at the answers of the smoke test, or take another chat_template"
+            )
         for side in (TRAIN, HOLDOUT):
             (job.out / side).mkdir(exist_ok=True)
         encode = _encode_pairs if pairs else _encode_group
@@ -80,7 +86,7 @@ def template(job: Job, standardize: Artifact) -> Result:
     quantiles = contract["tokens"].quantile([0, 0.25, 0.5, 0.75, 0.9, 0.99, 1], interpolation="lower")
     facts = {
         "train": train, "holdout": holdout, "too_long": over, "left_out": left_out,
-        "proved_rows": proved, "encoder": chat.encoder.name,
+        "proved_rows": proved, "asked_otherwise": otherwise, "encoder": chat.encoder.name,
         "missing_special_tokens": chat.missing, "stop_tokens": chat.stop_tokens,
         "lengths": {f"p{share * 100:.0f}": int(tokens) for share, tokens in quantiles.items()},
         "histogram": histogram(contract["tokens"].to_numpy()), "samples": samples,

@@ -193,6 +193,12 @@ def test_only_assistant_turns_and_their_ends_are_trained(llama: ChatFormat) -> N
     assert llama.prompt(messages[:4]) == ids[: labels.index(trained[-2])]
 
 
+def test_rows_that_are_asked_otherwise_than_they_are_trained_are_counted(llama: ChatFormat, tiny_base: Path) -> None:
+    said = [Conversation(("user", "assistant"), ["What is it?", answer]) for answer in ("It is 7.", "7", "\nSeven")]
+    assert [llama.asked_otherwise([one]) for one in said] == [0, 0, 1], "a line break at the end of the prompt grows"
+    assert chat(tiny_base).asked_otherwise(said[:2]) == 2, "its line breaks split before a word"
+
+
 def test_special_tokens_that_the_vocabulary_lacks_are_refused_or_reported(material: Path) -> None:
     stories = material / "models" / "stories260K"
     with pytest.raises(BadRecipe, match=r"chatml writes <\|im_end\|>, <\|im_start\|>, which the vocabulary of"):
