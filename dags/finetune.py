@@ -87,7 +87,10 @@ def _report(name: str, run_id: Any = None) -> str:
 
 
 def _doc(recipe: Recipe) -> str:
-    sampled = f"{4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else 16}-bit base"
+    base = f"{4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else 16}-bit base"
+    trained = f"r={recipe.r}, alpha={recipe.lora_alpha}, {len(recipe.target_modules)} projections, {base}"
+    if recipe.full_finetuning:
+        trained = "none: the whole model is trained"
     length = f"{recipe.max_steps} steps" if recipe.max_steps > 0 else f"{recipe.num_train_epochs:g} epochs"
     return f"""### {recipe.name}
 
@@ -97,8 +100,8 @@ def _doc(recipe: Recipe) -> str:
 |---|---|
 | data | `{recipe.dataset}`, {recipe.holdout_share:.0%} held out, at most {recipe.max_refused_share:.0%} refused |
 | base | `{recipe.base_model}`, template {recipe.chat_template}, at most {recipe.max_seq_length:,} tokens |
-| adapter | r={recipe.r}, alpha={recipe.lora_alpha}, {len(recipe.target_modules)} projections, {sampled} |
-| training | {length} of {recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}, \
+| adapter | {trained} |
+| training | {recipe.method}, {length} of {recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}, \
 lr {recipe.learning_rate:g} |
 | gate | better than the base and than what is live; {len(recipe.prompts)} smoke-test prompts |
 | registry | `{recipe.registry or "a folder under var/"}` |
