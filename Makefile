@@ -9,11 +9,7 @@ READY := .venv/.ready
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setrollback: $(READY) ## make a published version live again: make rollback RECIPE=name VERSION=v1 REASON="..."
-	@test -n "$(RECIPE)" -a -n "$(VERSION)" || { echo 'which one? make rollback RECIPE=<name> VERSION=<v1> REASON="..."'; exit 2; }
-	@.venv/bin/python -m retune rollback $(RECIPE) $(VERSION) --reason "$(REASON)"
-
-up: $(READY) ## make .venv with the pinned packages
+setup: $(READY) ## make .venv with the pinned packages
 
 $(READY): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0'

@@ -11,6 +11,7 @@ compile and warm up, are left out. The ways:
 - Retune in 8 GB: the same with no more than 8 GiB of the device's memory;
 - TRL: its own fastest settings, without Retune: 4 x 2,048 packed, Liger's kernels, no checkpointing;
 - Retune packed: the planner's choice for 16 packed sequences of 2,048 tokens in each step;
+- Unsloth packed: the same with Unsloth;
 - Retune packed, fused: the same with adamw_torch_fused in place of adamw_8bit, which waits for the GPU at every matrix.
 """
 
@@ -46,6 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "Retune in 8 GB": {"engine": "auto", "device_memory_gb": 8},
     "TRL": {"packing": True},
     "Retune packed": PACKED,
+    "Unsloth packed": {**PACKED, "engine": "unsloth"},
     "Retune packed, fused": {**PACKED, "optim": "adamw_torch_fused"},
 }  # fmt: skip
 
@@ -192,7 +194,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--add", action="store_true", help="to the runs that --out has, of the same device")
-    parser.add_argument("--out", default=str(PROJECT / "bench" / "train.json"))
+    parser.add_argument("--out", help="bench/train.json on a GPU, var/train.json elsewhere")
     arguments = parser.parse_args()
     import torch
 
@@ -201,6 +203,8 @@ def main() -> None:
 
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     device, length = ("cuda", 2048) if torch.cuda.is_available() else ("cpu", 256)
+    if not arguments.out:
+        arguments.out = PROJECT / ("bench" if device == "cuda" else "var") / "train.json"
     recipe = check({"name": "bench"}, "bench").model_dump(mode="json")
     name = torch.cuda.get_device_name() if device == "cuda" else "no GPU: a tiny Llama on the CPU"
     print(f"{name}, torch {torch.__version__}")
@@ -256,6 +260,7 @@ def main() -> None:
             for way, found in runs.items() if found
         },
     }  # fmt: skip
+    Path(arguments.out).parent.mkdir(exist_ok=True)
     Path(arguments.out).write_text(json.dumps(summary, indent=2) + "\n")
 
 

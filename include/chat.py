@@ -81,7 +81,7 @@ class Encoded:
     @property
     def starts(self) -> np.ndarray:
         """Where each conversation begins."""
-        return np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+        return np.concatenate([[0], self.ends])[:-1].astype(np.int64)
 
     def cut(self, longest: int) -> Encoded:
         """The first so many tokens of each conversation."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,10 @@ def test_the_demos_dataset_is_what_its_generator_writes(tmp_path: Path) -> None:
 
     write_dataset(tmp_path / "demo.jsonl")
     assert (tmp_path / "demo.jsonl").read_bytes() == (PROJECT / "include" / "recipes" / "demo.jsonl").read_bytes()
+
+
+def test_every_target_of_the_makefile_is_there_once() -> None:
+    makefile = (PROJECT / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert targets
+    assert sorted(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)) == sorted(targets[1].split())

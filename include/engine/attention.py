@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from include.errors import BadRecipe
+
+NOT_DONE = ("sliding_window", "softcap", "s_aux", "position_bias")  # of what transformers may ask for
+
 
 def use_varlen(model: Any) -> None:
     """Let a model on a GPU attend by `torch.nn.attention.varlen`.
 
     Its batches are one sequence of rows, each of which begins where `position_ids` (1 x tokens) is 0.
+
+    Raises:
+        BadRecipe: at the first batch, if the model's attention is more than causal.
     """
     import torch
     from torch.nn.attention.varlen import varlen_attn
@@ -21,8 +28,13 @@ def use_varlen(model: Any) -> None:
 
     def attend(
         module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, cu_seq_lens_q: Any = None,
-        max_length_q: Any = None, **_: Any,
+        max_length_q: Any = None, **more: Any,
     ) -> tuple[Any, None]:  # fmt: skip
+        if asked := [name for name in NOT_DONE if more.get(name) is not None]:
+            raise BadRecipe(
+                f"field 'packing': the base's attention has {', '.join(asked)}, which packed rows do not get here",
+                "Set packing to false",
+            )
         groups = module.num_key_value_groups
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # tokens x heads x size

@@ -51,7 +51,7 @@ def losses(job: dict[str, Any], say: Any) -> dict[str, Any]:
                 found[name] = [-total / count for total, count in zip(sums, tokens, strict=True)]
             if any(not math.isfinite(loss) for loss in found[name]):
                 raise BadData("a holdout row's loss is not a number", "The adapter or the base is damaged; train again")
-            say(f"{name}: loss {sum(found[name]) / len(rows):.3f} over {len(rows)} rows")
+            say(f"{name}: {len(rows)} rows measured")
     if pairs:
         tokens = [chosen + rejected for chosen, rejected in zip(tokens[::2], tokens[1::2], strict=True)]
     return {"row": list(rows["row"]), "tokens": tokens, "losses": found, "plan": plan.as_dict()}

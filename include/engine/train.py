@@ -15,7 +15,7 @@ import orjson
 
 from include.engine.attention import use_varlen
 from include.engine.model import load_trainable
-from include.engine.plan import PLAN, Plan, fit, make_plan
+from include.engine.plan import PLAN, Plan, fit, free_memory, make_plan
 from include.engine.processes import RANK, highest, join
 from include.errors import BadData, BadRecipe, OutOfMemory, ProcessLost
 from include.rows import load as load_rows
@@ -47,7 +47,7 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
 
     join(plan.device)
     rows = load_rows(job["rows"])
-    plan = fit(plan, recipe, job["base"], _longest(rows))
+    plan = fit(plan, recipe, job["base"], _longest(rows), free_memory(plan.device))
     if recipe["device_memory_gb"] and plan.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(
             min(1.0, recipe["device_memory_gb"] * 2**30 / torch.cuda.get_device_properties().total_memory)

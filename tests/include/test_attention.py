@@ -1,12 +1,13 @@
-"""Packed rows on a GPU: PyTorch's variable-length kernel gives each row what it has alone."""
+"""Packed rows on a GPU: PyTorch's variable-length kernel gives each row what it has alone, or is refused."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from include.engine.attention import use_varlen
+from include.errors import BadRecipe
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")
@@ -31,3 +32,15 @@ def test_packed_rows_have_the_logits_and_gradients_that_they_have_alone() -> Non
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
     seeing = model(torch.cat(rows, 1), position_ids=torch.arange(positions.shape[1], device="cuda")[None]).logits
     assert (seeing - alone).abs().max() > 0.2 * alone.abs().max(), "it would show if a row saw the ones before it"
+
+
+def test_a_base_whose_attention_has_windows_is_not_packed_wrongly() -> None:
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, sliding_window=8,
+        )
+    )  # fmt: skip
+    use_varlen(model)
+    with pytest.raises(BadRecipe, match="field 'packing': the base's attention has sliding_window"):
+        model(torch.zeros(1, 4, dtype=torch.long), position_ids=torch.arange(4)[None])

@@ -196,6 +196,8 @@ def test_only_assistant_turns_and_their_ends_are_trained(llama: ChatFormat) -> N
 def test_rows_that_are_asked_otherwise_than_they_are_trained_are_counted(llama: ChatFormat, tiny_base: Path) -> None:
     said = [Conversation(("user", "assistant"), ["What is it?", answer]) for answer in ("It is 7.", "7", "\nSeven")]
     assert [llama.asked_otherwise([one]) for one in said] == [0, 0, 1], "a line break at the end of the prompt grows"
+    with_tools = Conversation(("user", "assistant"), ["What?", "It."], '[{"name": "look"}]')
+    assert llama.asked_otherwise([with_tools]) == 0, "a prompt has no tools"
     assert chat(tiny_base).asked_otherwise(said[:2]) == 2, "its line breaks split before a word"
 
 

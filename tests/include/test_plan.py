@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench.train import SIZES
 from include.engine.plan import Plan, fit
@@ -35,12 +34,11 @@ def base(tmp_path: Path) -> str:
     ],
 )
 def test_the_plan_uses_the_memory_that_is_there_and_holds_the_effective_batch(
-    base: str, monkeypatch: pytest.MonkeyPatch, gib: int, fields: dict, micro: int, checkpointing: object
+    base: str, gib: int, fields: dict, micro: int, checkpointing: object
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib * 2**30, 80 * 2**30))
     recipe = check({"name": "x", **fields}, "x").model_dump(mode="json")
     written = Plan("cuda", "some GPU", "unsloth", "bfloat16", "adamw_8bit", "unsloth", 2, 4)
-    plan = fit(written, recipe, base, longest=2040)
+    plan = fit(written, recipe, base, longest=2040, free=gib * 2**30)
     assert (plan.micro_batch, plan.gradient_checkpointing) == (micro, checkpointing)
     assert plan.micro_batch * plan.accumulation == 8
     if recipe["fit_device"]:
@@ -48,11 +46,10 @@ def test_the_plan_uses_the_memory_that_is_there_and_holds_the_effective_batch(
         assert plan.predicted_bytes > 2 * 2**30
 
 
-def test_after_out_of_memory_no_larger_micro_batch_is_tried(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (79 * 2**30, 80 * 2**30))
+def test_after_out_of_memory_no_larger_micro_batch_is_tried(base: str) -> None:
     recipe = check({"name": "x"}, "x").model_dump(mode="json")
     shrunk = Plan("cuda", "some GPU", "unsloth", "bfloat16", "adamw_8bit", "unsloth", 4, 2, shrunk=True)
-    assert fit(shrunk, recipe, base, longest=2040).micro_batch == 4
+    assert fit(shrunk, recipe, base, longest=2040, free=79 * 2**30).micro_batch == 4
 
 
 def test_predictions_were_near_what_the_benchmark_measured() -> None:
