@@ -91,7 +91,9 @@ def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) ->
     _migrate(environment, log)
     before = _runs(store, recipe)
     with log.open("ab") as output:
-        airflow = _start(["dags", "test", recipe, "--conf", json.dumps(overrides)], environment, output)
+        airflow = _start(
+            ["dags", "test", recipe, "--conf", json.dumps({"force": True, **overrides})], environment, output
+        )
     with _stopped_with_us(airflow):
         _follow(airflow, store, recipe, before)
     runs = _runs(store, recipe) - before

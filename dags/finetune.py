@@ -7,22 +7,25 @@ the one-slot pool of the GPU, the trigger form.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import DAG, Param, task
+from airflow.sdk import DAG, Asset, AssetOrTimeSchedule, AssetWatcher, CronTriggerTimetable, Param, task
+from airflow.sdk.exceptions import AirflowSkipException
 
-from dags.common import RETRIES, hub_account
-from include.errors import RetuneError
-from include.recipe import Recipe, form, load
+from dags.common import NOTE, RETRIES, hub_account
+from include.errors import NothingNew, RetuneError
+from include.recipe import TIMEOUT_HOURS, Recipe, form, load
 from include.settings import recipe_files
 from include.sources import DEMO_BASE
 from include.stage import Stage
+from plugins.dataset_watch import NewRevision
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.pretrain import pretrain
 from tasks.publish import publish
-from tasks.report import report
+from tasks.report import note, report
 from tasks.resolve import resolve
 from tasks.smoke_test import smoke_test
 from tasks.standardize import standardize
@@ -31,6 +34,11 @@ from tasks.train import train
 from tasks.validate import validate
 from tasks.verify import verify
 
+FORCE = Param(
+    False, type="boolean", title="force",
+    description_md="Run although recipe, data and base are those of a run that came to its end. Without it, such a run "
+    "is skipped within seconds, also when the clock starts it.",
+)  # fmt: skip
 GPU = {"queue": "gpu", "pool": "gpu"}  # the pool has one slot: two trainings never share a device
 
 
@@ -40,15 +48,19 @@ def finetune(recipe: Recipe) -> DAG:
         recipe.name,
         description=recipe.description,
         doc_md=_doc(recipe),
-        params={name: Param(field["value"], section=field["section"], **field["schema"])
-                for name, field in form(recipe).items()},
-        schedule=None,
+        params={"force": FORCE} | {name: Param(field["value"], section=field["section"], **field["schema"])
+                                   for name, field in form(recipe).items()},
+        schedule=when(recipe),
         catchup=False,
         max_active_runs=1,
         tags=["retune", recipe.base_model.rsplit("/", 1)[-1]],
         default_args=RETRIES,
     ) as dag:  # fmt: skip
-        frozen = _resolve(recipe.name)
+
+        def on(stage: Stage, **where: Any) -> Callable[..., Any]:
+            return as_task(stage, execution_timeout=hours(recipe, stage.name), **where)
+
+        frozen = _resolve.override(execution_timeout=hours(recipe, "resolve"))(recipe.name)
         raw = on(download)(frozen)
         good = on(validate)(raw)
         messages = on(standardize)(good)
@@ -64,10 +76,26 @@ def finetune(recipe: Recipe) -> DAG:
     return dag
 
 
-def on(stage: Stage, **where: Any) -> Callable[..., Any]:
+def when(recipe: Recipe) -> Any:
+    """Cron, new revisions of the dataset, both, or only when a person says so."""
+    # without a start date, and so, Airflow does not make up for a time that has passed when the DAG is switched on
+    clock = recipe.cron and CronTriggerTimetable(recipe.cron, timezone=recipe.timezone, run_immediately=timedelta(0))
+    if not recipe.watch:
+        return clock
+    watcher = AssetWatcher(name=f"{recipe.name}.watch", trigger=NewRevision(recipe.name, recipe.watch_every))
+    dataset = Asset(f"{recipe.name}.dataset", watchers=[watcher])
+    return AssetOrTimeSchedule(timetable=clock, assets=[dataset]) if clock else [dataset]
+
+
+def hours(recipe: Recipe, stage: str) -> timedelta:
+    """After how long a try of a stage is ended."""
+    return timedelta(hours=(TIMEOUT_HOURS | recipe.timeout_hours)[stage])
+
+
+def as_task(stage: Stage, **options: Any) -> Callable[..., Any]:
     """A stage as a task."""
 
-    @task(task_id=stage.name, doc_md=stage.__doc__, **where)
+    @task(task_id=stage.name, doc_md=stage.__doc__, **options)
     def run(trail: Any):  # no return annotation: Airflow would push each key of the trail as a value of its own
         with hub_account():
             return stage(trail)
@@ -76,14 +104,23 @@ def on(stage: Stage, **where: Any) -> Callable[..., Any]:
 
 
 @task(task_id="resolve", doc_md=resolve.__doc__)
-def _resolve(name: str, params: Any = None, run_id: Any = None):
-    with hub_account():
-        return resolve(name, dict(params), run_id)
+def _resolve(name: str, params: Any = None, run_id: Any = None, triggering_asset_events: Any = None):
+    values = dict(params)
+    force = values.pop("force")
+    events = [event for events in (triggering_asset_events or {}).values() for event in events]
+    revision = max(events, key=lambda event: event.timestamp).extra["payload"]["new"] if events else None
+    try:
+        with hub_account():
+            return resolve(name, values, run_id, revision=revision, force=force)
+    except NothingNew as nothing:
+        raise AirflowSkipException(str(nothing)) from None
 
 
 @task(task_id="report", doc_md=report.__doc__, retries=1)
-def _report(name: str, run_id: Any = None) -> str:
-    return report(name, run_id)
+def _report(name: str, run_id: Any = None, ti: Any = None) -> str:
+    summary = report(name, run_id)
+    ti.xcom_push(key=NOTE, value=note(summary))
+    return summary["report"]
 
 
 def _doc(recipe: Recipe) -> str:
@@ -104,10 +141,17 @@ def _doc(recipe: Recipe) -> str:
 | training | {recipe.method}, {length} of {recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}, \
 lr {recipe.learning_rate:g} |
 | gate | better than the base and than what is live; {len(recipe.prompts)} smoke-test prompts |
+| runs | {_times(recipe)} |
 | registry | `{recipe.registry or "a folder under var/"}` |
 
 Press **Trigger** to run it, with other values if you like. A value given there holds for that run only.
 """
+
+
+def _times(recipe: Recipe) -> str:
+    times = [f"at `{recipe.cron}` ({recipe.timezone}), skipped when nothing is new"] if recipe.cron else []
+    times += [f"on each new revision of the dataset, looked for every {recipe.watch_every:g} s"] if recipe.watch else []
+    return "; ".join([*times, "when somebody presses **Trigger**"])
 
 
 def _broken(file: Path, error: RetuneError) -> DAG:

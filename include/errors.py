@@ -56,12 +56,16 @@ class Refused(PermanentError):
 
 
 class Overtaken(RetuneError):
-    """Something else went live since the candidate was compared.
+    """The world has moved on since an earlier stage looked: something else went live, a file has changed.
 
-    A new run, or clearing `evaluate`, compares again and may succeed; a retry of `publish` alone cannot.
+    A new run, or clearing that stage, looks again and may succeed; a retry of this one alone cannot.
     """
 
     retryable = True
+
+
+class NothingNew(RetuneError):
+    """Recipe, data and base are those of a run whose candidate was published or refused; there is nothing to do."""
 
 
 class Unreachable(TransientError):

@@ -7,12 +7,16 @@ The defaults are the reference recipe's: Unsloth's "Llama-3.2 (1B and 3B) Conver
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+import zoneinfo
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
+from croniter import croniter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from include import json_schema
@@ -26,6 +30,11 @@ Check = Literal[
     "not_empty", "stops", "no_special_tokens", "no_repetition", "no_echo", "differs_from_base", "as_expected"
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
+TIMEOUT_HOURS = {  # of one try of a stage; generous, for what hangs without a word
+    "resolve": 0.5, "pretrain": 2.0, "download": 6.0, "validate": 6.0, "standardize": 6.0, "template": 6.0,
+    "train": 72.0, "smoke_test": 2.0, "evaluate": 6.0, "publish": 6.0, "verify": 4.0,
+}  # fmt: skip
+MOST_CANDIDATES = 64
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # what Airflow, file systems and the Hub all take
 
 
@@ -246,6 +255,12 @@ class Training(BaseModel):
         description="Seconds without a sign of life after which the training process is ended and the task retried.",
     )
     seed: int = Field(3407, ge=0, le=2**31 - 1, description="Seed of adapter, data order and sampling.")
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {},
+        description="Several values for fields of LoRA and Training, for example `learning_rate: [1.0e-4, 2.0e-4]`. "
+        f"Every combination (at most {MOST_CANDIDATES}) is trained and measured; the best candidate goes on to the "
+        "gate.",
+    )
 
 
 class SmokeTest(BaseModel):
@@ -315,6 +330,14 @@ class Publishing(BaseModel):
         description="`hf://owner/name` for the Hugging Face Hub or `file:///folder`. Empty: a folder under `var/`.",
     )
     private: bool = Field(True, description="Create the Hub repository as a private one.")
+    approve: Literal["always", "on_regression", "never"] = Field(
+        "never",
+        description="Whether a person must approve what the gate let through: `always`, or only when something of it "
+        "is worse than what is live (`on_regression`). The run waits in Airflow, under Required Actions.",
+    )
+    approve_within_hours: float = Field(
+        24.0, gt=0, le=8760, description="Without an answer for so long, nothing is published."
+    )
     merged_16bit: bool = Field(
         False,
         description="Also publish base and adapter merged into one model of 16 bits, beside the adapter as "
@@ -322,7 +345,65 @@ class Publishing(BaseModel):
     )
 
 
-class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing):
+class Operations(BaseModel):
+    """When the recipe runs by itself, who is told what, what is kept. The recipe file's alone: not in the form, and no
+    part of what a model is made of.
+    """
+
+    cron: str | None = Field(
+        None, description="Run at these times: five fields, or @daily and the like. A run with nothing new is skipped."
+    )
+    timezone: str = Field("UTC", description="Time zone of cron, for example Europe/Berlin.")
+    watch: bool = Field(False, description="Run whenever the dataset has a new revision.")
+    watch_every: float = Field(300.0, ge=1, description="Seconds between two looks at the dataset's revision.")
+    deadline_hours: float | None = Field(
+        None, gt=0, description="Tell those in alert_* when a run has not ended so long after it was queued."
+    )
+    timeout_hours: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="For single stages, the hours after which a try is ended and the stage tried again; in place of "
+        + ", ".join(f"{stage} {hours:g}" for stage, hours in TIMEOUT_HOURS.items())
+        + ".",
+    )
+    alert_on: list[Literal["failed", "refused", "published", "late"]] = Field(
+        ["failed", "refused", "published", "late"], description="What alert_mail and alert_webhooks are told."
+    )
+    alert_mail: list[str] = Field(
+        [], description="Mail addresses, written to through the Airflow connection `smtp_default`."
+    )
+    alert_webhooks: list[str] = Field(
+        [], description="Airflow connections, each with the address of a Slack-compatible webhook."
+    )
+    keep_days: int = Field(
+        30,
+        ge=1,
+        description="What no run of the last so many days has used is removed by the DAG `maintenance`; what is live, "
+        "published or in use never is.",
+    )
+
+    @field_validator("cron")
+    @classmethod
+    def _is_cron(cls, expression: str | None) -> str | None:
+        if expression is not None and not croniter.is_valid(expression):
+            raise ValueError("not a cron expression (minute hour day month weekday)")
+        return expression
+
+    @field_validator("timezone")
+    @classmethod
+    def _is_timezone(cls, name: str) -> str:
+        if name not in zoneinfo.available_timezones():
+            raise ValueError("there is no such time zone")
+        return name
+
+    @field_validator("timeout_hours")
+    @classmethod
+    def _known_stages(cls, hours: dict[str, float]) -> dict[str, float]:
+        if unknown := set(hours) - set(TIMEOUT_HOURS):
+            raise ValueError(f"there is no stage '{unknown.pop()}' (there are: {', '.join(TIMEOUT_HOURS)})")
+        return hours
+
+
+class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operations):
     """One model: its data, its base, its adapter, how it is trained, tested and published."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -357,6 +438,34 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing):
         if self.engine == "unsloth" and (self.method == "dpo" or self.full_finetuning or self.num_processes > 1):
             raise ValueError("engine is unsloth, which trains an adapter by sft on one GPU: set engine to auto")
         return self
+
+    @model_validator(mode="after")
+    def _sweeps(self) -> Recipe:
+        known = [name for name in (*Lora.model_fields, *Training.model_fields) if name not in ("sweep", "method")]
+        if unknown := set(self.sweep) - set(known):
+            raise ValueError(
+                f"sweep: '{unknown.pop()}' is no field of LoRA or Training (there are: {', '.join(known)})"
+            )
+        if (count := math.prod(map(len, self.sweep.values()))) > MOST_CANDIDATES:
+            raise ValueError(f"sweep has {count} combinations, at most {MOST_CANDIDATES} are trained")
+        if self.sweep:
+            self.candidates()
+        return self
+
+    def candidates(self) -> list[Recipe]:
+        """The recipe once for each combination of the sweep's values, without a sweep; itself where it has none.
+
+        Raises:
+            ValidationError: a value is wrong for its field.
+        """
+        own = self.model_dump(mode="json") | {"sweep": {}}
+        combinations = itertools.product(*self.sweep.values())
+        return [Recipe.model_validate(own | dict(zip(self.sweep, values, strict=True))) for values in combinations]
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """Every field that decides what the model is made of, as plain JSON values; operations left out."""
+        return self.model_dump(mode="json", exclude=set(Operations.model_fields))
 
     def part(self, fields: Iterable[str]) -> dict[str, Any]:
         """The named fields as plain JSON values: what a stage's fingerprint depends on."""
@@ -467,6 +576,8 @@ def form(recipe: Recipe) -> dict[str, dict[str, Any]]:
     fields = {}
     for section, model in SECTIONS.items():
         for name in model.model_fields:
+            if name == "sweep" and not recipe.sweep:
+                continue  # the DAG of such a recipe has one train task, not a mapped one
             entry = dict(schema["properties"][name])
             if "anyOf" in entry:
                 kinds = entry.pop("anyOf")

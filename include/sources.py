@@ -8,6 +8,7 @@ elsewhere, so that a run knows exactly what it used.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import re
 import zlib
@@ -19,7 +20,7 @@ from typing import Any
 import fsspec
 import orjson
 
-from include.errors import BadData, Missing, NoPermission, RetuneError, Unreachable
+from include.errors import BadData, Missing, NoPermission, Overtaken, RetuneError, Unreachable
 from include.hub import hub_api, hub_errors
 from include.recipe import Recipe
 from include.settings import PROJECT, var
@@ -43,30 +44,58 @@ def absolute(place: str) -> str:
     return place if "://" in place else str((PROJECT / Path(place).expanduser()).resolve())
 
 
-def pin_dataset(recipe: Recipe) -> str:
+def located(place: str) -> str:
+    """A dataset or model so that it means the same from everywhere: a Hub id or URL as it is, a path absolute."""
+    return place if is_hub_id(place) else absolute(place)
+
+
+def pin_dataset(recipe: Recipe, wanted: str | None = None) -> str:
     """The revision of the recipe's dataset as it is now.
 
+    Args:
+        wanted: a revision that it had; the Hub still has it, a file must still be it.
+
     Raises:
+        Overtaken: the file is not the wanted one any more.
         Missing, NoPermission, Unreachable: it is not there, not readable, or its server does not answer.
     """
     name = recipe.dataset
     if is_hub_id(name):
         with hub_errors(f"the dataset {name}", "dataset"):
-            return str(hub_api().dataset_info(name, revision=recipe.dataset_revision).sha)
+            return str(hub_api().dataset_info(name, revision=wanted or recipe.dataset_revision).sha)
     if not name.endswith(FORMATS):
         raise Missing(
             f"field 'dataset': '{name}' is neither a Hub id (owner/name) nor a file of a known type",
             f"Name a file that ends in {', '.join(FORMATS)}",
         )
     with file_errors(name):
-        if "://" not in name:
-            return file_digest(Path(absolute(name)))
-        fs, path = fsspec.url_to_fs(name)
-        info = fs.info(path)
-        if tag := info.get("ETag"):
-            return fingerprint([name, tag])
-        with fs.open(path) as file:
-            return fingerprint([zlib.crc32(file.read()), info.get("size")])
+        found = _file_revision(name)
+    if wanted and found != wanted:
+        raise Overtaken(
+            f"field 'dataset': {name} has changed, it was {wanted[:8]} and is {found[:8]}",
+            "Run again: a run uses one state of it from end to end",
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(path: str, mtime_ns: int, size: int) -> str:
+    """The digest of a file, made anew when its time or size has changed; a watch asks for it every few minutes."""
+    return file_digest(Path(path))
+
+
+def _file_revision(name: str) -> str:
+    if "://" not in name:
+        state = Path(absolute(name)).stat()
+        return _digest(absolute(name), state.st_mtime_ns, state.st_size)
+    fs, path = fsspec.url_to_fs(name)
+    fs.invalidate_cache()  # a file system remembers what it has listed
+    info = fs.info(path)
+    for tag in ("ETag", "etag", "md5Hash"):  # http and S3, Azure, Google
+        if tag in info:
+            return fingerprint([name, info[tag]])
+    with fs.open(path) as file:
+        return fingerprint([zlib.crc32(file.read()), info.get("size")])
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 from filelock import FileLock
 
-from include.errors import RetuneError
+from include.errors import NothingNew, RetuneError
 from include.recipe import Recipe
 from include.settings import var
 from include.store import Artifact, Store, fingerprint, now
@@ -85,6 +85,11 @@ def recorded(store: Store, recipe: str, run_id: str, stage: str) -> Iterator[Rec
     try:
         record = Record(store, recipe, run_id, stage)
         yield record
+    except NothingNew as error:
+        if record:
+            record.close("skipped", line=error.what)
+        log.info("%s", error)
+        raise
     except BaseException as error:
         what, do = f"{type(error).__name__}: {error}", "See the log; this is a fault of Retune or of its surroundings"
         if isinstance(error, RetuneError):

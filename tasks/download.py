@@ -6,7 +6,7 @@ import hashlib
 from itertools import islice
 
 from include.errors import BadData
-from include.sources import ROWS_PER_GROUP, read_rows
+from include.sources import ROWS_PER_GROUP, pin_dataset, read_rows
 from include.stage import Job, Result, stage
 
 ROWS = "rows.parquet"
@@ -18,6 +18,7 @@ def download(job: Job) -> Result:
 
     Raises:
         BadData: the file is damaged, or holds no row.
+        Overtaken: the file has changed since `resolve` looked at it.
         Missing, NoPermission, Unreachable: see `include.sources`.
     """
     import pyarrow as pa
@@ -32,6 +33,7 @@ def download(job: Job) -> Result:
                 digest.update(content + b"\n")
             writer.write_table(pa.table([range(count, count + len(group)), group], schema=schema))
             count += len(group)
+    pin_dataset(job.recipe, job.recipe.dataset_revision)
     if count == 0:
         raise BadData(f"field 'dataset': {job.recipe.dataset} holds no rows", "Check the file, or the split")
     return Result(f"{count:,} rows", {"rows": count, "sha256": digest.hexdigest()})

@@ -107,7 +107,7 @@ def publish_merged(job: Job, version: Version, adapter: Path, certificate: dict[
 def birth_certificate(job: Job, stages: dict[str, Artifact]) -> dict[str, Any]:
     """All that is known about how the adapter came to be; the card is made from it.
 
-    Rows of the data stay out of it: the adapter may be public where its data is not.
+    Rows of the data and the recipe's operations (addresses) stay out of it: the adapter may be public.
     """
     facts = {name: artifact.facts for name, artifact in stages.items()}
     facts["template"] = {name: value for name, value in facts["template"].items() if name != "samples"}
@@ -116,8 +116,8 @@ def birth_certificate(job: Job, stages: dict[str, Artifact]) -> dict[str, Any]:
     recipe = job.recipe
     return {
         "run": job.run_id,
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_sha256": fingerprint(recipe.model_dump(mode="json")),
+        "recipe": recipe.made_of,
+        "recipe_sha256": fingerprint(recipe.made_of),
         "made_at": now(),
         "dataset": {"name": recipe.dataset, "revision": recipe.dataset_revision, **facts["download"]},
         "base": {"name": recipe.base_model, "revision": recipe.base_revision, **base_license(recipe)},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from include.outcomes import FINAL, settle
 from include.recipe import find
 from include.report import run_page
 from include.settings import var
-from include.stage import log
+from include.stage import frozen_recipe, log
 from include.store import Store, now, to_json, write_aside
 
 STAGES = (
@@ -16,10 +17,12 @@ STAGES = (
 )  # fmt: skip
 
 
-def report(recipe_file: str, run_id: str) -> str:
-    """Sum up what the stages recorded; returns the place of the page.
+def report(recipe_file: str, run_id: str) -> dict[str, Any]:
+    """Sum up what the stages recorded, and make the page of it; returns what `var/last_run.json` holds.
 
-    The verdict is `published`, `unchanged` (what was made was live already), `refused` (by the gate) or `failed`.
+    The verdict is `published`, `unchanged` (what was made was live already), `refused` (by the gate), `rejected` (by a
+    person), `skipped` (nothing was new) or `failed`. All but the last two are an outcome: that recipe on that data and
+    base need not run again.
     """
     store, name = Store(), find(recipe_file).stem
     records = store.records(name, run_id)
@@ -48,13 +51,28 @@ def report(recipe_file: str, run_id: str) -> str:
         write_aside(page, run_page(summary, details).encode())
     store.record(name, run_id, "run", summary)
     write_aside(var() / "last_run.json", to_json(summary))
+    if summary["verdict"] in FINAL:
+        resolved = {"recipe": name, "run": run_id, "resolve": stages["resolve"]["fingerprint"]}
+        settle(store, frozen_recipe(store, resolved), summary["verdict"], run=run_id, version=summary["version"],
+               own=stages["resolve"]["own"])  # fmt: skip
     log.info("report: %s", page)
-    return str(page)
+    return summary
+
+
+def note(summary: dict[str, Any]) -> str:
+    """A run in one line of Markdown: verdict, version, dataset and base with their revisions, and what went wrong."""
+    parts = [f"**{summary['verdict']}** {summary['version'] or ''}".strip()]
+    parts += [summary["stages"][stage]["line"] for stage in ("resolve", "evaluate") if stage in summary["stages"]]
+    if summary["error"] and summary["error"]["what"] not in parts:
+        parts.append(summary["error"]["what"])
+    return "; ".join(part for part in parts if part)
 
 
 def _verdict(stages: dict[str, Any], errors: list[dict[str, str]]) -> str:
     if any(error["kind"] == "Refused" for error in errors):
         return "refused"
+    if stages.get("resolve", {}).get("state") == "skipped":
+        return "skipped"
     if errors or stages.get("verify", {}).get("state") != "done":
         return "failed"
     return "unchanged" if stages["publish"]["reused"] else "published"

@@ -6,15 +6,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from include.recipe import find, load
+from include.errors import NothingNew
+from include.outcomes import outcome
+from include.recipe import Recipe, find, load
 from include.registry import merged_uri, open_registry, registry_uri
 from include.settings import var
-from include.sources import absolute, is_hub_id, pin_base, pin_dataset
+from include.sources import is_hub_id, located, pin_base, pin_dataset
 from include.stage import Trail, log, recorded
 from include.store import Store, fingerprint, to_json, write_aside
 
 
-def resolve(recipe_file: str, values: dict[str, Any], run_id: str, to_publish: bool = True) -> Trail:
+def resolve(
+    recipe_file: str,
+    values: dict[str, Any],
+    run_id: str,
+    to_publish: bool = True,
+    revision: str | None = None,
+    force: bool = True,
+) -> Trail:
     """Check the recipe, pin the dataset and the base model to their revisions, and freeze the result.
 
     Args:
@@ -22,8 +31,12 @@ def resolve(recipe_file: str, values: dict[str, Any], run_id: str, to_publish: b
         values: fields given at trigger time, which take the place of the file's.
         run_id: the run's name; its records and report are kept under it.
         to_publish: whether the run may end in a publication; then its registry is looked at, too.
+        revision: the dataset's, when the run was started for one; otherwise the newest that the recipe allows.
+        force: run also when nothing is new.
 
     Raises:
+        NothingNew: a run of the same recipe on the same data and base was published or refused.
+        Overtaken: the dataset is a file, and has another revision than the one that the run was started for.
         BadRecipe: a field is unknown, of the wrong type or out of range; the message names it.
         Missing, NoPermission, Unreachable: the dataset or the base model is not there or does not answer.
         NoPermission: the store or the registry cannot be written.
@@ -31,16 +44,19 @@ def resolve(recipe_file: str, values: dict[str, Any], run_id: str, to_publish: b
     store, name = Store(), Path(recipe_file).stem
     with recorded(store, name, run_id, "resolve") as record:
         recipe = load(find(recipe_file), values)
-        dataset, base = pin_dataset(recipe), pin_base(recipe)
+        dataset, base = pin_dataset(recipe, revision), pin_base(recipe)
         frozen = recipe.model_copy(
             update={
-                "dataset": recipe.dataset if is_hub_id(recipe.dataset) else absolute(recipe.dataset),
+                "dataset": located(recipe.dataset),
                 "dataset_revision": dataset,
-                "base_model": recipe.base_model if is_hub_id(recipe.base_model) else absolute(recipe.base_model),
+                "base_model": located(recipe.base_model),
                 "base_revision": base,
                 "registry": registry_uri(recipe),
             }
         )
+        earlier = outcome(store, frozen)
+        if earlier and not force:
+            raise _nothing_new(frozen, earlier)
         if to_publish:
             uri = str(frozen.registry)
             for place in (uri, merged_uri(uri)) if frozen.merged_16bit else (uri,):
@@ -56,9 +72,19 @@ def resolve(recipe_file: str, values: dict[str, Any], run_id: str, to_publish: b
             with store.writing():
                 write_aside(out / "recipe.json", to_json(content))
             artifact = store.commit(out, name, "resolve", mark, line=line, facts={}, inputs={})
-        record.close("done", reused=reused, line=line, fingerprint=mark, folder=str(artifact.folder))
+        own = recipe == load(find(recipe_file))
+        record.close("done", reused=reused, line=line, fingerprint=mark, folder=str(artifact.folder), own=own)
         log.info("resolve done: %s", line)
     return {"recipe": name, "run": run_id, "resolve": mark}
+
+
+def _nothing_new(frozen: Recipe, earlier: dict[str, Any]) -> NothingNew:
+    became = f"published as {earlier['version']}" if earlier["version"] else earlier["verdict"]
+    data = f"{_short(frozen.dataset)}@{str(frozen.dataset_revision)[:8]}"
+    return NothingNew(
+        f"nothing is new: {data}, base and recipe are those of the run {earlier['run']}, whose candidate was {became}",
+        "Switch on force in the form to run all the same",
+    )
 
 
 def _short(place: str) -> str:

@@ -24,7 +24,7 @@ ADAPTER, SMALLER = "adapter", "out_of_memory.json"
     version=3,
     uses=(
         "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length", "max_holdout_rows",
-        *Lora.model_fields, *(field for field in Training.model_fields if field != "hang_timeout"),
+        *Lora.model_fields, *(field for field in Training.model_fields if field not in ("hang_timeout", "sweep")),
     ),
     resumable=True,
 )  # fmt: skip

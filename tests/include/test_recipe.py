@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 
 from include.errors import BadRecipe, Missing
-from include.recipe import SECTIONS, Recipe, check, find, form, load
+from include.recipe import SECTIONS, Operations, Recipe, check, find, form, load
 from include.settings import recipe_files
 
 
@@ -79,7 +79,7 @@ def test_what_the_reference_leaves_open_about_sampling_is_as_in_transformers() -
 @pytest.mark.parametrize("file", recipe_files(), ids=lambda file: file.stem)
 def test_shipped_recipes_load_and_their_values_fit_the_form(file: Path) -> None:
     fields = form(load(file))
-    assert set(fields) == set(Recipe.model_fields) - {"name", "description"}
+    assert set(fields) == set(Recipe.model_fields) - {"name", "description", "sweep", *Operations.model_fields}
     for field in fields.values():
         jsonschema.validate(field["value"], field["schema"])
         assert field["schema"]["description_md"]
