@@ -68,12 +68,23 @@ def hub_errors(what: str, field: str, write: bool = False) -> Iterator[None]:
     except RetuneError:
         raise
     except Exception as error:
-        # the client wraps what went wrong with an upload
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        problem = _in_words(cause, what, field, write)
-        if problem is None:
-            raise
-        raise problem from cause
+        for cause in _causes(error):
+            if problem := _in_words(cause, what, field, write):
+                raise problem from cause
+        raise
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what led to it, answers of the Hub first: its client and `datasets` wrap them, several times."""
+    from huggingface_hub import errors
+
+    found: list[BaseException] = []
+    links: list[BaseException | None] = [error]
+    while links:
+        if (link := links.pop(0)) and link not in found:
+            found.append(link)
+            links += [link.__cause__, link.__context__]
+    return sorted(found, key=lambda link: not isinstance(link, errors.HfHubHTTPError))
 
 
 def _in_words(error: BaseException, what: str, field: str, write: bool) -> RetuneError | None:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from include.registry import FolderRegistry
+from tests.airflow import Airflow, up
 from tests.conftest import PROJECT, last_run
 from tests.hub import Hub
 from tests.test_demo import processes
@@ -151,45 +148,12 @@ def test_data_base_and_registry_on_the_hub(var: Path, small_recipe: Callable, ti
         assert last_run(var)["place"] == f"{hub.url}/{owner}/adapter/tree/{repository.head.sha}"
 
 
-class Airflow:
-    """`retune up` in a process of its own, and its REST API."""
-
-    def __init__(self, port: int, password: str):
-        self.url = f"http://127.0.0.1:{port}"
-        self.token = ""
-        self.token = self.call("POST", "/auth/token", {"username": "admin", "password": password})["access_token"]
-
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode() if body is not None else None,
-            {"Content-Type": "application/json", "Authorization": f"Bearer {self.token}"}, method=method,
-        )  # fmt: skip
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
-
-
 @pytest.fixture
 def airflow(var: Path, small_recipe: Callable) -> Iterator[Airflow]:
     (small_recipe().parent / "broken.yaml").write_text("lora_rank: 8\n")
     os.environ["RETUNE_RECIPES"] += f":{small_recipe().parent / 'broken.yaml'}"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (var.parent / "up.log").open("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "retune", "up", "--port", str(port)], cwd=PROJECT, stdout=log, stderr=log
-        )
-        try:
-            deadline = time.monotonic() + 240
-            while "Airflow is up" not in (said := (var.parent / "up.log").read_text()):
-                assert process.poll() is None and time.monotonic() < deadline, said
-                time.sleep(0.2)
-            assert f"http://127.0.0.1:{port}" in said
-            yield Airflow(port, said.split("password")[1].split()[0])
-        finally:
-            process.send_signal(signal.SIGINT)
-            assert process.wait(180) == 0
-            assert not processes(var), "Ctrl-C leaves no process behind"
+    with up(var) as airflow:
+        yield airflow
 
 
 def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var: Path) -> None:

@@ -1,0 +1,93 @@
+"""Airflow with its UI, scheduler and triggerer, started as a person starts it, and its REST API."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import PROJECT
+from tests.test_demo import processes
+
+ENDED = ("success", "failed")
+
+
+class Airflow:
+    """The REST API of a `retune up`."""
+
+    def __init__(self, port: int, password: str):
+        self.url = f"http://127.0.0.1:{port}"
+        self.token = ""
+        self.token = self.call("POST", "/auth/token", {"username": "admin", "password": password})["access_token"]
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode() if body is not None else None,
+            {"Content-Type": "application/json", "Authorization": f"Bearer {self.token}"}, method=method,
+        )  # fmt: skip
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def trigger(self, dag: str, **conf: Any) -> str:
+        """Start a run as the form does; returns its id."""
+        return self.call("POST", f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
+
+    def runs(self, dag: str) -> list[dict[str, Any]]:
+        """A DAG's runs, oldest first; none where Airflow has not read the DAG yet."""
+        found = self.call("GET", "/api/v2/dags/~/dagRuns?order_by=id&limit=100")["dag_runs"]
+        return [run for run in found if run["dag_id"] == dag]
+
+    def tasks(self, dag: str, run: str) -> dict[str, dict[str, Any]]:
+        """The tasks of a run by name."""
+        found = self.call("GET", f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances")["task_instances"]
+        return {task["task_id"]: task for task in found}
+
+    def log(self, dag: str, run: str, task: str, attempt: int = 1) -> list[str]:
+        """The lines of a try's log, as the UI shows them."""
+        path = f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
+        return [entry["event"] for entry in self.call("GET", path)["content"]]
+
+    def ended(self, dag: str, run: str, seconds: float = 240) -> str:
+        """The state in which a run ends."""
+        path = f"/api/v2/dags/{dag}/dagRuns/{run}"
+        return eventually(lambda: (state := self.call("GET", path)["state"]) in ENDED and state, seconds)
+
+
+def eventually(look: Callable[[], Any], seconds: float = 120) -> Any:
+    """What `look` returns once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, "it did not come to be in time"
+        time.sleep(0.2)
+    return found
+
+
+@contextmanager
+def up(var: Path) -> Iterator[Airflow]:
+    """`retune up` in a process of its own, stopped as Ctrl-C stops it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (var.parent / "up.log").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "retune", "up", "--port", str(port)], cwd=PROJECT, stdout=log, stderr=log
+        )
+        try:
+            deadline = time.monotonic() + 240
+            while "Airflow is up" not in (said := (var.parent / "up.log").read_text()):
+                assert process.poll() is None and time.monotonic() < deadline, said
+                time.sleep(0.2)
+            assert f"http://127.0.0.1:{port}" in said
+            yield Airflow(port, said.split("password")[1].split()[0])
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(180) == 0
+            assert not processes(var), "Ctrl-C leaves no process behind"
