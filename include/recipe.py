@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from croniter import croniter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from include import json_schema
@@ -384,8 +383,11 @@ class Operations(BaseModel):
     @field_validator("cron")
     @classmethod
     def _is_cron(cls, expression: str | None) -> str | None:
-        if expression is not None and not croniter.is_valid(expression):
-            raise ValueError("not a cron expression (minute hour day month weekday)")
+        if expression is not None:
+            from croniter import croniter  # not where only the engine runs
+
+            if not croniter.is_valid(expression):
+                raise ValueError("not a cron expression (minute hour day month weekday)")
         return expression
 
     @field_validator("timezone")
