@@ -182,22 +182,22 @@ def ended(recipe: str, run_id: str, summary: dict[str, Any] | None) -> Message |
     if summary is None:
         error = {"what": "the report could not be made", "do": "See the log of the task report"}
         stages = {"report": {"state": "failed"}}
-        summary = {"verdict": "failed", "stages": stages, "error": error, "report": None}
+        summary = {"verdict": "failed", "stages": stages, "error": error, "report": ""}
     verdict, stages = summary["verdict"], summary["stages"]
-    kind = KINDS.get(verdict)
+    kind, at = KINDS.get(verdict), ""
     if kind is None:
         return None
     if kind == "published":
         subject = f"{recipe} published {summary['version']}"
         news = {"result": stages["evaluate"]["line"], "place": summary["place"]}
     else:
-        where, _ = _at(stages)
-        subject = f"{recipe} {verdict} {where}"
+        at, _ = _at(stages)
+        subject = f"{recipe} failed {at}" if kind == "failed" else f"{recipe} {verdict}"
         error = summary["error"] or {"what": "the task was stopped, or its worker was lost", "do": "See the task's log"}
         news = {"reason": error["what"], "what to do": error["do"]}
         if kind == "refused" and stages.get("evaluate", {}).get("line"):
             news["result"] = stages["evaluate"]["line"]
-    return _message(kind, subject, news, recipe, run_id, summary["report"])
+    return _message(kind, subject, news, recipe, run_id, at, summary["report"])
 
 
 def late(recipe: str, run: dict[str, Any], deadline: Any, records: dict[str, dict[str, Any]]) -> Message | None:
@@ -211,18 +211,21 @@ def late(recipe: str, run: dict[str, Any], deadline: Any, records: dict[str, dic
     by = _time(deadline)
     if run["end_date"] and _time(run["end_date"]) <= by:  # Airflow forgets a deadline only when the run succeeded
         return None
-    where, line = _at(records)
+    at, line = _at(records)
     news = {"reason": f"it should have ended by {by:%Y-%m-%d %H:%M:%S} UTC"}
     if line:
         news["last seen"] = line
     news["what to do"] = "See whether it still goes on; raise deadline_hours in the recipe if it only takes long"
-    return _message("late", f"{recipe} is late, {where}", news, recipe, run["dag_run_id"], None)
+    return _message("late", f"{recipe} is late, {at}", news, recipe, run["dag_run_id"], at)
 
 
-def _message(kind: str, subject: str, news: dict[str, str], recipe: str, run_id: str, report: str | None) -> Message:
-    short = {label: value if len(value) <= LONGEST else value[:LONGEST] + " ..." for label, value in news.items()}
-    where = {"recipe": recipe, "run": run_id} | ({"report": report} if report else {})
-    return Message(kind, f"Retune: {subject}", {k: v for k, v in short.items() if v}, where, _link(recipe, run_id))
+def _message(
+    kind: str, subject: str, news: dict[str, str], recipe: str, run_id: str, at: str, report: str = ""
+) -> Message:
+    short = {label: text if len(text) <= LONGEST else text[:LONGEST] + " ..." for label, text in news.items() if text}
+    where = {"recipe": recipe, "stage": at.removeprefix("in "), "run": run_id, "report": report.removeprefix("file://")}
+    known = {label: text for label, text in where.items() if text}
+    return Message(kind, f"Retune: {subject}", short, known, _link(recipe, run_id))
 
 
 def _at(stages: dict[str, dict[str, Any]]) -> tuple[str, str]:

@@ -70,7 +70,6 @@ class Webhooks(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.got: dict[str, list[str]] = {"/team": [], "/flaky": []}
         self.down = {"/flaky"}
-        self.refused = 0
 
 
 class _Hook(BaseHTTPRequestHandler):
@@ -79,9 +78,7 @@ class _Hook(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         down = self.path in self.server.down
-        if down:
-            self.server.refused += 1
-        else:
+        if not down:
             self.server.got[self.path].append(body["text"])
         self.send_response(503 if down else 200)
         self.end_headers()
@@ -132,7 +129,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 240) -> Any:
 def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
     var: Path, small_recipe: Callable, mails: Mails, webhooks: Webhooks
 ) -> None:
-    fields = {"alert_mail": ["ann@example.com"], "deadline_hours": 0.003}
+    fields = {"alert_mail": ["ann@example.com"], "deadline_hours": 0.008}
     lost = {"dataset": "/nowhere/rows<1>.jsonl", "alert_webhooks": ["team"], "alert_on": ["failed"]}
     gone = small_recipe("gone", **fields, **lost)
     small_recipe(alert_webhooks=["team", "flaky", "absent"], **fields)
@@ -154,7 +151,7 @@ def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
         def state(run: str, task: str) -> str:
             return up.call("GET", f"{run}/taskInstances/{task}")["state"]
 
-        # one that fails at once; it is late, too, but it is not to be told of that
+        # one that fails at once
         failing, good = start("gone"), start("small")
         assert end(failing) == "failed"
         assert mails.subjects().count("Retune: gone failed in resolve") == 1
@@ -171,10 +168,9 @@ def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
         assert state(failing, "alert") == "success"
 
         # one that is late, and is published, with a webhook that is down and one that is not there
-        wait_for(lambda: webhooks.refused)
         wait_for(lambda: "Retune: small published v1" in mails.subjects())
         wait_for(lambda: len(webhooks.got["/team"]) == 3)
-        assert up.call("GET", good)["state"] == "running", "its alert will be tried again"
+        wait_for(lambda: state(good, "alert") == "up_for_retry")
         webhooks.down.clear()
         assert end(good) == "success", "an alert that fails is no failure of the run"
         assert state(good, "alert") == "failed", "but it is seen"
@@ -185,22 +181,17 @@ def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
         summary = last_run(var)
         news = mails.about("small published").get_body(("plain",)).get_content()
         assert summary["stages"]["evaluate"]["line"] in news and summary["place"] in news
-        assert [text.splitlines()[0] for text in webhooks.got["/flaky"]] == ["*Retune: small published v1*"]
+        assert len([post for post in webhooks.got["/flaky"] if post.startswith("*Retune: small published v1*")]) == 1
         assert mails.subjects().count("Retune: small published v1") == 1
         (news,) = (mail for mail in mails.got if "small is late" in mail["Subject"])
-        assert news["Subject"].endswith(tuple(f" {stage}" for stage in STAGES))
+        assert news["Subject"].endswith((*STAGES, "before its first stage")), "which, is the machine's speed"
         assert "it should have ended by 20" in news.get_body(("plain",)).get_content()
 
-        # one that is refused, to channels that work; a run that is skipped is told to nobody
-        assert end(start("small", max_steps=1, learning_rate=1e-7)) == "failed"
+        # one that is skipped is told to nobody
         assert end(start("small")) == "success"
         assert last_run(var)["verdict"] == "skipped"
     told = [subject for subject in mails.subjects() if "late" not in subject]
-    assert told == ["Retune: gone failed in resolve", "Retune: small published v1", "Retune: small refused in evaluate"]
-    assert "not better than what is live" in mails.about("refused").get_body(("plain",)).get_content()
-    for mail in mails.got:
-        print(mail.as_string())
-    print(json.dumps(webhooks.got, indent=2))
+    assert told == ["Retune: gone failed in resolve", "Retune: small published v1"]
 
 
 def test_a_headless_run_with_a_deadline_runs_and_tells_where_its_report_is(
@@ -213,7 +204,7 @@ def test_a_headless_run_with_a_deadline_runs_and_tells_where_its_report_is(
     (mail,) = mails.got
     text = mail.get_body(("plain",)).get_content()
     assert mail["Subject"] == "Retune: small failed in resolve"
-    assert last_run(var)["report"] in text
+    assert last_run(var)["report"].removeprefix("file://") in text
     assert "http" not in text, "there is no UI to look at"
 
 
@@ -239,6 +230,15 @@ def test_what_nobody_waits_for_and_what_cannot_be_summed_up() -> None:
     assert ended("small", "run", {"verdict": "unchanged", "stages": {}}) is None
     message = ended("small", "run", None)
     assert (message.kind, message.subject) == ("failed", "Retune: small failed in report")
+
+
+def test_what_is_refused_comes_with_its_numbers() -> None:
+    stages = {"train": {"state": "done", "line": "60 steps"}, "evaluate": {"state": "done", "line": "loss 2 -> 1"},
+              "publish": {"state": "failed", "line": "not better"}}  # fmt: skip
+    summary = {"verdict": "refused", "stages": stages, "report": "r", "error": {"what": "not better", "do": "Train on"}}
+    message = ended("small", "run", summary)
+    assert (message.subject, message.where["stage"]) == ("Retune: small refused", "publish")
+    assert message.news == {"reason": "not better", "what to do": "Train on", "result": "loss 2 -> 1"}
 
 
 def test_slack_reads_no_markup_out_of_a_reason() -> None:
