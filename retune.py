@@ -29,7 +29,7 @@ from rich.markup import escape
 
 from include.errors import NoPermission, RetuneError
 from include.recipe import find, load, typed
-from include.settings import PROJECT, recipe_files, var
+from include.settings import HEADLESS, PROJECT, recipe_files, var
 from include.store import Store
 from tasks.rollback import rollback
 
@@ -68,7 +68,7 @@ def run(recipe_name: str, values: list[str]) -> int:
     """Run a recipe's DAG to its end without UI, showing each stage as it goes; 0 when it was published and verified."""
     file, overrides = find(recipe_name), typed(values)
     load(file, overrides)  # a typing error is told now, not after Airflow has started
-    environment = airflow_environment(var() / "airflow" / "headless")
+    environment = airflow_environment(var() / "airflow" / "headless") | {HEADLESS: "1"}
     if file not in recipe_files():
         environment["RETUNE_RECIPES"] = ":".join(filter(None, [os.environ.get("RETUNE_RECIPES"), str(file)]))
     try:

@@ -20,6 +20,7 @@ from include.recipe import TIMEOUT_HOURS, Recipe, form, load
 from include.settings import recipe_files
 from include.sources import DEMO_BASE
 from include.stage import Stage
+from plugins.alerts import AGAIN, SUMMARY, Alert, deadline
 from plugins.dataset_watch import NewRevision
 from tasks.download import download
 from tasks.evaluate import evaluate
@@ -51,6 +52,7 @@ def finetune(recipe: Recipe) -> DAG:
         params={"force": FORCE} | {name: Param(field["value"], section=field["section"], **field["schema"])
                                    for name, field in form(recipe).items()},
         schedule=when(recipe),
+        deadline=deadline(recipe),
         catchup=False,
         max_active_runs=1,
         tags=["retune", recipe.base_model.rsplit("/", 1)[-1]],
@@ -72,7 +74,8 @@ def finetune(recipe: Recipe) -> DAG:
         proof = on(verify)(version)
         if recipe.base_model == DEMO_BASE:
             frozen >> on(pretrain)(frozen) >> good  # the first that may look at the base: at its chat template
-        proof >> _report(recipe.name).as_teardown()  # a teardown runs after a failure, too, and does not hide it
+        # teardowns run after a failure, too, and neither hide it nor make one of the run
+        proof >> _report(recipe.name).as_teardown() >> _alert(Alert.settings(recipe)).as_teardown()
     return dag
 
 
@@ -120,7 +123,13 @@ def _resolve(name: str, params: Any = None, run_id: Any = None, triggering_asset
 def _report(name: str, run_id: Any = None, ti: Any = None) -> str:
     summary = report(name, run_id)
     ti.xcom_push(key=NOTE, value=note(summary))
+    ti.xcom_push(key=SUMMARY, value=summary)
     return summary["report"]
+
+
+@task(task_id="alert", doc_md=Alert.__doc__, retries=AGAIN, execution_timeout=timedelta(minutes=15))
+def _alert(settings: dict[str, Any], **context: Any) -> None:
+    Alert(**settings).notify(context)
 
 
 def _doc(recipe: Recipe) -> str:

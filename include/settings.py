@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
+HEADLESS = "RETUNE_HEADLESS"  # set for `retune run`, where no scheduler watches deadlines and there is no UI
 
 
 def var() -> Path:
