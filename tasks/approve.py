@@ -78,15 +78,16 @@ def ask(trail: Trail, report_address: str) -> Question | None:
         if case.why_nobody():
             return None
         recipe, worse = case.recipe, case.regressions
-        until = f"{datetime.now(UTC) + timedelta(hours=recipe.approve_within_hours):%Y-%m-%d %H:%M:%S} UTC"
-        case.record.close("waiting", line=f"waits for a person's answer until {until}")
+        until = f"{datetime.now(UTC) + timedelta(hours=recipe.approve_within_hours):%Y-%m-%d %H:%M} UTC"
+        case.record.close("waiting", line=f"waiting for an answer until {until}")
         summary = report(recipe.name, trail["run"], waiting=True)
         log.info("approve: a person is asked, in Airflow under Required Actions, until %s", until)
         body = question_page(
             recipe, case.smoke_test.facts, case.evaluate.facts, worse, report_address, until,
             made_of=summary["stages"]["resolve"]["line"],
         )  # fmt: skip
-        return Question(f"May this candidate of {recipe.name} go live?", body, recipe.approve_within_hours)
+        measured = case.evaluate.manifest["line"].removesuffix(": better")
+        return Question(f"May this candidate of {recipe.name} go live? {measured}", body, recipe.approve_within_hours)
 
 
 def approve(trail: Trail, answer: Answer | None = None) -> Trail:

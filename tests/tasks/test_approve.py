@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from include.errors import PermanentError, Refused, Rejected, Unanswered
+from include.errors import PermanentError, Rejected, Unanswered
 from include.gate import judge
 from include.recipe import check
 from include.report import question_page
-from include.store import Store
+from include.store import Store, to_json
 from tasks.approve import Answer, approve, ask, refuse_where_nobody_asks, regressions
-from tasks.publish import publish
+from tasks.report import report
 
 MONDAY = datetime(2026, 11, 23, 9, 30, tzinfo=UTC)
 WORSE = [0.012 + 0.001 * i for i in range(12)]
 
 
 def answers(required: tuple[str, ...] = (), **seen: str) -> dict[str, Any]:
-    answer = {"prompt": "Who?", "answer": "Alma.", "base": "Who who", "seen": seen}
+    answer = {"prompt": "Who?", "system": None, "answer": "Alma.", "base": "Who who", "seen": seen}
     good = {**answer, "prompt": "Where?", "seen": {}}
     return {"answers": [good, answer], "required": list(required), "failed": [], "passed": 2}
 
@@ -82,35 +82,69 @@ def test_a_run_that_nobody_can_be_asked_in_says_what_to_do(mode: str) -> None:
         refuse_where_nobody_asks(check({"name": "small", "approve": mode}, "here"))
 
 
-def test_from_the_question_to_the_certificate(
-    var: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
-) -> None:
-    trail = pipeline(small_recipe(approve="on_regression", approve_within_hours=2, max_new_tokens=2), "evaluate")
-    question = ask(trail, "/retune/report/small/test")
-    assert question and (question.subject, question.hours) == ("May this candidate of small go live?", 2)
-    assert "1 of 1 answers fail stops, which is not required" in question.body
-    page = (Store().run_folder("small", "test") / "report.html").read_text()
-    assert 'class="verdict waiting"' in page and "waits for a person's answer until" in page.replace("&#39;", "'")
+@pytest.fixture
+def judged(var: Path, write_recipe: Callable) -> Callable[..., dict[str, str]]:
+    """The trail of a run up to `evaluate`, whose stages left these facts."""
+
+    def leave(evaluate: dict[str, Any], smoke_test: dict[str, Any], **fields: Any) -> dict[str, str]:
+        write_recipe(**fields)
+        store = Store()
+        registry = f"file://{var}/registry/small"
+        frozen = check({"name": "small", "registry": registry, **fields}, "here").model_dump(mode="json")
+        facts = {"resolve": {}, "train": {}, "smoke_test": smoke_test, "evaluate": evaluate}
+        for stage in facts:
+            out = var / "work" / stage
+            out.mkdir(parents=True)
+            (out / "recipe.json").write_bytes(to_json(frozen))
+            store.commit(out, "small", stage, stage, line=stage, facts=facts[stage], seconds=1.0)
+            record = {"stage": stage, "state": "done", "line": stage, "seconds": 1.0, "fingerprint": stage, "own": True}
+            store.record("small", "one", stage, {**record, "folder": "here"})
+        return {"recipe": "small", "run": "one"} | {stage: stage for stage in facts}
+
+    return leave
+
+
+def test_the_question_and_the_answers(var: Path, judged: Callable, artifact: Callable) -> None:
+    noted = measured(questions=([0.1] * 12, [0.1] * 12))
+    trail = judged(noted, answers(), approve="on_regression", approve_within_hours=2)
+    question = ask(trail, "/retune/report/small/one")
+    assert question and (question.subject, question.hours) == ("May this candidate of small go live? evaluate", 2)
+    assert "it does not heed the question" in question.body
+    page = (Store().run_folder("small", "one") / "report.html").read_text()
+    assert 'class="verdict waiting"' in page and "A person's approval: waiting for an answer until" in page
     assert not (var / "last_run.json").exists(), "it is for runs that have ended"
 
     with pytest.raises(Unanswered, match=r"^small says approve: on_regression, and"):
         approve(trail)
     with pytest.raises(Unanswered, match=r"^nobody answered within 2 h\. Nothing is published"):
         approve(trail, Answer(False, None, MONDAY))
+    assert report("small", "one")["verdict"] == "failed"
     with pytest.raises(Rejected, match=r"^rejected by Ada at 2026-11-23 09:30 UTC\."):
         approve(trail, Answer(False, "Ada", MONDAY))
-    assert Store().records("small", "test")["approve"]["state"] == "failed"
-
-    approved = approve(trail, Answer(True, "Ada", MONDAY))
-    assert artifact(approved).facts["line"] == "approved by Ada at 2026-11-23 09:30 UTC"
-    published = Path(artifact(publish(approved)).facts["place"])
-    assert '"by": "Ada"' in (published / "manifest.json").read_text()
-    assert "| approval | approved by Ada at 2026-11-23 09:30 UTC |" in (published / "README.md").read_text()
-    assert ask(trail, "") is None, "what is live already needs no approval"
+    assert report("small", "one")["verdict"] == "rejected"
+    facts = artifact(approve(trail, Answer(True, "Ada", MONDAY))).facts
+    assert (facts["asked"], facts["by"], facts["at"]) == (True, "Ada", "2026-11-23T09:30:00+00:00")
+    assert facts["regressions"] == noted["verdict"]["notes"]
 
 
-def test_what_the_gate_refuses_is_not_asked_about(small_recipe: Callable, pipeline: Callable) -> None:
-    trail = pipeline(small_recipe(approve="always", max_steps=1, learning_rate=1e-9), "evaluate")
+def test_a_run_that_was_stopped_while_it_waited_has_failed(judged: Callable) -> None:
+    ask(judged(measured(), answers(), approve="always"), "")
+    assert report("small", "one")["verdict"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("mode", "refused", "why"),
+    [
+        ("never", False, "the recipe asks for no approval"),
+        ("always", True, "the gate refuses the candidate"),
+        ("on_regression", False, "nothing of it is worse"),
+    ],
+)
+def test_where_nobody_is_asked_the_trail_goes_on(
+    mode: str, refused: bool, why: str, judged: Callable, artifact: Callable
+) -> None:
+    facts = measured()
+    facts["verdict"]["publish"] = not refused
+    trail = judged(facts, answers(), approve=mode)
     assert ask(trail, "") is None
-    with pytest.raises(Refused, match="the candidate is not published"):
-        publish(approve(trail))
+    assert artifact(approve(trail)).facts == {"asked": False, "regressions": [], "line": f"nobody was asked: {why}"}
