@@ -25,7 +25,7 @@ class Approval(ApprovalOperator):
     template_fields = ("trail",)  # not the question: what a model says is no template
 
     def __init__(self, *, trail: Any, **options: Any):
-        super().__init__(subject="May this candidate go live?", defaults=self.REJECT, fail_on_reject=True, **options)
+        super().__init__(subject="May this candidate go live?", defaults=self.REJECT, **options)
         self.trail = trail
         self.doc_md = approve.__doc__
 

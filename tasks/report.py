@@ -30,7 +30,8 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
     """
     store, name = Store(), find(recipe_file).stem
     records = store.records(name, run_id)
-    stages = {stage: records[stage] for stage in STAGES if stage in records}
+    reached = STAGES[: STAGES.index("approve") + 1] if waiting else STAGES  # later records are of before it was cleared
+    stages = {stage: records[stage] for stage in reached if stage in records}
     details = {stage: _details(store, name, stages.get(stage)) for stage in STAGES}
     errors = [record["error"] for record in stages.values() if record["state"] == "failed"]
     published = details["publish"]
