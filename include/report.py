@@ -151,20 +151,19 @@ def merged_card(certificate: dict[str, Any], manifest_sha256: str) -> str:
 
 def question_page(
     recipe: Recipe, smoke_test: dict[str, Any], evaluate: dict[str, Any], regressions: list[str], report_address: str,
-    until: str, made_of: str,
+    made_of: str,
 ) -> str:  # fmt: skip
     """What a person must know to approve a candidate, as Markdown.
 
     Args:
         smoke_test, evaluate: the facts of these stages.
         regressions: see `tasks.approve`.
-        until: when the time for an answer is over.
         made_of: the candidate's data and base, in a line.
     """
     answers = sorted(smoke_test["answers"], key=lambda answer: not answer["seen"])[:ANSWERS_SHOWN]
     return _pages().get_template("approval.md").render(
         recipe=recipe, smoke_test=smoke_test, evaluate=evaluate, regressions=regressions, answers=answers,
-        report_address=report_address, until=until, made_of=made_of,
+        report_address=report_address, made_of=made_of,
     )  # fmt: skip
 
 

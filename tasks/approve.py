@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from include.errors import PermanentError, Rejected, Unanswered
+from include.errors import Overtaken, PermanentError, Rejected, Unanswered
 from include.recipe import Recipe
 from include.registry import open_registry
 from include.report import question_page
@@ -73,6 +73,9 @@ def ask(trail: Trail, report_address: str) -> Question | None:
 
     Args:
         report_address: where the report can be seen; goes into the question.
+
+    Raises:
+        Overtaken: the run has asked another question before, which Airflow would show again: it keeps a run's first.
     """
     with _case(trail) as case:
         if case.why_nobody():
@@ -80,13 +83,20 @@ def ask(trail: Trail, report_address: str) -> Question | None:
         recipe, worse = case.recipe, case.regressions
         until = f"{datetime.now(UTC) + timedelta(hours=recipe.approve_within_hours):%Y-%m-%d %H:%M} UTC"
         case.record.close("waiting", line=f"waiting for an answer until {until}")
+        measured = case.evaluate.manifest["line"].removesuffix(": better")
         summary = report(recipe.name, trail["run"], waiting=True)
-        log.info("approve: a person is asked, in Airflow under Required Actions, until %s", until)
         body = question_page(
-            recipe, case.smoke_test.facts, case.evaluate.facts, worse, report_address, until,
+            recipe, case.smoke_test.facts, case.evaluate.facts, worse, report_address,
             made_of=summary["stages"]["resolve"]["line"],
         )  # fmt: skip
-        measured = case.evaluate.manifest["line"].removesuffix(": better")
+        asked = case.record.content.setdefault("question", fingerprint(body))
+        if asked != fingerprint(body):
+            raise Overtaken(
+                "the numbers are not those that this run has asked about before, which Airflow would show again",
+                "Start a new run: finished stages are reused",
+            )
+        case.record.close("waiting")
+        log.info("approve: a person is asked, in Airflow under Required Actions, until %s", until)
         return Question(f"May this candidate of {recipe.name} go live? {measured}", body, recipe.approve_within_hours)
 
 
@@ -176,6 +186,9 @@ def _where_nobody_asks(recipe: Recipe) -> str:
 @contextmanager
 def _case(trail: Trail) -> Iterator[_Case]:
     store = Store()
+    earlier = store.records(trail["recipe"], trail["run"]).get("approve", {})
     with recorded(store, trail["recipe"], trail["run"], "approve") as record:
+        if "question" in earlier:
+            record.content["question"] = earlier["question"]
         train, smoke_test, evaluate = (artifact_of(store, trail, n) for n in ("train", "smoke_test", "evaluate"))
         yield _Case(frozen_recipe(store, trail), train, smoke_test, evaluate, record, store)

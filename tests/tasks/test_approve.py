@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from include.errors import PermanentError, Rejected, Unanswered
+from include.errors import Overtaken, PermanentError, Rejected, Unanswered
 from include.gate import judge
 from include.recipe import check
 from include.report import question_page
@@ -59,7 +60,7 @@ def test_what_models_say_is_text_in_the_question() -> None:
     said["answers"][1] |= {"answer": "| [click](http://x) <img src=x> {{ 7 * 7 }} `code`\n\n# Head", "base": "b " * 400}
     recipe = check({"name": "small", "registry": "hf://me/adapter"}, "here")
     page = question_page(
-        recipe, said, measured(WORSE, margin=0.1), ["the *loss*"], "/retune/report/small/1", "noon", "rows@1, base@2"
+        recipe, said, measured(WORSE, margin=0.1), ["the *loss*"], "/retune/report/small/1", "rows@1, base@2"
     )
     lines = page.splitlines()
     assert "- the \\*loss\\*" in lines
@@ -125,6 +126,19 @@ def test_the_question_and_the_answers(var: Path, judged: Callable, artifact: Cal
     facts = artifact(approve(trail, Answer(True, "Ada", MONDAY))).facts
     assert (facts["asked"], facts["by"], facts["at"]) == (True, "Ada", "2026-11-23T09:30:00+00:00")
     assert facts["regressions"] == noted["verdict"]["notes"]
+
+
+def test_another_question_in_the_same_run_is_refused(var: Path, judged: Callable) -> None:
+    trail = judged(measured(), answers(), approve="always")
+    question = ask(trail, "")
+    assert ask(trail, "") == question, "cleared, the same is asked again"
+    with pytest.raises(Rejected):
+        approve(trail, Answer(False, "Ada", MONDAY))
+    assert ask(trail, "") == question
+    manifest = var / "store" / "small" / "evaluate" / "evaluate" / "manifest.json"
+    manifest.write_bytes(to_json({**json.loads(manifest.read_text()), "facts": measured(live=None)}))
+    with pytest.raises(Overtaken, match="the numbers are not those .* Start a new run"):
+        ask(trail, "")
 
 
 def test_a_run_that_was_stopped_while_it_waited_has_failed(judged: Callable) -> None:
