@@ -31,6 +31,7 @@ from include.errors import NoPermission, RetuneError
 from include.recipe import find, load, typed
 from include.settings import HEADLESS, PROJECT, recipe_files, var
 from include.store import Store
+from tasks.approve import refuse_where_nobody_asks
 from tasks.rollback import rollback
 
 START_SECONDS = 180.0
@@ -67,7 +68,8 @@ def airflow_environment(home: Path, port: int = 8080) -> dict[str, str]:
 def run(recipe_name: str, values: list[str]) -> int:
     """Run a recipe's DAG to its end without UI, showing each stage as it goes; 0 when it was published and verified."""
     file, overrides = find(recipe_name), typed(values)
-    load(file, overrides)  # a typing error is told now, not after Airflow has started
+    # a typing error is told now, not after Airflow has started
+    refuse_where_nobody_asks(load(file, overrides))
     environment = airflow_environment(var() / "airflow" / "headless") | {HEADLESS: "1"}
     if file not in recipe_files():
         environment["RETUNE_RECIPES"] = ":".join(filter(None, [os.environ.get("RETUNE_RECIPES"), str(file)]))

@@ -7,18 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 from airflow.sdk import Connection, ExceptionRetryPolicy, RetryAction, RetryRule
+from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowNotFoundException, AirflowTaskTimeout
 from airflow.sdk.log import mask_secret
 
-from include.errors import Overtaken, PermanentError, ProcessLost, RetuneError, TransientError
+from include.errors import Overtaken, PermanentError, ProcessLost, Rejected, RetuneError, TransientError, Unanswered
 from include.hub import CONNECTION
 from include.stage import log
 
 NOTE = "note"  # key of the XCom that becomes the run's note
 POLICY = ExceptionRetryPolicy(
     rules=[
+        RetryRule(Rejected, RetryAction.FAIL, reason="a person has decided"),
+        RetryRule(Unanswered, RetryAction.FAIL, reason="a new run, or clearing it, asks again"),
         RetryRule(PermanentError, RetryAction.FAIL, reason="a retry would fail in the same way"),
         RetryRule(Overtaken, RetryAction.FAIL, reason="an earlier stage must look again"),
         RetryRule(ProcessLost, RetryAction.RETRY, timedelta(seconds=5), "it goes on from what was saved"),
@@ -26,6 +30,14 @@ POLICY = ExceptionRetryPolicy(
         RetryRule(AirflowTaskTimeout, RetryAction.RETRY, reason="it may have hung"),
     ]
 )
+
+REPORTS = "/retune"  # where plugins/report_page.py serves runs' reports, below the API server's address
+
+
+def report_address(dag_id: str, run_id: str) -> str:
+    """The address of a run's report page, without the host: people may come to the server under several names."""
+    below = urlsplit(conf.get("api", "base_url", fallback="")).path.rstrip("/")
+    return f"{below}{REPORTS}/report/{quote(dag_id, safe='{}')}/{quote(run_id, safe='{}')}"
 
 
 def explain(context: Any) -> None:

@@ -21,6 +21,7 @@ from include.settings import recipe_files
 from include.sources import DEMO_BASE
 from include.stage import Stage
 from plugins.alerts import AGAIN, SUMMARY, Alert, deadline
+from plugins.approval import Approval
 from plugins.dataset_watch import NewRevision
 from tasks.download import download
 from tasks.evaluate import evaluate
@@ -70,7 +71,8 @@ def finetune(recipe: Recipe) -> DAG:
         adapter = on(train, **GPU)(tokens)
         answers = on(smoke_test, **GPU)(adapter)
         verdict = on(evaluate, **GPU)(answers)
-        version = on(publish)(verdict)
+        approved = Approval(task_id="approve", trail=verdict)
+        version = on(publish)(approved.output)
         proof = on(verify)(version)
         if recipe.base_model == DEMO_BASE:
             frozen >> on(pretrain)(frozen) >> good  # the first that may look at the base: at its chat template
@@ -132,6 +134,13 @@ def _alert(settings: dict[str, Any], **context: Any) -> None:
     Alert(**settings).notify(context)
 
 
+_APPROVAL = {
+    "always": "a person must approve each candidate that the gate lets through",
+    "on_regression": "a person must approve a candidate of which something is worse",
+    "never": "none: the gate decides alone",
+}
+
+
 def _doc(recipe: Recipe) -> str:
     base = f"{4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else 16}-bit base"
     trained = f"r={recipe.r}, alpha={recipe.lora_alpha}, {len(recipe.target_modules)} projections, {base}"
@@ -150,6 +159,7 @@ def _doc(recipe: Recipe) -> str:
 | training | {recipe.method}, {length} of {recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}, \
 lr {recipe.learning_rate:g} |
 | gate | better than the base and than what is live; {len(recipe.prompts)} smoke-test prompts |
+| approval | {_APPROVAL[recipe.approve]} |
 | runs | {_times(recipe)} |
 | registry | `{recipe.registry or "a folder under var/"}` |
 

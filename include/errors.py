@@ -55,6 +55,14 @@ class Refused(PermanentError):
     """The candidate may not go live: the gate did not let it through, or a person has taken it back."""
 
 
+class Rejected(PermanentError):
+    """A person was asked whether the candidate may go live, and said no."""
+
+
+class Unanswered(PermanentError):
+    """A person was to be asked whether the candidate may go live, and nobody answered."""
+
+
 class Overtaken(RetuneError):
     """The world has moved on since an earlier stage looked: something else went live, a file has changed.
 

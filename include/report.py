@@ -13,10 +13,12 @@ import orjson
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from include.recipe import Recipe
 from include.settings import PROJECT
 from include.sources import is_hub_id
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
+ANSWERS_SHOWN = 12  # in the question whether a candidate may go live; those with something against them first
 SMOOTHING = 10  # steps of the running mean in the loss picture
 
 
@@ -145,6 +147,24 @@ def merged_card(certificate: dict[str, Any], manifest_sha256: str) -> str:
             manifest_sha256=manifest_sha256,
         )
     )
+
+
+def question_page(
+    recipe: Recipe, smoke_test: dict[str, Any], evaluate: dict[str, Any], regressions: list[str], report_address: str,
+    made_of: str,
+) -> str:  # fmt: skip
+    """What a person must know to approve a candidate, as Markdown.
+
+    Args:
+        smoke_test, evaluate: the facts of these stages.
+        regressions: see `tasks.approve`.
+        made_of: the candidate's data and base, in a line.
+    """
+    answers = sorted(smoke_test["answers"], key=lambda answer: not answer["seen"])[:ANSWERS_SHOWN]
+    return _pages().get_template("approval.md").render(
+        recipe=recipe, smoke_test=smoke_test, evaluate=evaluate, regressions=regressions, answers=answers,
+        report_address=report_address, made_of=made_of,
+    )  # fmt: skip
 
 
 def run_page(summary: dict[str, Any], details: dict[str, dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from include.errors import RetuneError
 from include.recipe import find, load, typed
 from include.sources import DEMO_BASE
 from include.stage import Trail
+from tasks.approve import refuse_where_nobody_asks
 from tasks.report import STAGES, report
 from tasks.resolve import resolve
 
@@ -38,9 +39,16 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("airflow.task.retune").setLevel(logging.INFO)
+    try:
+        values = typed(arguments.set)
+        if STAGES.index(arguments.until) >= STAGES.index("approve"):
+            refuse_where_nobody_asks(load(find(arguments.recipe), values))
+    except RetuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     run_id = f"shell__{datetime.now(UTC).isoformat()}"
     try:
-        run(arguments.recipe, typed(arguments.set), run_id, arguments.until)
+        run(arguments.recipe, values, run_id, arguments.until)
     except RetuneError:
         return 1
     finally:

@@ -19,10 +19,10 @@ from tasks.train import ADAPTER
 TRAINING_LOG, PICTURE = "training_log.jsonl", "loss.png"
 
 
-@stage(version=2, uses=("registry", "merged_16bit"), reuse=False)
+@stage(version=3, uses=("registry", "merged_16bit"), reuse=False)
 def publish(
     job: Job, download: Artifact, validate: Artifact, standardize: Artifact, template: Artifact, train: Artifact,
-    smoke_test: Artifact, evaluate: Artifact,
+    smoke_test: Artifact, evaluate: Artifact, approve: Artifact,
 ) -> Result:  # fmt: skip
     """Publish what the gate let through; the same content again is the same version.
 
@@ -38,7 +38,7 @@ def publish(
             "the candidate is not published: " + "; ".join(verdict["reasons"]),
             "What was live stays live; the report shows the numbers and the answers",
         )
-    stages = (download, validate, standardize, template, train, smoke_test, evaluate)
+    stages = (download, validate, standardize, template, train, smoke_test, evaluate, approve)
     folder = job.out / "version"
     shutil.copytree(train.local() / ADAPTER, folder)
     shutil.copy(train.local() / TRAINING_LOG, folder)
@@ -126,6 +126,7 @@ def birth_certificate(job: Job, stages: dict[str, Artifact]) -> dict[str, Any]:
         "training": facts["train"],
         "smoke_test": facts["smoke_test"],
         "evaluation": facts["evaluate"],
+        "approval": facts["approve"],
         "seconds": {name: artifact.manifest["seconds"] for name, artifact in stages.items()},
         "fingerprints": {name: artifact.fingerprint for name, artifact in stages.items()},
         "packages": {**installed_packages(), **stages["train"].manifest["packages"]},

@@ -13,20 +13,25 @@ from include.store import Store, now, to_json, write_aside
 
 STAGES = (
     "resolve", "pretrain", "download", "validate", "standardize", "template", "train", "smoke_test", "evaluate",
-    "publish", "verify",
+    "approve", "publish", "verify",
 )  # fmt: skip
 
 
-def report(recipe_file: str, run_id: str) -> dict[str, Any]:
+def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, Any]:
     """Sum up what the stages recorded, and make the page of it; returns what `var/last_run.json` holds.
 
     The verdict is `published`, `unchanged` (what was made was live already), `refused` (by the gate), `rejected` (by a
     person), `skipped` (nothing was new) or `failed`. All but the last two are an outcome: that recipe on that data and
     base need not run again.
+
+    Args:
+        waiting: the run waits for a person's approval. Then its page is made and its verdict is `waiting`; what
+            programs read stays that of the newest run that ended.
     """
     store, name = Store(), find(recipe_file).stem
     records = store.records(name, run_id)
-    stages = {stage: records[stage] for stage in STAGES if stage in records}
+    reached = STAGES[: STAGES.index("approve") + 1] if waiting else STAGES  # later records are of before it was cleared
+    stages = {stage: records[stage] for stage in reached if stage in records}
     details = {stage: _details(store, name, stages.get(stage)) for stage in STAGES}
     errors = [record["error"] for record in stages.values() if record["state"] == "failed"]
     published = details["publish"]
@@ -34,13 +39,13 @@ def report(recipe_file: str, run_id: str) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "recipe": name,
         "run": run_id,
-        "verdict": _verdict(stages, errors),
+        "verdict": "waiting" if waiting else _verdict(stages, errors),
         "version": published.get("name"),
         "revision": published.get("revision"),
         "place": published.get("place"),
         "error": errors[0] if errors else None,
         "report": str(page),
-        "finished_at": now(),
+        "finished_at": None if waiting else now(),
         "seconds": round(sum(record.get("seconds", 0) for record in stages.values()), 2),
         "stages": {
             stage: {key: record.get(key) for key in ("state", "seconds", "reused", "folder", "line")}
@@ -49,6 +54,8 @@ def report(recipe_file: str, run_id: str) -> dict[str, Any]:
     }
     with store.writing():
         write_aside(page, run_page(summary, details).encode())
+    if waiting:
+        return summary
     store.record(name, run_id, "run", summary)
     write_aside(var() / "last_run.json", to_json(summary))
     if summary["verdict"] in FINAL:
@@ -71,6 +78,8 @@ def note(summary: dict[str, Any]) -> str:
 def _verdict(stages: dict[str, Any], errors: list[dict[str, str]]) -> str:
     if any(error["kind"] == "Refused" for error in errors):
         return "refused"
+    if any(error["kind"] == "Rejected" for error in errors):
+        return "rejected"
     if stages.get("resolve", {}).get("state") == "skipped":
         return "skipped"
     if errors or stages.get("verify", {}).get("state") != "done":

@@ -118,7 +118,7 @@ def test_a_rollback_between_evaluate_and_publish_is_met_as_a_race(
         files = describe_files(folder)
         (folder / "manifest.json").write_bytes(to_json({"content": content_digest(files), "files": files}))
         registry.publish(folder, parent, True)
-    pipeline(recipe, "evaluate", run_id="third")
+    pipeline(recipe, "approve", run_id="third")
     assert rollback("small", "v1", "v2 insults people").startswith("v1 is live again instead of v2: ")
     assert rollback("small", "v1", "v2 insults people").startswith("v1 is live already: ")
     for version, reason, said in (("v3", "why", "that are: v1, v2"), ("v2", " ", "no reason is given")):

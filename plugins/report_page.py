@@ -1,0 +1,68 @@
+"""The report of a run, in Airflow's UI: a tab of the run's page, for those who may see the run."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from airflow.plugins_manager import AirflowPlugin
+
+from dags.common import REPORTS, report_address
+from include.recipe import NAME
+from include.store import Store
+
+# the page is static and shows what models and datasets say: nothing in it may run, load, send or be framed elsewhere
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'self'; sandbox",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+NONE_YET = """<!doctype html><meta charset="utf-8"><title>No report</title>
+<body style="font: 15px/1.5 system-ui, sans-serif; margin: 2rem">
+<p>This run has no report. A run of a recipe has one when it has ended, or waits for approval.</p>"""
+
+
+@cache
+def _app() -> Any:
+    # imported here: every task's process loads the plugins, and only the API server has these already
+    from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
+    from airflow.api_fastapi.core_api.security import requires_access_dag
+    from fastapi import Depends, FastAPI
+    from fastapi.responses import HTMLResponse
+
+    app = FastAPI(openapi_url=None)
+    may_see_run = Depends(requires_access_dag(method="GET", access_entity=DagAccessEntity.RUN))
+
+    @app.get("/report/{dag_id}/{run_id}", dependencies=[may_see_run])
+    def page(dag_id: str, run_id: str) -> HTMLResponse:
+        if re.fullmatch(NAME, dag_id) and set(run_id) != {"."}:  # no way out of the recipe's folder of runs
+            try:
+                return HTMLResponse((Store().run_folder(dag_id, run_id) / "report.html").read_bytes(), headers=HEADERS)
+            except FileNotFoundError:
+                pass
+        return HTMLResponse(NONE_YET, 404, HEADERS)
+
+    return app
+
+
+async def reports(scope: Any, receive: Any, send: Any) -> None:
+    """Serves a run's report page, and nothing else, to those who may see the run."""
+    await _app()(scope, receive, send)
+
+
+class ReportPage(AirflowPlugin):
+    """See the module."""
+
+    name = "retune_report_page"
+    fastapi_apps = [{"app": reports, "url_prefix": REPORTS, "name": "Retune's reports"}]  # noqa: RUF012
+    external_views = [  # noqa: RUF012
+        {
+            "name": "Report",
+            "destination": "dag_run",
+            "href": report_address("{DAG_ID}", "{RUN_ID}"),
+            "url_route": "report",
+        }
+    ]
