@@ -230,9 +230,8 @@ def _message(
 
 def _at(stages: dict[str, dict[str, Any]]) -> tuple[str, str]:
     """Where a run is or ended, in words, and what was said there last."""
-    names = [name for name in stages if name != "run"]
-    stuck = [name for name in names if stages[name]["state"] != "done"]
-    name = next(iter(stuck or reversed(names)), None)
+    stuck = [name for name in stages if stages[name]["state"] != "done"]
+    name = next(iter(stuck or [*stages][::-1]), None)
     if name is None:
         return "before its first stage", ""
     return f"{'in' if stuck else 'after'} {name}", stages[name].get("line") or ""
