@@ -113,7 +113,7 @@ def _recipes(root: UPath, only: str) -> Iterator[Recipe]:
 
 
 def _folders(place: UPath) -> list[UPath]:
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):  # UPath says the latter of what is not there
         return sorted((path for path in place.iterdir() if path.is_dir()), key=lambda path: path.name)
     return []
 

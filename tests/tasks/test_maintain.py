@@ -63,7 +63,7 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
 ) -> None:
     recipe = small_recipe(gate_margin=20)
     first = pipeline(recipe, run_id="first")
-    second = pipeline(recipe, run_id="second", max_steps=6)
+    second = pipeline(recipe, "publish", run_id="second", max_steps=6)
     old = pipeline(recipe, "template", run_id="old", max_seq_length=128)
     for run in ("first", "second", "old"):
         report("small", run)
@@ -80,10 +80,10 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     before = snapshot(var)
     (line,) = maintain_store(dry_run=True)
     assert snapshot(var) == before
-    assert line.startswith("would remove 6 artifacts, 1 run of small, "), line
+    assert line.startswith("would remove 7 artifacts and 1 run of small, "), line
     listed = re.findall(r"would remove \S+/store/small/(\S+), ", caplog.text)
-    gone = {f"{stage}/{trail[stage]}" for trail in (first, second) for stage in ("resolve", "publish", "verify")}
-    gone |= {f"{stage}/{old[stage]}" for stage in ("resolve", "template")}
+    gone = {f"{stage}/{trail[stage]}" for trail in (first, second) for stage in ("resolve", "publish")}
+    gone |= {f"verify/{first['verify']}", f"resolve/{old['resolve']}", f"template/{old['template']}"}
     assert set(listed) == gone | {"runs/old"}
     assert "gone, there is no recipe of that name" in caplog.text
 
@@ -103,7 +103,7 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     there = artifacts(var)
     (line,) = maintain_store()
     assert re.fullmatch(
-        r"removed 8 artifacts, 1 run of small, [\d.]+ [kM]B; kept \d+ \(\d+ published, \d+ in use\)", line
+        r"removed 7 artifacts and 1 run of small, [\d.]+ [kM]B; kept \d+ \(\d+ published, \d+ in use\)", line
     )
     assert artifacts(var) == there - gone
     assert {path.name for path in (store / "runs").iterdir()} == {"first", "second", "waiting", "young"}
@@ -113,7 +113,7 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
 
     assert rollback("small", "v1", "to see").startswith("v1 is live again")
     assert rollback("small", "v2", "to see").startswith("v2 is live again")
-    pipeline(recipe, run_id="after", max_steps=6)
+    pipeline(recipe, "publish", run_id="after", max_steps=6)
     assert registry.live().name == "v2", "it was made again of what was kept, and is the same"
 
     age(5, store / "runs" / "waiting")  # more than any stage may take: it is given up
@@ -130,12 +130,15 @@ def commit(store: Store, tmp_path: Path, mark: str, stage: str = "train", files:
 
 
 def test_a_maintenance_that_is_killed_leaves_nothing_half_valid_and_two_at_once_finish_it(
-    var: Path, tmp_path: Path, small_recipe: Callable
+    var: Path, tmp_path: Path, write_recipe: Callable
 ) -> None:
-    small_recipe()
-    for number in range(200):
-        commit(Store(), tmp_path, f"{number:016x}")
+    write_recipe()
+    commit(Store(), tmp_path, f"{0:016x}")
     stage = var / "store" / "small" / "train"
+    made = (stage / f"{0:016x}" / MANIFEST).read_text()
+    for mark in (f"{number:016x}" for number in range(1, 200)):
+        shutil.copytree(stage / f"{0:016x}", stage / mark)
+        (stage / mark / MANIFEST).write_text(made.replace(f"{0:016x}", mark))
     age(40, stage)
     command = [sys.executable, "-c", "from tasks.maintain import *; maintain_store('small')"]
     killed = subprocess.Popen(command, cwd=PROJECT)
@@ -154,10 +157,10 @@ def test_a_maintenance_that_is_killed_leaves_nothing_half_valid_and_two_at_once_
 
 
 def test_an_object_stores_artifacts_halves_and_checkpoints(
-    tmp_path: Path, small_recipe: Callable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RETUNE_STORE", f"memory://{tmp_path.name}")
-    small_recipe()
+    write_recipe()
     store = Store()
     commit(store, tmp_path, "old")
     commit(store, tmp_path, "young")
@@ -172,15 +175,15 @@ def test_an_object_stores_artifacts_halves_and_checkpoints(
     for name, file in folder.fs.store.items():
         if any(f"/train/{part}/" in name for part in ("half", "old.checkpoints/checkpoint-4")):
             file.modified -= timedelta(days=31)
-    assert maintain_store() == ["removed 1 artifact, 2 leftovers of small, 5.0 kB; kept 1 (1 in use)"]
+    assert maintain_store() == ["removed 1 artifact and 2 leftovers of small, 4.0 kB; kept 1 (1 in use)"]
     assert sorted(path.name for path in folder.iterdir()) == ["new-half", "new.checkpoints", "young"]
     assert store.find("small", "train", "young")
 
 
 def test_a_machines_disk_loses_unfinished_work_caches_and_logs_but_not_what_is_locked(
-    var: Path, small_recipe: Callable, monkeypatch: pytest.MonkeyPatch
+    var: Path, write_recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_recipe()
+    write_recipe()
     work, cache = var / "work" / "small" / "train", var / "cache"
     for place in (work / "locked", work / "old", work / "young", cache / "store" / "old", cache / "store" / "young",
                   cache / "published" / "old", cache / "datasets" / "old" / "deep", var / "logs"):  # fmt: skip
@@ -208,12 +211,12 @@ def test_a_machines_disk_loses_unfinished_work_caches_and_logs_but_not_what_is_l
         before = snapshot(var)
         assert maintain_disk(dry_run=True) == [
             "would remove 1 work folder of small on this machine, 1.0 kB; kept 2",
-            "would remove 3 caches, 1 log, 1 revision of this machine, 7.0 kB",
+            "would remove 3 caches, 1 log and 1 revision of this machine, 7.0 kB",
         ]
         assert snapshot(var) == before
         assert maintain_disk("small") == ["removed 1 work folder of small on this machine, 1.0 kB; kept 2"]
         assert {path.name for path in work.iterdir()} == {"locked", ".locked.lock", "young", ".young.lock"}
-        assert maintain_disk()[1] == "removed 3 caches, 1 log, 1 revision of this machine, 7.0 kB"
+        assert maintain_disk()[1] == "removed 3 caches, 1 log and 1 revision of this machine, 7.0 kB"
     finally:
         holder.communicate(b"")
     assert [path.name for path in cache.glob("*/*") if path.name in ("old", "young")] == ["young"]
@@ -224,9 +227,9 @@ def test_a_machines_disk_loses_unfinished_work_caches_and_logs_but_not_what_is_l
 
 
 def test_what_is_published_on_the_hub_stays_and_without_a_look_at_it_everything_does(
-    tmp_path: Path, small_recipe: Callable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_recipe(registry="hf://owner/adapter")
+    write_recipe(registry="hf://owner/adapter")
     with Hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", hub.write_token)
