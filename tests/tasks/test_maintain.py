@@ -36,10 +36,11 @@ def age(days: float, *places: Path) -> None:
     for path in (path for place in places for path in (place, *place.rglob("*"))):
         if path.suffix == ".json":
             content = json.loads(path.read_bytes())
-            for key in TIMES if isinstance(content, dict) else ():
-                if key in content:
-                    content[key] = (datetime.fromisoformat(content[key]) - timedelta(days=days)).isoformat()
-            path.write_bytes(to_json(content))
+            told = [key for key in TIMES if key in content]
+            for key in told:
+                content[key] = (datetime.fromisoformat(content[key]) - timedelta(days=days)).isoformat()
+            if told:  # other files stay as their digests say
+                path.write_bytes(to_json(content))
         os.utime(path, (time.time() - 86_400 * days,) * 2, follow_symlinks=False)
 
 
@@ -78,6 +79,7 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     (store.parent / "gone" / "train" / "x").mkdir(parents=True)
 
     before = snapshot(var)
+    caplog.set_level("INFO", "airflow.task.retune")
     (line,) = maintain_store(dry_run=True)
     assert snapshot(var) == before
     assert line.startswith("would remove 7 artifacts and 1 run of small, "), line
@@ -117,8 +119,8 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     assert registry.live().name == "v2", "it was made again of what was kept, and is the same"
 
     age(5, store / "runs" / "waiting")  # more than any stage may take: it is given up
-    (line,) = maintain_store()
-    assert steps(waiting) & artifacts(var) == {f"validate/{waiting['validate']}"} & artifacts(var)
+    maintain_store()
+    assert not steps(waiting) & artifacts(var)
 
 
 def commit(store: Store, tmp_path: Path, mark: str, stage: str = "train", files: int = 20, **facts: Any) -> None:
