@@ -14,6 +14,7 @@ from typing import Any
 from airflow.sdk import DAG, Asset, AssetOrTimeSchedule, AssetWatcher, CronTriggerTimetable, Param, task
 from airflow.sdk.exceptions import AirflowSkipException
 
+from dags import metrics
 from dags.common import NOTE, RETRIES, hub_account
 from include.errors import NothingNew, RetuneError
 from include.recipe import TIMEOUT_HOURS, Recipe, form, load
@@ -103,7 +104,9 @@ def as_task(stage: Stage, **options: Any) -> Callable[..., Any]:
     @task(task_id=stage.name, doc_md=stage.__doc__, **options)
     def run(trail: Any):  # no return annotation: Airflow would push each key of the trail as a value of its own
         with hub_account():
-            return stage(trail)
+            trail = stage(trail)
+        metrics.stage_done(stage.name, trail)
+        return trail
 
     return run
 
@@ -126,6 +129,7 @@ def _report(name: str, run_id: Any = None, ti: Any = None) -> str:
     summary = report(name, run_id)
     ti.xcom_push(key=NOTE, value=note(summary))
     ti.xcom_push(key=SUMMARY, value=summary)
+    metrics.run_ended(summary)
     return summary["report"]
 
 

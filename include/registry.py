@@ -59,6 +59,14 @@ class Registry(Protocol):
     def versions(self) -> list[Version]:
         """Everything that was ever published, the oldest first."""
 
+    def manifests(self) -> list[dict[str, Any]]:
+        """The manifest of what is live and of everything that was ever published.
+
+        Raises:
+            Missing: one of them is damaged.
+            NoPermission, Unreachable: the registry cannot be read, or does not answer.
+        """
+
     def check(self) -> None:
         """Make sure, as far as can be told without writing, that this account may publish.
 
@@ -199,12 +207,29 @@ class FolderRegistry:
         found = [path.name for path in (self.root / "versions").glob("v*") if re.fullmatch(VERSION, path.name)]
         return sorted(found, key=lambda name: int(name[1:]))
 
-    def _version(self, name: str) -> Version:
-        folder = self.root / "versions" / name
+    def manifests(self) -> list[dict[str, Any]]:
+        """See `Registry`."""
         try:
-            manifest = orjson.loads((folder / MANIFEST).read_bytes())
-            return Version(name, name, str(folder), manifest["content"], manifest.get("run"))
-        except (OSError, orjson.JSONDecodeError, KeyError):
+            there = set(os.listdir(self.root / "versions"))
+        except FileNotFoundError:
+            there = set()
+        except OSError as error:
+            raise NoPermission(
+                f"field 'registry': {self.root} cannot be read ({error.strerror})", "Correct its permissions"
+            ) from error
+        names = {name for name in there if re.fullmatch(VERSION, name)} | ({self._live_name()} - {None})
+        return [self._manifest(str(name)) for name in sorted(names, key=str)]
+
+    def _version(self, name: str) -> Version:
+        manifest = self._manifest(name)
+        return Version(name, name, str(self.root / "versions" / name), manifest["content"], manifest.get("run"))
+
+    def _manifest(self, name: str) -> dict[str, Any]:
+        try:
+            manifest = orjson.loads((self.root / "versions" / name / MANIFEST).read_bytes())
+            manifest["content"]
+            return manifest
+        except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
             raise Missing(
                 f"the version {name} is not in {self.root}, or its manifest is damaged",
                 "Restore the folder, or make another version live with the DAG rollback",
@@ -314,6 +339,14 @@ class HubRegistry:
         with self._errors():
             refs = self._refs()
             return self._versions(refs) if refs else []
+
+    @patient
+    def manifests(self) -> list[dict[str, Any]]:
+        """See `Registry`; a commit that is none of Retune's has no manifest."""
+        with self._errors():
+            refs = self._refs()
+            found = [self._manifest(sha) for sha in (refs.head, *refs.tags.values())] if refs else []
+        return [manifest for manifest in found if manifest]
 
     def _versions(self, refs: _Refs) -> list[Version]:
         found = [self._version(sha, refs) for sha in refs.tags.values()]

@@ -14,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
@@ -29,6 +29,7 @@ from include.errors import NoPermission, NoSpace, TransientError
 from include.settings import store_uri, var
 
 MANIFEST = "manifest.json"
+OLD = ".old-"  # in the name of a folder that is on its way out
 PACKAGES = (
     "apache-airflow", "accelerate", "bitsandbytes", "datasets", "great-expectations", "huggingface-hub", "peft",
     "tokenizers", "torch", "transformers", "trl", "unsloth",
@@ -101,6 +102,24 @@ def _is_local(path: UPath | Path) -> bool:
     return not isinstance(path, UPath) or path.protocol in ("", "file", "local")
 
 
+def remove(folder: UPath | Path) -> None:
+    """Remove a folder, manifests first: what is left of it at any moment, also after a crash, is worth nothing.
+
+    On a disk it goes out of the way in one step before its files are removed. Two may remove the same folder at once.
+    """
+    with suppress(FileNotFoundError):  # somebody else was faster
+        for manifest in (folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")):
+            with suppress(FileNotFoundError):
+                manifest.unlink()
+        if isinstance(folder, UPath) and not _is_local(folder):
+            folder.fs.rm(folder.path, recursive=True)
+            return
+        place = Path(folder.path if isinstance(folder, UPath) else folder)
+        aside = place.with_name(f".{place.name}{OLD}{uuid.uuid4().hex}")
+        os.rename(place, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """One committed folder of the store."""
@@ -132,6 +151,8 @@ class Artifact:
                 os.rename(aside, target)
             except OSError:  # another task of this machine was faster
                 shutil.rmtree(aside)
+        with suppress(FileNotFoundError):
+            os.utime(target / MANIFEST)  # its last use, for `tasks.maintain`
         return target
 
 
@@ -255,7 +276,7 @@ def _move(work: Path, target: Path) -> None:
         shutil.copytree(work, aside)
         shutil.rmtree(work)
     if target.exists():  # left by a run that lost a file of it
-        os.rename(target, target.with_name(f".{target.name}.old-{uuid.uuid4().hex}"))
+        os.rename(target, target.with_name(f".{target.name}{OLD}{uuid.uuid4().hex}"))
     os.rename(aside, target)
-    for old in target.parent.glob(f".{target.name}.old-*"):
+    for old in target.parent.glob(f".{target.name}{OLD}*"):
         shutil.rmtree(old, ignore_errors=True)
