@@ -136,7 +136,8 @@ def _candidates(trail: Any):
 # a grid is enough: candidates that failed, even all of them, are the function's to tell of
 @task(task_id="choose", doc_md=choose.__doc__, trigger_rule="all_done_min_one_success")
 def _choose(grid: Any, trails: Any):
-    return choose(list(grid), trails)
+    # Airflow hands over one XCom of a mapped task as it is, without a list, and none as None
+    return choose(list(grid), [trails] if isinstance(trails, dict) else trails or [])
 
 
 @task(task_id="report", doc_md=report.__doc__, retries=1)
