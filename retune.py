@@ -125,7 +125,7 @@ def _runs(store: Store, recipe: str) -> set[str]:
 
 def _follow(airflow: subprocess.Popen[bytes], store: Store, recipe: str, before: set[str]) -> None:
     """Print a line for each stage that ends, and on a terminal the current line of the one at work."""
-    told: set[tuple[str, str]] = set()
+    told: set[tuple[str, ...]] = set()
     status = console.status("Airflow is starting") if console.is_terminal else nullcontext()
     with status as spinner:
         running = True
@@ -135,14 +135,16 @@ def _follow(airflow: subprocess.Popen[bytes], store: Store, recipe: str, before:
                 records = [record for name, record in store.records(recipe, run_id).items() if name != "run"]
                 for record in sorted(records, key=lambda record: record["started_at"]):
                     stage, state = record["stage"], record["state"]
-                    if state != "running" and (stage, record["started_at"]) not in told:
-                        told.add((stage, record["started_at"]))
+                    key = (stage, record["started_at"], record.get("candidate", ""))  # the chosen one's is there twice
+                    candidate = f"{record['candidate']}: " if "candidate" in record else ""
+                    if state != "running" and key not in told:
+                        told.add(key)
                         reused = "reused, " if record.get("reused") else ""
                         mark = "[green]✓[/]" if state == "done" else "[red]✗[/]"
-                        line = escape(reused + record["line"])
+                        line = escape(candidate + reused + record["line"])
                         console.print(f"{mark} {stage:<12}{record['seconds']:>7.1f} s  {line}", soft_wrap=True)
                     elif spinner and state == "running":
-                        spinner.update(f"{stage:<12} {escape(record['line'])}")
+                        spinner.update(f"{stage:<12} {escape(candidate + record['line'])}")
             time.sleep(0.3)
 
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import DAG, Asset, AssetOrTimeSchedule, AssetWatcher, CronTriggerTimetable, Param, task
+from airflow.sdk import DAG, Asset, AssetOrTimeSchedule, AssetWatcher, CronTriggerTimetable, Param, task, task_group
 from airflow.sdk.exceptions import AirflowSkipException
 
 from dags import metrics
@@ -32,6 +32,7 @@ from tasks.report import note, report
 from tasks.resolve import resolve
 from tasks.smoke_test import smoke_test
 from tasks.standardize import standardize
+from tasks.sweep import candidates, choose
 from tasks.template import template
 from tasks.train import train
 from tasks.validate import validate
@@ -42,6 +43,7 @@ FORCE = Param(
     description_md="Run although recipe, data and base are those of a run that came to its end. Without it, such a run "
     "is skipped within seconds, also when the clock starts it.",
 )  # fmt: skip
+LABEL = "{{ task.op_args[0].candidate }}"  # what the UI shows of a sweep's candidate, in place of a number
 GPU = {"queue": "gpu", "pool": "gpu"}  # the pool has one slot: two trainings never share a device
 
 
@@ -64,14 +66,24 @@ def finetune(recipe: Recipe) -> DAG:
         def on(stage: Stage, **where: Any) -> Callable[..., Any]:
             return as_task(stage, execution_timeout=hours(recipe, stage.name), **where)
 
-        frozen = _resolve.override(execution_timeout=hours(recipe, "resolve"))(recipe.name)
+        gpu = GPU | ({"map_index_template": LABEL} if recipe.sweep else {})
+
+        def candidate(trail: Any) -> Any:
+            adapter = on(train, **gpu)(trail)
+            answers = on(smoke_test, **gpu)(adapter)
+            return on(evaluate, **gpu)(answers)
+
+        short = hours(recipe, "resolve")
+        frozen = _resolve.override(execution_timeout=short)(recipe.name)
         raw = on(download)(frozen)
         good = on(validate)(raw)
         messages = on(standardize)(good)
         tokens = on(template)(messages)
-        adapter = on(train, **GPU)(tokens)
-        answers = on(smoke_test, **GPU)(adapter)
-        verdict = on(evaluate, **GPU)(answers)
+        if recipe.sweep:
+            grid = _candidates.override(execution_timeout=short)(tokens)
+            verdict = _choose.override(execution_timeout=short)(grid, task_group(candidate).expand(trail=grid))
+        else:
+            verdict = candidate(tokens)
         approved = Approval(task_id="approve", trail=verdict)
         version = on(publish)(approved.output)
         proof = on(verify)(version)
@@ -124,6 +136,18 @@ def _resolve(name: str, params: Any = None, run_id: Any = None, triggering_asset
         raise AirflowSkipException(str(nothing)) from None
 
 
+@task(task_id="candidates", doc_md=candidates.__doc__)
+def _candidates(trail: Any):
+    return candidates(trail)
+
+
+# a grid is enough: candidates that failed, even all of them, are the function's to tell of
+@task(task_id="choose", doc_md=choose.__doc__, trigger_rule="all_done_min_one_success")
+def _choose(grid: Any, trails: Any):
+    # Airflow hands over one XCom of a mapped task as it is, without a list, and none as None
+    return choose(list(grid), [trails] if isinstance(trails, dict) else trails or [])
+
+
 @task(task_id="report", doc_md=report.__doc__, retries=1)
 def _report(name: str, run_id: Any = None, ti: Any = None) -> str:
     summary = report(name, run_id)
@@ -161,7 +185,7 @@ def _doc(recipe: Recipe) -> str:
 | base | `{recipe.base_model}`, template {recipe.chat_template}, at most {recipe.max_seq_length:,} tokens |
 | adapter | {trained} |
 | training | {recipe.method}, {length} of {recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}, \
-lr {recipe.learning_rate:g} |
+lr {recipe.learning_rate:g} |{_sweep(recipe)}
 | gate | better than the base and than what is live; {len(recipe.prompts)} smoke-test prompts |
 | approval | {_APPROVAL[recipe.approve]} |
 | runs | {_times(recipe)} |
@@ -169,6 +193,11 @@ lr {recipe.learning_rate:g} |
 
 Press **Trigger** to run it, with other values if you like. A value given there holds for that run only.
 """
+
+
+def _sweep(recipe: Recipe) -> str:
+    grid = " x ".join(f"{name} {values}" for name, values in recipe.sweep.items())
+    return f"\n| sweep | {grid}: the best of {len(recipe.candidates())} goes on |" if grid else ""
 
 
 def _times(recipe: Recipe) -> str:

@@ -311,7 +311,13 @@ class Gate(BaseModel):
         "adapter and still replace it; 0: it must be measurably better. One that does as the live one does never "
         "replaces it.",
     )
-    gate_confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the gate's bootstrap intervals.")
+    gate_confidence: float = Field(
+        0.95,
+        gt=0.5,
+        lt=1,
+        description="Confidence of the gate's bootstrap intervals. The candidates of a sweep share the doubt: of four, "
+        "each is judged at 0.9875 where this is 0.95.",
+    )
     gate_questions_matter: bool = Field(
         False,
         description="Refuse a candidate to which an answer is as likely after another row's question as after its own: "
@@ -451,18 +457,29 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operation
         if (count := math.prod(map(len, self.sweep.values()))) > MOST_CANDIDATES:
             raise ValueError(f"sweep has {count} combinations, at most {MOST_CANDIDATES} are trained")
         if self.sweep:
-            self.candidates()
+            try:
+                self.candidates()
+            except ValidationError as error:
+                raise ValueError("sweep: " + "; ".join(_say(e) for e in error.errors())) from None
         return self
 
-    def candidates(self) -> list[Recipe]:
-        """The recipe once for each combination of the sweep's values, without a sweep; itself where it has none.
+    def candidates(self) -> dict[str, Recipe]:
+        """The recipe once for each combination of the sweep's values, without a sweep, by what tells it apart.
+
+        The best of many tries on the same holdout rows may be the best by luck. So each is judged at a confidence that
+        keeps the chance that luck lets any of them through at what the recipe's gate_confidence allows (Bonferroni).
 
         Raises:
             ValidationError: a value is wrong for its field.
         """
-        own = self.model_dump(mode="json") | {"sweep": {}}
-        combinations = itertools.product(*self.sweep.values())
-        return [Recipe.model_validate(own | dict(zip(self.sweep, values, strict=True))) for values in combinations]
+        combinations = list(itertools.product(*self.sweep.values()))
+        confidence = round(1 - (1 - self.gate_confidence) / len(combinations), 6)
+        own = self.model_dump(mode="json") | {"sweep": {}, "gate_confidence": confidence}
+        recipes = [Recipe.model_validate(own | dict(zip(self.sweep, values, strict=True))) for values in combinations]
+        return {
+            " ".join(f"{name}={_short(getattr(recipe, name))}" for name in self.sweep) or "as written": recipe
+            for recipe in recipes
+        }
 
     @property
     def made_of(self) -> dict[str, Any]:
@@ -507,6 +524,14 @@ def _say(error: Any) -> str:
     return f"{message}" if field == "recipe" else f"field '{field}': {message}, got {error['input']!r}"
 
 
+def _short(value: Any) -> str:
+    """A field's value for a candidate's label; a known set of projections by its name."""
+    names = [name for name, modules in MODULE_SETS.items() if modules == value]
+    if isinstance(value, list):
+        return names[0] if names else "+".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _nearest(field: str) -> str | None:
     from difflib import get_close_matches
 
@@ -529,6 +554,11 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         raise BadRecipe(f"{path} is not a YAML file: {problem}", "Correct the line it names") from None
     if not isinstance(values, dict):
         raise BadRecipe(f"{path} holds no fields", "Write `field: value` lines, see include/recipes/demo.yaml")
+    if (overrides or {}).get("sweep") and not values.get("sweep"):
+        raise BadRecipe(
+            f"{path}: field 'sweep': the file has none, so its DAG trains one candidate",
+            "Write a sweep into the file; then other values may be given for a run",
+        )
     return check({"name": path.stem, **values, **(overrides or {})}, str(path))
 
 

@@ -22,7 +22,8 @@ from include.store import Artifact, Store, fingerprint, now
 
 log = logging.getLogger("airflow.task.retune")  # below Airflow's own task logger, so that the UI shows it
 
-Trail = dict[str, str]  # recipe, run, and the fingerprint of each stage so far: all that goes from task to task
+# recipe, run, and the fingerprint of each stage so far: all that goes from task to task; in a sweep, which candidate
+Trail = dict[str, str]
 
 
 @dataclass
@@ -50,10 +51,10 @@ class Job:
 
 
 class Record:
-    """The stage's document in the run's folder: state, line, seconds, error."""
+    """The stage's document in the run's folder: state, line, seconds, error, and the candidate of a sweep."""
 
-    def __init__(self, store: Store, recipe: str, run_id: str, stage: str):
-        self._store, self._recipe, self._run_id, self._stage = store, recipe, run_id, stage
+    def __init__(self, store: Store, recipe: str, run_id: str, stage: str, name: str, candidate: str | None):
+        self._store, self._recipe, self._run_id, self._name = store, recipe, run_id, name
         self._began = time.monotonic()
         self.content: dict[str, Any] = {
             "stage": stage,
@@ -61,6 +62,8 @@ class Record:
             "started_at": now("milliseconds"),
             "line": "",
         }
+        if candidate is not None:
+            self.content["candidate"] = candidate
         self._write()
 
     def say(self, line: str) -> None:
@@ -75,15 +78,19 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        self._store.record(self._recipe, self._run_id, self._stage, self.content)
+        self._store.record(self._recipe, self._run_id, self._name, self.content)
 
 
 @contextmanager
-def recorded(store: Store, recipe: str, run_id: str, stage: str) -> Iterator[Record]:
-    """Keeps the run's record of a stage, also of its failure, and logs the failure in one line."""
-    record = None
+def recorded(store: Store, recipe: str, run_id: str, stage: str, trail: Trail | None = None) -> Iterator[Record]:
+    """Keeps the run's record of a stage, also of its failure, and logs the failure in one line.
+
+    Args:
+        trail: needed for a sweep's candidates only, whose records have names of their own (see `record_name`).
+    """
+    record, trail = None, trail or {}
     try:
-        record = Record(store, recipe, run_id, stage)
+        record = Record(store, recipe, run_id, stage, record_name(stage, trail), trail.get("candidate"))
         yield record
     except NothingNew as error:
         if record:
@@ -100,6 +107,11 @@ def recorded(store: Store, recipe: str, run_id: str, stage: str) -> Iterator[Rec
             record.close("failed", line=what, error={"kind": type(error).__name__, "what": what, "do": do})
         log.error("%s failed: %s. %s.", stage, what, do)
         raise
+
+
+def record_name(stage: str, trail: Trail) -> str:
+    """The stage's name; in a sweep with the candidate's frozen recipe, since candidates share the run's folder."""
+    return f"{stage}.{trail['resolve']}" if "candidate" in trail else stage
 
 
 class Stage:
@@ -138,7 +150,7 @@ class Stage:
             trail: what the stages before this one returned; `resolve` begins it.
         """
         store = Store()
-        with recorded(store, trail["recipe"], trail["run"], self.name) as record:
+        with recorded(store, trail["recipe"], trail["run"], self.name, trail) as record:
             recipe = frozen_recipe(store, trail)
             inputs = {name: artifact_of(store, trail, name) for name in self.reads}
             mark = self.run(Job(recipe, trail["run"], store, Path(), record), inputs)

@@ -9,25 +9,46 @@ import argparse
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from include.errors import RetuneError
+from include.errors import PermanentError, RetuneError
 from include.recipe import find, load, typed
 from include.sources import DEMO_BASE
-from include.stage import Trail
+from include.stage import Stage, Trail
 from tasks.approve import refuse_where_nobody_asks
 from tasks.report import STAGES, report
 from tasks.resolve import resolve
+from tasks.sweep import candidates, choose
 
 
 def run(recipe: str, values: dict[str, Any], run_id: str, until: str = STAGES[-1]) -> Trail:
     """The trail of a recipe's stages up to one of them; errors are those of the stages."""
-    trail = resolve(recipe, values, run_id, to_publish=STAGES.index(until) >= STAGES.index("publish"))
+    trails = [resolve(recipe, values, run_id, to_publish=STAGES.index(until) >= STAGES.index("publish"))]
+    asked, grid = load(find(recipe), values), []
+    left_out = {"pretrain": asked.base_model != DEMO_BASE, "candidates": not asked.sweep, "choose": not asked.sweep}
     for name in STAGES[1 : STAGES.index(until) + 1]:
-        if name != "pretrain" or load(find(recipe), values).base_model == DEMO_BASE:
-            trail = getattr(importlib.import_module(f"tasks.{name}"), name)(trail)
-    return trail
+        if left_out.get(name):
+            continue
+        if name == "candidates":
+            trails = grid = candidates(trails[0])
+        elif name == "choose":
+            trails = [choose(grid, trails)]
+        else:
+            stage = getattr(importlib.import_module(f"tasks.{name}"), name)
+            trails = list(_through(stage, trails))
+    return trails[0] if trails else choose(grid, trails)
+
+
+def _through(stage: Stage, trails: list[Trail]) -> Iterator[Trail]:
+    """The trails after a stage; a candidate of a sweep that fails does not end the others."""
+    for trail in trails:
+        try:
+            yield stage(trail)
+        except PermanentError:  # after any other, a new run goes on from there
+            if "candidate" not in trail:
+                raise
 
 
 def main() -> int:

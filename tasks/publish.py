@@ -14,6 +14,7 @@ from include.report import loss_picture, merged_card, model_card
 from include.sources import base_license, fetch_base
 from include.stage import Job, Result, stage
 from include.store import MANIFEST, Artifact, describe_files, file_digest, fingerprint, installed_packages, now, to_json
+from tasks.sweep import sweep_of
 from tasks.train import ADAPTER
 
 TRAINING_LOG, PICTURE = "training_log.jsonl", "loss.png"
@@ -127,6 +128,7 @@ def birth_certificate(job: Job, stages: dict[str, Artifact]) -> dict[str, Any]:
         "smoke_test": facts["smoke_test"],
         "evaluation": facts["evaluate"],
         "approval": facts["approve"],
+        "sweep": sweep_of(job.store.records(recipe.name, job.run_id)),
         "seconds": {name: artifact.manifest["seconds"] for name, artifact in stages.items()},
         "fingerprints": {name: artifact.fingerprint for name, artifact in stages.items()},
         "packages": {**installed_packages(), **stages["train"].manifest["packages"]},

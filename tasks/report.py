@@ -12,8 +12,8 @@ from include.stage import frozen_recipe, log
 from include.store import Store, now, to_json, write_aside
 
 STAGES = (
-    "resolve", "pretrain", "download", "validate", "standardize", "template", "train", "smoke_test", "evaluate",
-    "approve", "publish", "verify",
+    "resolve", "pretrain", "download", "validate", "standardize", "template", "candidates", "train", "smoke_test",
+    "evaluate", "choose", "approve", "publish", "verify",
 )  # fmt: skip
 
 
@@ -35,6 +35,7 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
     details = {stage: _details(store, name, stages.get(stage)) for stage in STAGES}
     errors = [record["error"] for record in stages.values() if record["state"] == "failed"]
     published = details["publish"]
+    sweep = stages.get("choose", {}).get("candidates", [])
     page = store.run_folder(name, run_id) / "report.html"
     summary: dict[str, Any] = {
         "recipe": name,
@@ -46,12 +47,14 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
         "error": errors[0] if errors else None,
         "report": str(page),
         "finished_at": None if waiting else now(),
-        "seconds": round(sum(record.get("seconds", 0) for record in stages.values()), 2),
+        "seconds": round(sum(record.get("seconds", 0) for record in stages.values() if "candidate" not in record)
+                         + sum(candidate["seconds"] for candidate in sweep), 2),
         "stages": {
             stage: {key: record.get(key) for key in ("state", "seconds", "reused", "folder", "line")}
             for stage, record in stages.items()
         },
-    }
+        "sweep": sweep,
+    }  # fmt: skip
     with store.writing():
         write_aside(page, run_page(summary, details).encode())
     if waiting:
@@ -69,7 +72,9 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
 def note(summary: dict[str, Any]) -> str:
     """A run in one line of Markdown: verdict, version, dataset and base with their revisions, and what went wrong."""
     parts = [f"**{summary['verdict']}** {summary['version'] or ''}".strip()]
-    parts += [summary["stages"][stage]["line"] for stage in ("resolve", "evaluate") if stage in summary["stages"]]
+    parts += [
+        summary["stages"][stage]["line"] for stage in ("resolve", "choose", "evaluate") if stage in summary["stages"]
+    ]
     if summary["error"] and summary["error"]["what"] not in parts:
         parts.append(summary["error"]["what"])
     return "; ".join(part for part in parts if part)
@@ -89,7 +94,7 @@ def _verdict(stages: dict[str, Any], errors: list[dict[str, str]]) -> str:
 
 def _details(store: Store, recipe: str, record: dict[str, Any] | None) -> dict[str, Any]:
     """The facts of a stage that finished; none of one that did not."""
-    if record is None or record["state"] != "done":
+    if record is None or record["state"] != "done" or "fingerprint" not in record:
         return {}
     artifact = store.find(recipe, record["stage"], record["fingerprint"])
     return artifact.facts if artifact else {}

@@ -13,7 +13,7 @@ from include.registry import merged_uri, open_registry, registry_uri
 from include.settings import var
 from include.sources import is_hub_id, located, pin_base, pin_dataset
 from include.stage import Trail, log, recorded
-from include.store import Store, fingerprint, to_json, write_aside
+from include.store import Artifact, Store, fingerprint, to_json, write_aside
 
 
 def resolve(
@@ -62,20 +62,24 @@ def resolve(
             for place in (uri, merged_uri(uri)) if frozen.merged_16bit else (uri,):
                 open_registry(place).check()  # hours of training do not end at a missing permission
         line = f"dataset {_short(recipe.dataset)}@{dataset[:8]}, base {_short(recipe.base_model)}@{base[:8]}"
-        content = frozen.model_dump(mode="json")
-        mark = fingerprint(content)
-        artifact = store.find(name, "resolve", mark)
-        reused = artifact is not None
-        if artifact is None:
-            out = var() / "work" / name / "resolve" / mark
-            shutil.rmtree(out, ignore_errors=True)
-            with store.writing():
-                write_aside(out / "recipe.json", to_json(content))
-            artifact = store.commit(out, name, "resolve", mark, line=line, facts={}, inputs={})
-        own = recipe == load(find(recipe_file))
+        artifact, reused = freeze(store, frozen, line)
+        mark, own = artifact.fingerprint, recipe == load(find(recipe_file))
         record.close("done", reused=reused, line=line, fingerprint=mark, folder=str(artifact.folder), own=own)
         log.info("resolve done: %s", line)
     return {"recipe": name, "run": run_id, "resolve": mark}
+
+
+def freeze(store: Store, recipe: Recipe, line: str) -> tuple[Artifact, bool]:
+    """The artifact that holds a recipe with everything pinned, and whether it was there already."""
+    content = recipe.model_dump(mode="json")
+    mark = fingerprint(content)
+    if artifact := store.find(recipe.name, "resolve", mark):
+        return artifact, True
+    out = var() / "work" / recipe.name / "resolve" / mark
+    shutil.rmtree(out, ignore_errors=True)
+    with store.writing():
+        write_aside(out / "recipe.json", to_json(content))
+    return store.commit(out, recipe.name, "resolve", mark, line=line, facts={}, inputs={}), False
 
 
 def _nothing_new(frozen: Recipe, earlier: dict[str, Any]) -> NothingNew:
