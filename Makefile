@@ -33,7 +33,7 @@ up: $(READY) ## Airflow with its UI on http://127.0.0.1:8080 (PORT=...); Ctrl-C 
 	@exec .venv/bin/python -m retune up --port $(PORT)
 
 test: $(READY) ## all tests
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY) ## style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
