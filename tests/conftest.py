@@ -21,6 +21,8 @@ os.environ.update(
     HF_UPDATE_DOWNLOAD_COUNTS="0",
     HF_ENDPOINT="http://127.0.0.1:9",  # no test reaches the real Hub; those that need one start tests/hub.py
 )
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # tests side by side; torch's threads on busy cores wait for each other
 
 
 @pytest.fixture(scope="session")

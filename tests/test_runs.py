@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from include.registry import FolderRegistry
-from tests.airflow import Airflow, up
+from tests.airflow import Airflow, eventually, up
 from tests.conftest import PROJECT, last_run
 from tests.hub import Hub
 from tests.test_demo import processes
@@ -157,11 +157,13 @@ def airflow(var: Path, small_recipe: Callable) -> Iterator[Airflow]:
 
 
 def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var: Path) -> None:
-    expected = {"demo", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken", "rollback"}
-    deadline = time.monotonic() + 60
-    while not expected <= set(dags := {dag["dag_id"]: dag for dag in airflow.call("GET", "/api/v2/dags")["dags"]}):
-        assert time.monotonic() < deadline, "each file is parsed by itself"
-        time.sleep(0.2)
+    expected = {"demo", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken", "rollback", "maintenance"}
+
+    def known() -> dict[str, dict] | bool:
+        dags = {dag["dag_id"]: dag for dag in airflow.call("GET", "/api/v2/dags")["dags"]}
+        return expected <= set(dags) and dags
+
+    dags = eventually(known)  # each file is parsed by itself
     assert "unknown field 'lora_rank'" in dags["broken"]["description"]
     assert airflow.call("GET", "/api/v2/importErrors")["total_entries"] == 0
 
@@ -170,22 +172,16 @@ def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var
     assert refused.value.code == 400
     assert "0 is less than the minimum of 1" in refused.value.read().decode()
 
-    run = airflow.call("POST", "/api/v2/dags/small/dagRuns", {"logical_date": None, "conf": {"max_steps": 5}})
-    path = f"/api/v2/dags/small/dagRuns/{run['dag_run_id']}"
-    deadline = time.monotonic() + 240
-    while (state := airflow.call("GET", path)["state"]) not in ("success", "failed"):
-        assert time.monotonic() < deadline, state
-        time.sleep(0.5)
-    tasks = {task["task_id"]: task for task in airflow.call("GET", f"{path}/taskInstances")["task_instances"]}
+    run = airflow.trigger("small", max_steps=5)
+    state, tasks = airflow.ended("small", run), airflow.tasks("small", run)
     assert state == "success", {name: task["state"] for name, task in tasks.items()}
     assert {name for name, task in tasks.items() if task["queue"] == "gpu"} == {"train", "smoke_test", "evaluate"}
     assert tasks["train"]["pool"] == "gpu"
     assert airflow.call("GET", "/api/v2/pools/gpu")["slots"] == 1
     summary = last_run(var)
-    assert (summary["verdict"], summary["run"]) == ("published", run["dag_run_id"])
+    assert (summary["verdict"], summary["run"]) == ("published", run)
     assert summary["stages"]["train"]["line"].startswith("5 steps")
-    log = airflow.call("GET", f"{path}/taskInstances/train/logs/1")
-    assert any("step 5/5  loss" in str(entry) for entry in log["content"])
+    assert any(line.startswith("step 5/5  loss") for line in airflow.log("small", run, "train"))
 
     # a rollback, while another run trains
     registry = FolderRegistry(var / "registry" / "small")
@@ -195,25 +191,25 @@ def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var
     (folder / "manifest.json").write_text('{"content": "another"}')
     registry.publish(folder, "v1", True)
     assert registry.live().name == "v2"
-    run = airflow.call("POST", "/api/v2/dags/small/dagRuns", {"logical_date": None, "conf": {"max_steps": 5000}})
-    while not list(var.glob("work/small/train/*/training_log.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    run = airflow.trigger("small", max_steps=5000)
+    eventually(lambda: list(var.glob("work/small/train/*/training_log.jsonl")))
+    for pid in processes(var, "include.engine"):
+        os.kill(pid, signal.SIGKILL)
+    said = eventually(lambda: [line for line in airflow.log("small", run, "train") if "tried" in line])
+    assert said[-1].startswith("train failed: the train process was ended by SIGKILL")
+    assert said[-1].endswith("It will be tried again, it goes on from what was saved (try 2 of 7).")
+    eventually(lambda: airflow.tasks("small", run)["train"]["try_number"] == 2)
+    eventually(lambda: processes(var, "include.engine"))
     runs = "/api/v2/dags/rollback/dagRuns"
     choice = {"recipe": "small", "version": "v1", "reason": "v2 insults people"}
     for wrong in ({"recipe": "smal"}, {"reason": ""}):
         with pytest.raises(urllib.error.HTTPError) as refused:
             airflow.call("POST", runs, {"logical_date": None, "conf": {**choice, **wrong}})
         assert refused.value.code == 400
-    back = airflow.call("POST", runs, {"logical_date": None, "conf": choice})
-    while (state := airflow.call("GET", f"{runs}/{back['dag_run_id']}")["state"]) not in ("success", "failed"):
-        assert time.monotonic() < deadline, state
-        time.sleep(0.2)
-    assert (state, registry.live().name) == ("success", "v1")
+    back = airflow.trigger("rollback", **choice)
+    assert (airflow.ended("rollback", back), registry.live().name) == ("success", "v1")
     assert processes(var, "include.engine"), "the training goes on"
     last = json.loads((var / "registry" / "small" / "history.jsonl").read_text().splitlines()[-1])
     assert (last["live"], last["instead_of"], last["reason"]) == ("v1", "v2", "v2 insults people")
-    airflow.call("PATCH", f"/api/v2/dags/small/dagRuns/{run['dag_run_id']}", {"state": "failed"})
-    while processes(var, "include.engine"):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    airflow.call("PATCH", f"/api/v2/dags/small/dagRuns/{run}", {"state": "failed"})
+    eventually(lambda: not processes(var, "include.engine"))
