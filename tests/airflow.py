@@ -33,7 +33,7 @@ class Airflow:
             self.url + path, json.dumps(body).encode() if body is not None else None,
             {"Content-Type": "application/json", "Authorization": f"Bearer {self.token}"}, method=method,
         )  # fmt: skip
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
 
     def trigger(self, dag: str, **conf: Any) -> str:
@@ -54,6 +54,19 @@ class Airflow:
         """The lines of a try's log, as the UI shows them."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
         return [entry["event"] for entry in self.call("GET", path)["content"]]
+
+    def scheduler_has_looked(self) -> None:
+        """Wait until the scheduler has gone through its loop, and so knows how the processes that it started ended.
+
+        An answer that comes before it knows that the asking one did, within a second, is taken for a lost process.
+        """
+
+        def beat() -> str:
+            return self.call("GET", "/api/v2/monitor/health")["scheduler"]["latest_scheduler_heartbeat"]
+
+        for _ in range(2):  # the first may be of a loop that had begun before
+            last = beat()
+            eventually(lambda last=last: beat() != last)
 
     def ended(self, dag: str, run: str, seconds: float = 240) -> str:
         """The state in which a run ends."""

@@ -6,14 +6,9 @@ import email
 import email.policy
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from email.message import EmailMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,8 +19,8 @@ from aiosmtpd.controller import Controller
 
 from plugins.alerts import ended, late
 from tasks.report import STAGES
-from tests.conftest import PROJECT, last_run
-from tests.test_runs import Airflow
+from tests.airflow import eventually, up
+from tests.conftest import last_run
 
 
 class Mails:
@@ -97,35 +92,6 @@ def webhooks() -> Iterator[Webhooks]:
     server.server_close()
 
 
-@contextmanager
-def airflow(var: Path) -> Iterator[Airflow]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (var.parent / "up.log").open("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "retune", "up", "--port", str(port)], cwd=PROJECT, stdout=log, stderr=log
-        )
-        try:
-            wait_for(lambda: "Airflow is up" in (var.parent / "up.log").read_text() or process.poll() is not None)
-            said = (var.parent / "up.log").read_text()
-            assert process.poll() is None, said
-            yield Airflow(port, said.split("password")[1].split()[0])
-        finally:
-            process.send_signal(signal.SIGINT)
-            assert process.wait(180) == 0
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 240) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with suppress(OSError):  # an Airflow on a busy machine may not answer in time
-            if found := condition():
-                return found
-        time.sleep(0.2)
-    raise AssertionError(f"not so within {seconds:.0f} s")
-
-
 def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
     var: Path, small_recipe: Callable, mails: Mails, webhooks: Webhooks
 ) -> None:
@@ -134,22 +100,24 @@ def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
     gone = small_recipe("gone", **fields, **lost)
     small_recipe(alert_webhooks=["team", "flaky", "absent"], **fields)
     os.environ["RETUNE_RECIPES"] += f":{gone}"
-    with airflow(var) as up:
+    with up(var) as airflow:
         for name in ("team", "flaky"):
             hook = {"connection_id": name, "conn_type": "slackwebhook", "password": f"{webhooks.url}/{name}"}
-            up.call("POST", "/api/v2/connections", hook)
-        dags = wait_for(lambda: {"small", "gone"} <= {dag["dag_id"] for dag in up.call("GET", "/api/v2/dags")["dags"]})
-        assert dags and up.call("GET", "/api/v2/importErrors")["total_entries"] == 0
+            airflow.call("POST", "/api/v2/connections", hook)
+        dags = eventually(
+            lambda: {"small", "gone"} <= {dag["dag_id"] for dag in airflow.call("GET", "/api/v2/dags")["dags"]}
+        )
+        assert dags and airflow.call("GET", "/api/v2/importErrors")["total_entries"] == 0
 
         def start(dag: str, **conf: Any) -> str:
-            run = up.call("POST", f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})
+            run = airflow.call("POST", f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})
             return f"/api/v2/dags/{dag}/dagRuns/{run['dag_run_id']}"
 
         def end(run: str) -> str:
-            return wait_for(lambda: {"success", "failed"} & {up.call("GET", run)["state"]}).pop()
+            return eventually(lambda: {"success", "failed"} & {airflow.call("GET", run)["state"]}).pop()
 
         def state(run: str, task: str) -> str:
-            return up.call("GET", f"{run}/taskInstances/{task}")["state"]
+            return airflow.call("GET", f"{run}/taskInstances/{task}")["state"]
 
         # one that fails at once
         failing, good = start("gone"), start("small")
@@ -160,7 +128,7 @@ def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
         text, page = mail.get_body(("plain",)).get_content(), mail.get_body(("html",)).get_content()
         assert "there is no file /nowhere/rows<1>.jsonl" in text
         assert "/nowhere/rows&lt;1&gt;.jsonl" in page
-        link = f"{up.url}/dags/gone/runs/manual__"
+        link = f"{airflow.url}/dags/gone/runs/manual__"
         assert link in text and link in page and str(var / "store" / "gone" / "runs") in text
         (post,) = (post for post in webhooks.got["/team"] if "gone" in post)
         assert post.startswith("*Retune: gone failed in resolve*")
@@ -168,13 +136,13 @@ def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
         assert state(failing, "alert") == "success"
 
         # one that is late, and is published, with a webhook that is down and one that is not there
-        wait_for(lambda: "Retune: small published v1" in mails.subjects())
-        wait_for(lambda: len(webhooks.got["/team"]) == 3)
-        wait_for(lambda: state(good, "alert") == "up_for_retry")
+        eventually(lambda: "Retune: small published v1" in mails.subjects())
+        eventually(lambda: len(webhooks.got["/team"]) == 3)
+        eventually(lambda: state(good, "alert") == "up_for_retry")
         webhooks.down.clear()
         assert end(good) == "success", "an alert that fails is no failure of the run"
         assert state(good, "alert") == "failed", "but it is seen"
-        said = str(up.call("GET", f"{good}/taskInstances/alert/logs/2")["content"])
+        said = str(airflow.call("GET", f"{good}/taskInstances/alert/logs/2")["content"])
         assert "webhook flaky was sent" in said and "mail to" not in said
         assert "webhook absent was not sent: The conn_id `absent` isn't defined" in said
         assert "alert failed: not sent: webhook absent. Look at these under Admin > Connections" in said

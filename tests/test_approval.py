@@ -1,13 +1,11 @@
 """A person's approval and the report page, in a real Airflow."""
 
-# ruff: noqa: F811  (`airflow` is a fixture)
-
 from __future__ import annotations
 
 import json
-import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,20 +13,21 @@ from urllib.parse import quote
 import pytest
 
 from include.registry import FolderRegistry
+from tests.airflow import Airflow, eventually, up
 from tests.conftest import last_run
-from tests.test_runs import Airflow, airflow  # noqa: F401
 
-SECONDS = 300.0
+
+@pytest.fixture
+def airflow(var: Path, small_recipe: Callable) -> Iterator[Airflow]:
+    small_recipe()
+    with up(var) as airflow:
+        yield airflow
 
 
 def start(airflow: Airflow, **values: Any) -> str:
     """The path of a new run in the API."""
-    deadline = time.monotonic() + 60
-    while "small" not in {dag["dag_id"] for dag in airflow.call("GET", "/api/v2/dags")["dags"]}:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    run = airflow.call("POST", "/api/v2/dags/small/dagRuns", {"logical_date": None, "conf": values})
-    return f"/api/v2/dags/small/dagRuns/{run['dag_run_id']}"
+    eventually(lambda: "small" in {dag["dag_id"] for dag in airflow.call("GET", "/api/v2/dags")["dags"]})
+    return f"/api/v2/dags/small/dagRuns/{airflow.trigger('small', **values)}"
 
 
 def states(airflow: Airflow, path: str) -> dict[str, str]:
@@ -38,14 +37,17 @@ def states(airflow: Airflow, path: str) -> dict[str, str]:
 
 def wait(airflow: Airflow, path: str, what: str, *wanted: str) -> dict[str, str]:
     """Wait until the run, or a task of it, is in one of these states."""
-    deadline = time.monotonic() + SECONDS
-    while (now := states(airflow, path))[what] not in wanted:
-        assert time.monotonic() < deadline and (what == "run" or now["run"] in ("queued", "running")), now
-        time.sleep(0.5)
-    return now
+
+    def look() -> Any:
+        now = states(airflow, path)
+        assert what == "run" or now["run"] in ("queued", "running"), now
+        return now[what] in wanted and now
+
+    return eventually(look, 300)
 
 
 def answer(airflow: Airflow, path: str, option: str) -> None:
+    airflow.scheduler_has_looked()  # nobody reads the numbers in a second
     airflow.call(
         "PATCH", f"{path}/taskInstances/approve/-1/hitlDetails", {"chosen_options": [option], "params_input": {}}
     )
