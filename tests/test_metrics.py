@@ -87,7 +87,7 @@ def test_a_run_tells_statsd_and_opentelemetry_and_the_maintenance_runs_in_airflo
         assert done.returncode == 0, done.stdout
         got = received(server)
         stages = last_run(var)["stages"]
-        for stage in set(stages) - {"resolve"}:
+        for stage in set(stages) - {"resolve", "approve"}:  # which make nothing
             assert float(got[f"retune.stage.seconds.small.{stage}"].removesuffix("|g")) == stages[stage]["seconds"]
         assert float(got["retune.train.tokens_per_second.small"].removesuffix("|g")) > 0
         assert float(got["retune.train.peak_memory_bytes.small"].removesuffix("|g")) > 1e8
