@@ -36,7 +36,7 @@ def processes(var: Path, word: str = "") -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 400) -> None:
+def wait_until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the run ended too early"
