@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
-from include.recipe import find, load
+from include.errors import Overtaken
+from include.recipe import load
+from include.sources import pin_dataset
 from include.store import Store
+from tasks.download import download
 from tasks.report import report
+from tasks.resolve import resolve
 from tests.airflow import Airflow, eventually, up
 from tests.conftest import conversation
 from tests.hub import Hub
@@ -117,14 +121,11 @@ def test_a_cron_day_without_anything_new_is_skipped_and_force_runs_it(
 def test_a_file_that_changes_while_it_is_read_is_not_trained_on(
     small_recipe: Callable, pipeline: Callable, dataset: Path
 ) -> None:
-    from include.errors import Overtaken
-    from include.sources import pin_dataset
-
-    recipe = load(find(str(small_recipe())))
-    before = pin_dataset(recipe)
-    assert pin_dataset(recipe, before) == before
+    recipe = small_recipe()
+    before = pin_dataset(load(recipe))
+    trail = pipeline(recipe, "resolve")
     dataset.write_bytes(rows(5))
     with pytest.raises(Overtaken, match="has changed, it was"):
-        pin_dataset(recipe, before)
-    frozen = recipe.model_copy(update={"dataset_revision": before})
-    assert frozen.dataset_revision != pin_dataset(recipe)
+        download(trail)
+    with pytest.raises(Overtaken, match="has changed, it was"):  # a run that was started for the older one
+        resolve(recipe.stem, {}, "late", revision=before)
