@@ -65,12 +65,8 @@ with DAG(
 
     @task(task_id="rollback", doc_md=rollback.__doc__)
     def _rollback(params: Any = None) -> str:
-        try:
-            with hub_account():
-                line = rollback(params["recipe"], params["version"], params["reason"])
-        except RetuneError as error:
-            log.error("rollback failed: %s", error)
-            raise
+        with hub_account():
+            line = rollback(params["recipe"], params["version"], params["reason"])
         log.info("%s", line)
         return line
 

@@ -74,17 +74,17 @@ def hub_errors(what: str, field: str, write: bool = False) -> Iterator[None]:
         raise
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    """The error and what led to it, answers of the Hub first: its client and `datasets` wrap them, several times."""
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it, outermost first: the client and `datasets` wrap the Hub's answers."""
     from huggingface_hub import errors
 
-    found: list[BaseException] = []
-    links: list[BaseException | None] = [error]
-    while links:
-        if (link := links.pop(0)) and link not in found:
-            found.append(link)
-            links += [link.__cause__, link.__context__]
-    return sorted(found, key=lambda link: not isinstance(link, errors.HfHubHTTPError))
+    link: BaseException | None = error
+    while link:
+        inner = link.__cause__ or link.__context__
+        # that a file is not at hand says less than the answer because of which it is not
+        if not (isinstance(link, errors.LocalEntryNotFoundError) and isinstance(inner, errors.HfHubHTTPError)):
+            yield link
+        link = inner
 
 
 def _in_words(error: BaseException, what: str, field: str, write: bool) -> RetuneError | None:

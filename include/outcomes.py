@@ -26,10 +26,12 @@ def settle(store: Store, frozen: Recipe, verdict: str, **facts: Any) -> None:
 
     Args:
         verdict: one of `FINAL`.
-        facts: run, version, and whether the recipe's values were its file's own (`own`).
+        facts: run, version, and whether the recipe's values were its file's own (`own`), which they then remain.
     """
+    earlier = outcome(store, frozen)
     content = {"dataset": frozen.dataset, "revision": frozen.dataset_revision, "base": frozen.base_revision,
                "verdict": verdict, "at": now(), **facts}  # fmt: skip
+    content["own"] = content["own"] or bool(earlier and earlier["own"])
     with store.writing():
         write_aside(store.path(frozen.name, FOLDER, f"{mark(frozen)}.json"), to_json(content))
 

@@ -37,6 +37,12 @@ MOST_CANDIDATES = 64
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # what Airflow, file systems and the Hub all take
 
 
+def _known(kind: str, values: dict[str, float], names: Iterable[str]) -> dict[str, float]:
+    if unknown := set(values) - set(names):
+        raise ValueError(f"there is no {kind} '{unknown.pop()}' (there are: {', '.join(names)})")
+    return values
+
+
 class Prompt(BaseModel):
     """One prompt of the smoke test."""
 
@@ -406,9 +412,7 @@ class Operations(BaseModel):
     @field_validator("timeout_hours")
     @classmethod
     def _known_stages(cls, hours: dict[str, float]) -> dict[str, float]:
-        if unknown := set(hours) - set(TIMEOUT_HOURS):
-            raise ValueError(f"there is no stage '{unknown.pop()}' (there are: {', '.join(TIMEOUT_HOURS)})")
-        return hours
+        return _known("stage", hours, TIMEOUT_HOURS)
 
 
 class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operations):
@@ -422,9 +426,7 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operation
     @field_validator("check_limits")
     @classmethod
     def _known_checks(cls, limits: dict[str, float]) -> dict[str, float]:
-        if unknown := set(limits) - set(CHECKS):
-            raise ValueError(f"there is no check '{unknown.pop()}' (there are: {', '.join(CHECKS)})")
-        return limits
+        return _known("check", limits, CHECKS)
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:

@@ -92,7 +92,7 @@ def _file_revision(name: str) -> str:
     fs.invalidate_cache()  # a file system remembers what it has listed
     info = fs.info(path)
     for tag in ("ETag", "etag", "md5Hash"):  # http and S3, Azure, Google
-        if tag in info:
+        if info.get(tag):
             return fingerprint([name, info[tag]])
     with fs.open(path) as file:
         return fingerprint([zlib.crc32(file.read()), info.get("size")])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from include.errors import NothingNew
-from include.outcomes import outcome
+from include.outcomes import outcome, settle
 from include.recipe import Recipe, find, load
 from include.registry import merged_uri, open_registry, registry_uri
 from include.settings import var
@@ -54,8 +54,11 @@ def resolve(
                 "registry": registry_uri(recipe),
             }
         )
+        own = recipe == load(find(recipe_file))
         earlier = outcome(store, frozen)
         if earlier and not force:
+            if own and not earlier["own"]:  # typed for a run once, and the file's since: the watch need not come back
+                settle(store, frozen, **{**earlier, "own": True})
             raise _nothing_new(frozen, earlier)
         if to_publish:
             uri = str(frozen.registry)
@@ -63,7 +66,7 @@ def resolve(
                 open_registry(place).check()  # hours of training do not end at a missing permission
         line = f"dataset {_short(recipe.dataset)}@{dataset[:8]}, base {_short(recipe.base_model)}@{base[:8]}"
         artifact, reused = freeze(store, frozen, line)
-        mark, own = artifact.fingerprint, recipe == load(find(recipe_file))
+        mark = artifact.fingerprint
         record.close("done", reused=reused, line=line, fingerprint=mark, folder=str(artifact.folder), own=own)
         log.info("resolve done: %s", line)
     return {"recipe": name, "run": run_id, "resolve": mark}

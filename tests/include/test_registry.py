@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from include.errors import BadRecipe, Missing, NoPermission, Overtaken, PermanentError, Refused, Unreachable
-from include.hub import TRIES
+from include.hub import TRIES, hub_api, hub_errors
 from include.registry import FolderRegistry, HubRegistry, Registry, content_digest, open_registry
 from include.store import MANIFEST, describe_files, to_json
 from tests.hub import Hub
@@ -323,3 +323,14 @@ def test_a_rival_who_commits_in_between_wins(hub: Hub, version: Callable) -> Non
     hub.before_commit(lambda: hub.put("owner/adapter", {"README.md": "edited"}))
     assert registry.promote("v1", "a person's word stands").name == "v1"
     assert registry.live().name == "v1"
+
+
+def test_what_went_wrong_last_counts_not_what_was_handled_before(hub: Hub) -> None:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    hub.cut("GET", "/api/whoami-v2", times=10)
+    with pytest.raises(Unreachable, match="cannot be reached"), hub_errors("owner/none", "registry", write=True):
+        try:
+            hub_api().auth_check("owner/none", write=True)
+        except RepositoryNotFoundError:  # which alone would be a missing permission, and not tried again
+            hub_api().whoami()
