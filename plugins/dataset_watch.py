@@ -19,7 +19,7 @@ from include.sources import located, pin_dataset
 from include.store import Store
 
 FIRED = "fired"  # key in the asset's state: the revision that was last fired for, how often, and when
-LONGEST_PAUSE = 86_400.0  # seconds between two runs for a revision that keep failing
+SHORTEST_PAUSE, LONGEST_PAUSE = 30.0, 86_400.0  # seconds between two runs for a revision; an event is no run at once
 _one_look_at_a_time = threading.Lock()  # the Hub's account stands in the environment, which all triggers share
 
 
@@ -67,7 +67,8 @@ class NewRevision(BaseEventTrigger):
         assert self.asset_state_store is not None
         fired: Any = self.asset_state_store.get(FIRED) or {}
         times = fired["times"] if fired.get("revision") == new else 0
-        if times and time.time() < fired["at"] + min(self.every * 2 ** (times - 1), LONGEST_PAUSE):
+        pause = max(SHORTEST_PAUSE, min(self.every * 2 ** (times - 1), LONGEST_PAUSE))
+        if times and time.time() < fired["at"] + pause:
             return None
         self.asset_state_store.set(FIRED, {"revision": new, "times": times + 1, "at": time.time()})
         return {"dataset": recipe.dataset, "old": done[-1] if done else None, "new": new}
