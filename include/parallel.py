@@ -34,6 +34,8 @@ def in_order(work: Callable[[Part], Outcome], parts: Sequence[Part]) -> Iterator
         return
     global _work
     _work = work
+    # a task of a Celery worker is marked as one that may have no children; those made here end before it does
+    multiprocessing.current_process().daemon = False
     waiting: deque[Future[Any]] = deque()
     rest = iter(parts)
     # a part makes many small objects, none of them in a cycle: looking for cycles would cost a fifth of the time

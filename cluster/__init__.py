@@ -1,0 +1,1 @@
+"""Beyond one machine: images, secrets, and docker-compose.yaml as processes of this machine."""

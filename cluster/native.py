@@ -1,0 +1,314 @@
+"""docker-compose.yaml without containers: the same commands with the same settings, as processes of this machine.
+
+A service's volumes are a folder of its own, `<folder>/<service>`; names of hosts are loopback, ports are free ones.
+Only the logs of tasks that run share a folder: workers of one host cannot all serve them on the same port. Postgres and
+Redis are the machine's own programs; the S3 server comes with `requirements.txt`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from dotenv import dotenv_values
+
+from cluster.env import write_env
+from include.errors import RetuneError
+from include.settings import PROJECT
+
+COMPOSE = PROJECT / "docker-compose.yaml"
+VARIABLE = re.compile(r"\$\$|\$\{(\w+)(?:(:[-?])([^}]*))?\}")
+PORTS = ("POSTGRES_PORT", "REDIS_PORT", "S3_PORT", "SCHEDULER_HEALTH_PORT", "TRIGGERER_LOG_PORT")
+PACKAGES = {"initdb": "postgresql", "redis-server": "redis-server"}
+START_SECONDS = 300.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def interpolate(value: Any, variables: Mapping[str, str]) -> Any:
+    """A part of a compose file with its variables filled in, as the Compose specification has it (chapter 12).
+
+    Raises:
+        RetuneError: a variable that must be set is not.
+    """
+    if isinstance(value, dict):
+        return {name: interpolate(entry, variables) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [interpolate(entry, variables) for entry in value]
+    return VARIABLE.sub(lambda found: _fill(found, variables), value) if isinstance(value, str) else value
+
+
+def _fill(found: re.Match[str], variables: Mapping[str, str]) -> str:
+    name, kind, otherwise = found.groups()
+    if name is None:
+        return "$"
+    if not variables.get(name) and kind == ":?":
+        raise RetuneError(f"{name} is not set", otherwise)
+    return variables.get(name) or otherwise or ""
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Process:
+    """A service of the compose file as a process, which may be started again.
+
+    Args:
+        name: the service's, or another for one more of it (a second worker).
+        service: its part of the compose file, interpolated for this process.
+        folder: its disk.
+        log: where it writes what it says.
+    """
+
+    def __init__(self, name: str, service: dict[str, Any], folder: Path, log: Path):
+        self.name, self.service, self.folder, self.log = name, service, folder, log
+        self.popen: subprocess.Popen[bytes] | None = None
+        self.wanted = False
+        airflow = "AIRFLOW_HOME" in service["environment"]
+        self._cwd = PROJECT if airflow else folder
+        self._environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "HOSTNAME": name,
+            **{key: str(value) for key, value in service["environment"].items()},
+        }
+
+    def start(self) -> None:
+        """Start it."""
+        self.wanted = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command, user = [*_words(self.service.get("entrypoint")), *_words(self.service["command"])], None
+        if command[0] == "postgres":
+            user = _make_database(self.folder, self.service["environment"])
+            command = [_program("postgres"), "-D", str(self.folder), "-c", "unix_socket_directories=", *command[1:]]
+        with self.log.open("ab") as output:
+            self.popen = subprocess.Popen(
+                command, cwd=self._cwd, env=self._environment, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_with_parent, user=user, group=user,
+                extra_groups=[] if user else None,
+            )  # fmt: skip
+
+    @property
+    def runs(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self.popen is not None and self.popen.poll() is None
+
+    def healthy(self) -> bool:
+        """What the service's health check says; without one, that it runs."""
+        test = self.service.get("healthcheck", {}).get("test")
+        if not self.runs or test is None:
+            return self.runs
+        return subprocess.run(
+            ["sh", "-c", test], cwd=self._cwd, env=self._environment, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, timeout=120, check=False,
+        ).returncode == 0  # fmt: skip
+
+    def stop(self, number: int | None = None, grace: float = 60.0) -> None:
+        """End it as a container engine does: the signal goes to the first process, and after a while SIGKILL to all.
+
+        Args:
+            number: in place of the service's own signal; SIGKILL takes all its processes at once, like a lost machine.
+            grace: seconds.
+        """
+        self.wanted = False
+        if self.popen is None:
+            return
+        number = number or signal.Signals[self.service.get("stop_signal", "SIGTERM")]
+        try:
+            family = [psutil.Process(self.popen.pid), *psutil.Process(self.popen.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            family = []
+        if number != signal.SIGKILL and self.popen.poll() is None:
+            self.popen.send_signal(number)
+            try:
+                self.popen.wait(grace)
+            except subprocess.TimeoutExpired:
+                pass
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+        psutil.wait_procs(family, 10)
+        self.popen.wait()
+
+
+class Cluster:
+    """All processes of the compose file on this machine.
+
+    Args:
+        folder: where disks, logs and secrets are.
+        port: of the UI.
+        variables: more of the compose file's variables.
+    """
+
+    def __init__(self, folder: Path, port: int, **variables: str):
+        self.folder, self.port = folder, port
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        if not (folder / ".env").exists():
+            write_env(folder / ".env")
+        self.variables: dict[str, str] = {
+            **{name: str(value) for name, value in dotenv_values(folder / ".env").items()},
+            **dict.fromkeys(("LISTEN", "POSTGRES_HOST", "REDIS_HOST", "S3_HOST", "API_HOST"), "127.0.0.1"),
+            **{name: str(free_port()) for name in PORTS},
+            "PORT": str(port), "API_PORT": str(port), "RETUNE_CODE": str(PROJECT), "LOGS": str(folder / "logs" / "tasks"),
+            **variables,
+        }  # fmt: skip
+        self._compose = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
+        self.processes: dict[str, Process] = {}
+
+    def start(self, service: str, name: str | None = None) -> Process:
+        """Start a service, or one more of it under another name, with a disk of its own."""
+        name = name or service
+        folder = self.folder / name
+        variables = {**self.variables, "RETUNE_DISK": str(folder), "WORKER_LOG_PORT": str(free_port())}
+        process = Process(
+            name, interpolate(self._compose[service], variables), folder, self.folder / "logs" / f"{name}.log"
+        )
+        self.processes[name] = process
+        process.start()
+        return process
+
+    def services(self, profile: str) -> Iterator[str]:
+        """The services of a profile, each after those that it depends on."""
+        wanted = {
+            name: set(service.get("depends_on", ()))
+            for name, service in self._compose.items()
+            if profile in service.get("profiles", [profile])
+        }
+        yield from TopologicalSorter(wanted).static_order()
+
+    def up(self, *names: str) -> None:
+        """Start services in the order given and wait until all are healthy, each one's dependencies before it starts.
+
+        Raises:
+            RetuneError: one ended, or did not become healthy in time.
+        """
+        for name in names:
+            for dependency, how in self._compose[name].get("depends_on", {}).items():
+                self.wait(dependency, ended=how["condition"] == "service_completed_successfully")
+            self.start(name)
+        for name in names:
+            if name != "init":
+                self.wait(name)
+
+    def wait(self, name: str, ended: bool = False) -> None:
+        """Wait until a process is healthy, or has done its work.
+
+        Raises:
+            RetuneError: see `up`.
+        """
+        process, deadline = self.processes[name], time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if not process.runs:
+                if ended and process.popen and process.popen.returncode == 0:
+                    return
+                break
+            if not ended and process.healthy():
+                return
+            time.sleep(0.5)
+        said = process.log.read_text(errors="replace").splitlines()[-3:] if process.log.exists() else []
+        raise RetuneError(f"{name} did not start: {' / '.join(said)}", f"See {process.log}")
+
+    def keep_up(self) -> None:
+        """Start again what has ended by itself and is to be restarted, as the container engine would."""
+        for process in list(self.processes.values()):
+            if process.wanted and not process.runs and process.service["restart"] == "unless-stopped":
+                process.start()
+
+    def down(self) -> None:
+        """Stop all: first what runs tasks, last what they need."""
+        for name in reversed(list(self.processes)):
+            self.processes[name].stop()
+        self.processes.clear()
+
+
+@contextmanager
+def cluster(folder: Path, port: int, **variables: str) -> Iterator[Cluster]:
+    """A cluster whose processes are kept up while it lasts, and stopped in the end, whatever happens."""
+    made, over = Cluster(folder, port, **variables), threading.Event()
+
+    def keep_up() -> None:
+        while not over.wait(2):
+            made.keep_up()
+
+    keeper = threading.Thread(target=keep_up)
+    keeper.start()
+    try:
+        yield made
+    finally:
+        over.set()
+        keeper.join()
+        made.down()
+
+
+def _words(command: str | list[str] | None) -> list[str]:
+    return shlex.split(command) if isinstance(command, str) else command or []
+
+
+def _with_parent() -> None:
+    """In the child: it ends when the process that started it dies."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _program(name: str) -> str:
+    """The path of a program of Postgres or Redis; Debian keeps some of them beside the path.
+
+    Raises:
+        RetuneError: it is not installed.
+    """
+    beside = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    found = shutil.which(name) or shutil.which(name, path=str(beside[-1]) if beside else "")
+    if not found:
+        raise RetuneError(f"{name} is not installed", f"apt-get install {PACKAGES[name]}, or take docker compose")
+    return found
+
+
+def _make_database(folder: Path, environment: Mapping[str, str]) -> str | None:
+    """What the container's entry point does: make the database, once; returns the account that must run it.
+
+    Postgres refuses to be run by root; Debian's package has made an account for it.
+    """
+    user = "postgres" if os.geteuid() == 0 else None
+    if user:
+        shutil.chown(folder, user, user)
+    if not (folder / "PG_VERSION").exists():
+        account: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if user else {}
+        with tempfile.NamedTemporaryFile("w") as password:  # only its owner reads it
+            password.write(environment["POSTGRES_PASSWORD"])
+            password.flush()
+            if user:
+                shutil.chown(password.name, user)
+            done = subprocess.run(
+                [_program("initdb"), "--pgdata", str(folder), "--username", environment["POSTGRES_USER"],
+                 "--encoding=UTF8", "--auth=scram-sha-256", f"--pwfile={password.name}"],
+                capture_output=True, text=True, check=False, **account,
+            )  # fmt: skip
+        if done.returncode:
+            raise RetuneError(f"initdb failed: {done.stderr.strip()}", f"See whether {user or 'you'} may use {folder}")
+        subprocess.run(
+            [_program("postgres"), "--single", "-D", str(folder), "postgres"],
+            input=f'CREATE DATABASE "{environment["POSTGRES_DB"]}"\n', stdout=subprocess.DEVNULL, text=True, check=True,
+            **account,
+        )  # fmt: skip
+    return user
