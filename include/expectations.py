@@ -11,13 +11,11 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from include.parallel import no_collection
+from include.parallel import forked, no_collection
 from include.sharegpt import LONG_TURN
 
 if TYPE_CHECKING:
@@ -114,7 +112,7 @@ class Suite:
     def __init__(self, name: str, rules: Iterable[Rule], limits: Mapping[str, float], docs: Path):
         self._name, self._docs = name, docs
         self._rules = tuple(replace(rule, limit=limits.get(rule.column, rule.limit)) for rule in rules)
-        self._process = ProcessPoolExecutor(1, get_context("fork"))
+        self._process = forked(1)
         self._process.submit(_import_great_expectations)
 
     def __enter__(self) -> Suite:

@@ -34,12 +34,10 @@ def in_order(work: Callable[[Part], Outcome], parts: Sequence[Part]) -> Iterator
         return
     global _work
     _work = work
-    # a task of a Celery worker is marked as one that may have no children; those made here end before it does
-    multiprocessing.current_process().daemon = False
     waiting: deque[Future[Any]] = deque()
     rest = iter(parts)
     # a part makes many small objects, none of them in a cycle: looking for cycles would cost a fifth of the time
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), initializer=gc.disable) as pool:
+    with forked(processes, gc.disable) as pool:
         try:
             while True:
                 while len(waiting) < 2 * processes and (part := next(rest, None)) is not None:
@@ -49,6 +47,13 @@ def in_order(work: Callable[[Part], Outcome], parts: Sequence[Part]) -> Iterator
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise ProcessLost("a data process was killed, perhaps for want of memory", "Run again") from error
+
+
+def forked(processes: int, initializer: Callable[[], object] | None = None) -> ProcessPoolExecutor:
+    """Processes that share what the caller has built, also in a task of a Celery worker."""
+    # Celery marks its processes as ones that may have no children; the pool's end before they do
+    multiprocessing.current_process().daemon = False
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), initializer=initializer)
 
 
 def _call(part: Any) -> Any:
