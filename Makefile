@@ -4,10 +4,10 @@ PORT ?= 8080
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run rollback up test lint bench-data bench-train clean
+.PHONY: help setup demo run rollback up compose-env cluster test test-cluster lint bench-data bench-train clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY) ## make .venv with the pinned packages
 
@@ -32,8 +32,17 @@ rollback: $(READY) ## make a published version live again: make rollback RECIPE=
 up: $(READY) ## Airflow with its UI on http://127.0.0.1:8080 (PORT=...); Ctrl-C stops it
 	@exec .venv/bin/python -m retune up --port $(PORT)
 
-test: $(READY) ## all tests
-	@.venv/bin/python -m pytest -n 2 --dist worksteal
+compose-env: ## .env with fresh secrets, for docker compose
+	@$(PYTHON) cluster/env.py
+
+cluster: $(READY) ## docker-compose.yaml on this machine without containers (PORT=...); Ctrl-C stops it
+	@exec .venv/bin/python -m cluster --port $(PORT)
+
+test: $(READY) ## all tests, save those of the cluster
+	@.venv/bin/python -m pytest -n 2 --dist worksteal --ignore tests/test_cluster.py
+
+test-cluster: $(READY) ## the tests of the cluster: needs the programs of Postgres and Redis
+	@.venv/bin/python -m pytest tests/test_cluster.py
 
 lint: $(READY) ## style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

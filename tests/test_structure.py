@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
-FORBIDDEN = {"include": {"tasks", "dags", "airflow", "plugins"}, "tasks": {"dags", "airflow", "plugins"}}
+FORBIDDEN = {
+    "include": {"tasks", "dags", "airflow", "plugins", "cluster"},
+    "tasks": {"dags", "airflow", "plugins", "cluster"},
+}
 HEAVY = {
     "torch",
     "transformers",

@@ -1,0 +1,228 @@
+"""docker-compose.yaml's topology as processes of this machine: Postgres, Redis, an S3 server, Airflow, Celery workers.
+
+One cluster for all tests; each worker has a disk of its own, and a new one has an empty disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import yaml
+
+from cluster.native import COMPOSE, Cluster, cluster, free_port, interpolate
+from include.registry import open_registry
+from include.store import Store
+from tests.airflow import Airflow, eventually
+from tests.conftest import conversation
+from tests.test_demo import processes
+
+GPU = ("train", "smoke_test", "evaluate")
+VISIBILITY = 15  # seconds: far less than a training takes
+
+
+class Running:
+    """The cluster and its API; GPU workers by name."""
+
+    def __init__(self, made: Cluster, airflow: Airflow):
+        self.made, self.airflow = made, airflow
+
+    def gpu_worker(self, name: str) -> None:
+        """Start a GPU worker with an empty disk."""
+        assert not (self.made.folder / name).exists()
+        self.made.start("worker-cpu-train", name)
+        self.made.wait(name)
+
+    def lose(self, name: str, number: int) -> None:
+        """End a worker by a signal, its disk with it."""
+        self.made.processes[name].stop(number)
+        assert not processes(self.made.folder / name)
+        shutil.rmtree(self.made.folder / name)
+
+    def steps(self, recipe: str, worker: str) -> int:
+        """Steps that a worker's training has made, as its disk says."""
+        logs = (self.made.folder / worker).glob(f"work/{recipe}/train/*/training_log.jsonl")
+        return sum(len(log.read_bytes().splitlines()) for log in logs)
+
+    def states(self, dag: str, run: str) -> dict[str, str]:
+        return {name: task["state"] for name, task in self.airflow.tasks(dag, run).items()}
+
+    def record(self, recipe: str, run: str, stage: str = "run") -> dict[str, Any]:
+        """What the run has left in the object store about a stage."""
+        return Store().records(recipe, run)[stage]
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> list[Path]:
+    """Two small recipes and a large one, which works in shards."""
+    folder = tmp_path_factory.mktemp("recipes")
+    rows = [conversation(f"What is {i} plus {i + 1}?", f"It is {2 * i + 1}.") for i in range(60)]
+    (folder / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    own = {
+        "dataset": str(folder / "rows.jsonl"), "base_model": str(tiny_base), "max_seq_length": 256, "max_steps": 8,
+        "learning_rate": 0.01, "holdout_share": 0.2, "prompts": ["What is 2 plus 3?"], "required_checks": [],
+        "max_new_tokens": 8,
+    }  # fmt: skip
+    for name in ("one", "other"):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
+    return sorted(folder.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def running(recipes: list[Path], tiny_base: Path) -> Iterator[Running]:
+    """The cluster, without a GPU worker."""
+    folder = Path(tempfile.mkdtemp(prefix="retune-cluster-"))
+    folder.chmod(0o755)  # Postgres is not run by root
+    places = {"RETUNE_RECIPES": ":".join(map(str, recipes)), "VISIBILITY_TIMEOUT": str(VISIBILITY)}
+    try:
+        with cluster(folder, free_port(), **places) as made:
+            made.up(*(name for name in made.services("cpu-train") if name != "worker-cpu-train"))
+            yield Running(made, Airflow(made.port, made.variables["ADMIN_PASSWORD"]))
+        assert not processes(folder), "nothing is left behind"
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def store(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test looks into the same object store."""
+    for name, value in running.made.processes["worker-cpu"].service["environment"].items():
+        if name.startswith(("AWS_", "RETUNE_STORE", "RETUNE_REGISTRY")):
+            monkeypatch.setenv(name, str(value))
+
+
+def test_the_processes_have_the_settings_of_the_compose_file(running: Running) -> None:
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    places = {"RETUNE_DISK", "LOGS", "WORKER_LOG_PORT"}  # of each process
+    for name, process in running.made.processes.items():
+        if not process.runs:
+            continue
+        entries = Path(f"/proc/{process.popen.pid}/environ").read_bytes().decode().split("\0")
+        environment = dict(entry.split("=", 1) for entry in entries if entry)
+        for key, value in services[name]["environment"].items():
+            if not any(f"${{{place}" in value for place in places):
+                assert environment[key] == interpolate(value, running.made.variables), (name, key)
+        if "AIRFLOW_HOME" in environment:
+            assert environment["RETUNE_VAR"] == str(running.made.folder / name), "a disk of its own"
+    assert oct((running.made.folder / ".env").stat().st_mode)[-3:] == "600"
+
+
+def test_nobody_gets_in_without_the_secrets(running: Running) -> None:
+    import urllib.error
+
+    import boto3
+    import botocore.exceptions
+    import psycopg2
+    import redis
+
+    places = running.made.variables
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        Airflow(running.made.port, "admin")
+    for password in ("", "airflow"):
+        with pytest.raises(psycopg2.OperationalError):
+            psycopg2.connect(
+                host="127.0.0.1", port=places["POSTGRES_PORT"], user="airflow", dbname="airflow", password=password
+            )
+    with pytest.raises(redis.exceptions.AuthenticationError):
+        redis.Redis(port=int(places["REDIS_PORT"])).ping()
+    endpoint = f"http://127.0.0.1:{places['S3_PORT']}"
+    with pytest.raises(botocore.exceptions.ClientError, match="SignatureDoesNotMatch|AccessDenied|403"):
+        boto3.client("s3", endpoint_url=endpoint, aws_secret_access_key="airflow").list_objects(Bucket="retune")
+    secret = {name: value for name, value in places.items() if name.endswith(("PASSWORD", "SECRET", "KEY"))}
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = process.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        assert not [name for name, value in secret.items() if value in command], command
+
+
+def test_the_demo_is_published_through_a_bad_night(running: Running) -> None:
+    airflow = running.airflow
+    run = airflow.trigger("demo")
+    eventually(lambda: running.states("demo", run)["train"] == "queued", 420)
+    waiting = airflow.tasks("demo", run)["train"]
+    assert (waiting["queue"], waiting["pool"], waiting["start_date"]) == ("gpu", "gpu", None)
+    assert {name for name, state in running.states("demo", run).items() if state == "success"} == {
+        "resolve", "pretrain", "download", "validate", "standardize", "template"
+    }  # fmt: skip
+
+    running.gpu_worker("gpu-1")
+    assert running.states("demo", run)["train"] in ("queued", "running"), "it waited, and was not given up"
+    eventually(lambda: running.steps("demo", "gpu-1") >= 30)
+    scheduler = running.made.processes["scheduler"]
+    scheduler.stop(signal.SIGKILL)
+    scheduler.start()
+    database = running.made.processes["postgres"]
+    database.stop()
+    database.start()
+    running.made.wait("scheduler")
+    running.made.wait("api-server")
+    at = running.steps("demo", "gpu-1")
+    eventually(lambda: running.steps("demo", "gpu-1") >= at + 10)
+    assert airflow.tasks("demo", run)["train"]["try_number"] == 1, "the training did not notice"
+
+    running.lose("gpu-1", signal.SIGTERM)
+    tries = lambda: airflow.tasks("demo", run)["train"]["try_number"]  # noqa: E731
+    running.gpu_worker("gpu-2")
+    eventually(lambda: tries() == 2)
+    eventually(lambda: running.steps("demo", "gpu-2") >= at + 35)
+    running.lose("gpu-2", signal.SIGKILL)
+    running.gpu_worker("gpu-3")
+    eventually(lambda: tries() == 3)
+    assert airflow.ended("demo", run, 420) == "success", running.states("demo", run)
+
+    tasks = airflow.tasks("demo", run)
+    assert {name: task["try_number"] for name, task in tasks.items() if task["try_number"] != 1} == {"train": 3}
+    assert {name for name, task in tasks.items() if task["queue"] == "gpu"} == set(GPU)
+    summary, train = running.record("demo", run), running.record("demo", run, "train")
+    assert (summary["verdict"], summary["version"]) == ("published", "v1")
+    assert "went on from checkpoint-" in train["line"]
+    fetched = [line for attempt in (2, 3) for line in airflow.log("demo", run, "train", attempt) if "fetched" in line]
+    assert len(fetched) == 2, "each new disk was empty"
+    first, second = (int(line.split("checkpoint-")[1].split()[0]) for line in fetched)
+    assert at - 25 <= first < second
+    stored = Store().path("demo", "train")
+    assert not list(stored.glob("*.checkpoints")), "no checkpoint of a finished training is kept"
+    live = open_registry(f"{os.environ['RETUNE_REGISTRY']}/demo").live()
+    assert live is not None
+    assert live.name == "v1"
+    for worker, stages in (("worker-cpu", set(GPU)), ("gpu-3", {"validate", "template", "publish"})):
+        assert not {path.name for path in (running.made.folder / worker / "work" / "demo").iterdir()} & stages
+
+
+def test_two_recipes_share_one_gpu_and_nothing_runs_twice(running: Running) -> None:
+    airflow = running.airflow
+    if "gpu-4" not in running.made.processes:
+        running.gpu_worker("gpu-4")
+    runs = {name: airflow.trigger(name, max_steps=3000) for name in ("one", "other")}
+    for name, run in runs.items():
+        assert airflow.ended(name, run, 420) == "success", running.states(name, run)
+    tasks = {name: airflow.tasks(name, run) for name, run in runs.items()}
+    spans = sorted(
+        tuple(datetime.fromisoformat(tasks[name][stage][when]) for when in ("start_date", "end_date"))
+        for name in tasks
+        for stage in GPU
+    )
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans)), "one at a time, with two workers at hand"
+    assert any((end - begin).total_seconds() > VISIBILITY + 10 for begin, end in spans), "Redis sent it out again"
+    assert {task["try_number"] for name in tasks for task in tasks[name].values()} == {1}
+    for name, run in runs.items():
+        assert running.record(name, run)["verdict"] == "published"
+        begun = [line for line in airflow.log(name, run, "train") if "went on" in line or "fetched" in line]
+        assert not begun
+
+
+def test_a_ui_without_a_live_worker_still_shows_what_tasks_said(running: Running) -> None:
+    run = running.airflow.runs("demo")[-1]["dag_run_id"]
+    said = running.airflow.log("demo", run, "train", 2)
+    assert any("s3://retune/logs" in line for line in said)
