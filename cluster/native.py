@@ -78,15 +78,18 @@ class Process:
         service: its part of the compose file, interpolated for this process.
         folder: its disk.
         log: where it writes what it says.
+
+    Attributes:
+        environment: what it is started with.
     """
 
     def __init__(self, name: str, service: dict[str, Any], folder: Path, log: Path):
         self.name, self.service, self.folder, self.log = name, service, folder, log
         self.popen: subprocess.Popen[bytes] | None = None
-        self.wanted = False
+        self._wanted, self._changing = False, threading.RLock()
         airflow = "AIRFLOW_HOME" in service["environment"]
         self._cwd = PROJECT if airflow else folder
-        self._environment = {
+        self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "HOSTNAME": name,
@@ -95,7 +98,17 @@ class Process:
 
     def start(self) -> None:
         """Start it."""
-        self.wanted = True
+        with self._changing:
+            self._start()
+            self._wanted = True
+
+    def revive(self) -> None:
+        """Start it again if it has ended by itself and its restart policy says so."""
+        with self._changing:
+            if self._wanted and not self.runs and self.service["restart"] == "unless-stopped":
+                self._start()
+
+    def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         command, user = [*_words(self.service.get("entrypoint")), *_words(self.service["command"])], None
         if command[0] == "postgres":
@@ -103,7 +116,7 @@ class Process:
             command = [_program("postgres"), "-D", str(self.folder), "-c", "unix_socket_directories=", *command[1:]]
         with self.log.open("ab") as output:
             self.popen = subprocess.Popen(
-                command, cwd=self._cwd, env=self._environment, stdin=subprocess.DEVNULL, stdout=output,
+                command, cwd=self._cwd, env=self.environment, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_with_parent, user=user, group=user,
                 extra_groups=[] if user else None,
             )  # fmt: skip
@@ -119,7 +132,7 @@ class Process:
         if not self.runs or test is None:
             return self.runs
         return subprocess.run(
-            ["sh", "-c", test], cwd=self._cwd, env=self._environment, stdout=subprocess.DEVNULL,
+            ["sh", "-c", test], cwd=self._cwd, env=self.environment, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, timeout=120, check=False,
         ).returncode == 0  # fmt: skip
 
@@ -130,18 +143,21 @@ class Process:
             number: in place of the service's own signal; SIGKILL takes all its processes at once, like a lost machine.
             grace: seconds.
         """
-        self.wanted = False
-        if self.popen is None:
-            return
+        with self._changing:
+            self._wanted = False
+            if self.popen is not None:
+                self._stop(self.popen, number, grace)
+
+    def _stop(self, popen: subprocess.Popen[bytes], number: int | None, grace: float) -> None:
         number = number or signal.Signals[self.service.get("stop_signal", "SIGTERM")]
         try:
-            family = [psutil.Process(self.popen.pid), *psutil.Process(self.popen.pid).children(recursive=True)]
+            family = [psutil.Process(popen.pid), *psutil.Process(popen.pid).children(recursive=True)]
         except psutil.NoSuchProcess:
             family = []
-        if number != signal.SIGKILL and self.popen.poll() is None:
-            self.popen.send_signal(number)
+        if number != signal.SIGKILL and popen.poll() is None:
+            popen.send_signal(number)
             try:
-                self.popen.wait(grace)
+                popen.wait(grace)
             except subprocess.TimeoutExpired:
                 pass
         for process in family:
@@ -150,7 +166,7 @@ class Process:
             except psutil.NoSuchProcess:
                 pass
         psutil.wait_procs(family, 10)
-        self.popen.wait()
+        popen.wait()
 
 
 class Cluster:
@@ -171,23 +187,22 @@ class Cluster:
             **{name: str(value) for name, value in dotenv_values(folder / ".env").items()},
             **dict.fromkeys(("LISTEN", "POSTGRES_HOST", "REDIS_HOST", "S3_HOST", "API_HOST"), "127.0.0.1"),
             **{name: str(free_port()) for name in PORTS},
-            "PORT": str(port), "API_PORT": str(port), "RETUNE_CODE": str(PROJECT), "LOGS": str(folder / "logs" / "tasks"),
-            **variables,
+            "PORT": str(port), "API_PORT": str(port), "RETUNE_CODE": str(PROJECT),
+            "LOGS": str(folder / "logs" / "tasks"), **variables,
         }  # fmt: skip
         self._compose = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
         self.processes: dict[str, Process] = {}
 
-    def start(self, service: str, name: str | None = None) -> Process:
-        """Start a service, or one more of it under another name, with a disk of its own."""
+    def process(self, service: str, name: str | None = None) -> Process:
+        """A service, or one more of it under another name, as a process that has not been started."""
         name = name or service
         folder = self.folder / name
         variables = {**self.variables, "RETUNE_DISK": str(folder), "WORKER_LOG_PORT": str(free_port())}
-        process = Process(
+        made = Process(
             name, interpolate(self._compose[service], variables), folder, self.folder / "logs" / f"{name}.log"
         )
-        self.processes[name] = process
-        process.start()
-        return process
+        self.processes[name] = made
+        return made
 
     def services(self, profile: str) -> Iterator[str]:
         """The services of a profile, each after those that it depends on."""
@@ -207,7 +222,7 @@ class Cluster:
         for name in names:
             for dependency, how in self._compose[name].get("depends_on", {}).items():
                 self.wait(dependency, ended=how["condition"] == "service_completed_successfully")
-            self.start(name)
+            self.process(name).start()
         for name in names:
             if name != "init":
                 self.wait(name)
@@ -230,12 +245,6 @@ class Cluster:
         said = process.log.read_text(errors="replace").splitlines()[-3:] if process.log.exists() else []
         raise RetuneError(f"{name} did not start: {' / '.join(said)}", f"See {process.log}")
 
-    def keep_up(self) -> None:
-        """Start again what has ended by itself and is to be restarted, as the container engine would."""
-        for process in list(self.processes.values()):
-            if process.wanted and not process.runs and process.service["restart"] == "unless-stopped":
-                process.start()
-
     def down(self) -> None:
         """Stop all: first what runs tasks, last what they need."""
         for name in reversed(list(self.processes)):
@@ -250,7 +259,8 @@ def cluster(folder: Path, port: int, **variables: str) -> Iterator[Cluster]:
 
     def keep_up() -> None:
         while not over.wait(2):
-            made.keep_up()
+            for process in list(made.processes.values()):
+                process.revive()
 
     keeper = threading.Thread(target=keep_up)
     keeper.start()

@@ -12,7 +12,7 @@ import yaml
 from dotenv import dotenv_values
 
 from cluster.env import SECRETS, write_env
-from cluster.native import COMPOSE, interpolate
+from cluster.native import COMPOSE, Cluster, interpolate
 from include.errors import RetuneError
 from tests.conftest import PROJECT
 
@@ -71,6 +71,30 @@ def test_making_secrets_needs_nothing_but_python_and_never_replaces_them(tmp_pat
 )  # fmt: skip
 def test_variables_are_filled_in_as_compose_does(text: str, filled: str) -> None:
     assert interpolate([{"x": text, "n": 3}], {"A": "1", "EMPTY": ""}) == [{"x": filled, "n": 3}]
+
+
+PLACES = {
+    "PYTHONPATH", "RETUNE_VAR", "AIRFLOW_HOME", "AIRFLOW__CORE__DAGS_FOLDER", "AIRFLOW__CORE__PLUGINS_FOLDER",
+    "AIRFLOW__LOGGING__BASE_LOG_FOLDER", "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT",
+    "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT", "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_SERVER_PORT",
+    "AIRFLOW__API__HOST", "AIRFLOW__API__PORT", "AIRFLOW__API__BASE_URL", "AIRFLOW__CORE__EXECUTION_API_SERVER_URL",
+    "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "AIRFLOW__CELERY__BROKER_URL", "AIRFLOW__CELERY__RESULT_BACKEND",
+    "AWS_ENDPOINT_URL_S3", "RCLONE_S3_ENDPOINT",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_process_of_this_machine_is_the_container_at_another_place(name: str, tmp_path: Path) -> None:
+    made = Cluster(tmp_path, 8123)
+    process, container = made.process(name), interpolate(SERVICES[name], dotenv_values(tmp_path / ".env"))
+    settings = container["environment"]
+    differing = {key for key, value in settings.items() if process.environment[key] != value}
+    assert differing == PLACES & settings.keys()
+    hosts = re.compile(r"[@/](postgres|redis|store|api-server):")
+    assert not [value for value in process.environment.values() if hosts.search(value)]
+    for part in ("entrypoint", "command", "healthcheck", "stop_signal"):
+        native, other = (re.sub(r"[\d.*]+", "", str(found.get(part))) for found in (process.service, container))
+        assert native == other, "the same but for addresses and ports"
 
 
 def test_only_the_ui_is_published_and_only_on_loopback() -> None:
