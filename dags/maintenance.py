@@ -57,4 +57,4 @@ with DAG(
 
     _store()
     _disk.override(task_id="disk")()
-    _disk.override(task_id="gpu_disk", queue="gpu")()  # not in the pool: it need not wait until a training is over
+    _disk.override(task_id="gpu_disk", queue="gpu")()  # not in the pool: the device is not used
