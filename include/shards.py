@@ -338,7 +338,8 @@ def _put(source: Path, folder: UPath, files: Iterable[str]) -> None:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            aside = Path(folder.path) / PARTS / uuid.uuid4().hex
+            aside.parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, aside)
             os.replace(aside, target)
 

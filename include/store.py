@@ -29,6 +29,7 @@ from include.errors import NoPermission, NoSpace, RetuneError, TransientError
 from include.settings import store_uri, var
 
 MANIFEST = "manifest.json"
+INCOMING = ".incoming"  # in a folder: files on their way in, apart from what is read by listing a folder
 FETCHED_AT_ONCE = 8  # files, from a store that is elsewhere
 OLD = ".old-"  # in the name of a folder that is on its way out
 PACKAGES = (
@@ -161,7 +162,7 @@ class Artifact:
         single, below = set(names), tuple(f"{name}/" for name in names)
         wanted = [name for name in self.manifest["files"] if not names or name in single or name.startswith(below)]
         with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
-            for _ in pool.map(lambda name: self._fetch(name, target / name), wanted):
+            for _ in pool.map(lambda name: self._fetch(name, target), wanted):
                 pass
         if into is None:
             if not (target / MANIFEST).exists():
@@ -170,14 +171,14 @@ class Artifact:
                 os.utime(target / MANIFEST)  # its last use, for `tasks.maintain`
         return target
 
-    def _fetch(self, name: str, target: Path) -> None:
-        said = self.manifest["files"][name]
+    def _fetch(self, name: str, folder: Path) -> None:
+        said, target, aside = self.manifest["files"][name], folder / name, folder / INCOMING / uuid.uuid4().hex
         with suppress(FileNotFoundError):
             if target.stat().st_size == said["bytes"]:
                 return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
+            for place in (target.parent, aside.parent):
+                place.mkdir(parents=True, exist_ok=True)
             self.folder.fs.get_file((self.folder / name).path, str(aside))
             if file_digest(aside) != said["sha256"]:
                 raise TransientError(

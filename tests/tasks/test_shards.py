@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 from include.errors import RetuneError, TransientError
 from include.shards import MOST_SHARDS, PARTS, _split
 from include.stage import artifact_of
-from include.store import MANIFEST, Artifact, Store
+from include.store import MANIFEST, Artifact, Store, file_digest
 from tasks.report import report
 from tasks.standardize import decide, standardize
 from tasks.template import template
@@ -186,12 +187,20 @@ def test_two_machines_make_what_one_makes(
         # what is fetched is what was made
         found = artifact_of(store, made, "template")
         local = found.local("holdout", "samples.txt", into=tmp_path / "some")
-        assert {path.name for path in local.iterdir()} == {"holdout", "samples.txt"}
+        fetched = {path.relative_to(local).parts[0] for path in local.rglob("*") if path.is_file()}
+        assert fetched == {"holdout", "samples.txt"}
+        with ThreadPoolExecutor(6) as pool:  # as tasks of one machine do
+            (cached,) = set(
+                pool.map(lambda names: found.local(*names), [("holdout",), (), ("samples.txt", "train")] * 2)
+            )
+        assert {name: file_digest(cached / name) for name in found.manifest["files"]} == {
+            name: file["sha256"] for name, file in found.manifest["files"].items()
+        }
         samples = found.folder / "samples.txt"
         samples.write_bytes(samples.read_bytes()[::-1])
         with pytest.raises(TransientError, match=r"samples\.txt came with other bytes than were put there"):
             found.local("samples.txt", into=tmp_path / "others")
-        assert not list((tmp_path / "others").iterdir())
+        assert not [path for path in (tmp_path / "others").rglob("*") if path.is_file()]
 
 
 def test_a_shard_that_is_killed_or_done_twice_does_no_harm(
