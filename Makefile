@@ -4,7 +4,7 @@ PORT ?= 8080
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run rollback up compose-env cluster test test-cluster lint bench-data bench-train clean
+.PHONY: help setup demo run rollback up compose-env cluster test test-cluster lint bench-data bench-shards bench-train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ lint: $(READY) ## style and types
 
 bench-data: $(READY) ## time the data leg against its floor and the notebook's way (ROWS="10000 100000")
 	@.venv/bin/python -m bench.data $(if $(ROWS),--rows $(ROWS))
+
+bench-shards: $(READY) ## time one worker against two on shards of the data (ROWS=200000)
+	@.venv/bin/python -m bench.shards $(if $(ROWS),--rows $(ROWS))
 
 bench-train: $(READY) ## time ways to train on the device at hand
 	@.venv/bin/python -m bench.train

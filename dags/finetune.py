@@ -19,6 +19,7 @@ from dags.common import NOTE, RETRIES, hub_account
 from include.errors import NothingNew, RetuneError
 from include.recipe import TIMEOUT_HOURS, Recipe, form, load
 from include.settings import recipe_files
+from include.shards import Sharded, Step
 from include.sources import DEMO_BASE
 from include.stage import Stage
 from plugins.alerts import AGAIN, SUMMARY, Alert, deadline
@@ -44,6 +45,7 @@ FORCE = Param(
     "is skipped within seconds, also when the clock starts it.",
 )  # fmt: skip
 LABEL = "{{ task.op_args[0].candidate }}"  # what the UI shows of a sweep's candidate, in place of a number
+SHARD = "{{ task.op_kwargs.shard.label }}"  # and of a shard
 GPU = {"queue": "gpu", "pool": "gpu"}  # the pool has one slot: two trainings never share a device
 
 
@@ -77,8 +79,9 @@ def finetune(recipe: Recipe) -> DAG:
         frozen = _resolve.override(execution_timeout=short)(recipe.name)
         raw = on(download)(frozen)
         good = on(validate)(raw)
-        messages = on(standardize)(good)
-        tokens = on(template)(messages)
+        shared = in_shards if recipe.shard_rows else as_task
+        messages = shared(standardize, execution_timeout=hours(recipe, "standardize"))(good)
+        tokens = shared(template, execution_timeout=hours(recipe, "template"))(messages)
         if recipe.sweep:
             grid = _candidates.override(execution_timeout=short)(tokens)
             verdict = _choose.override(execution_timeout=short)(grid, task_group(candidate).expand(trail=grid))
@@ -121,6 +124,48 @@ def as_task(stage: Stage, **options: Any) -> Callable[..., Any]:
         return trail
 
     return run
+
+
+def in_shards(stage: Sharded, **options: Any) -> Callable[..., Any]:
+    """A stage as a group of tasks that all workers share: its steps, those for files mapped over shards."""
+    # a plan without shards (all is there already) skips the mapped tasks, and not those after them
+    after = {"trigger_rule": "none_failed_min_one_success", **options}
+
+    @task(task_id="plan", doc_md=stage.plan.__doc__, **options)
+    def plan(trail: Any):
+        with hub_account():
+            return stage.plan(trail)
+
+    @task(task_id="finish", doc_md=stage.finish.__doc__, **after)
+    def finish(trail: Any):
+        with hub_account():
+            trail = stage.finish(trail)
+        metrics.stage_done(stage.name, trail)
+        return trail
+
+    def as_step(step: Step, **own: Any) -> Any:
+        @task(task_id=step.name, doc_md=step.__doc__, **own)
+        def run(trail: Any, shard: Any = None) -> None:
+            with hub_account():
+                stage.do(trail, step, shard)
+
+        return run
+
+    @task_group(group_id=stage.name, tooltip=f"{stage.name}, shared by all workers of the queue")
+    def steps(trail: Any) -> Any:
+        last = shards = plan(trail)
+        for step in stage.steps[len(stage.ahead) :]:
+            if step.mapped:
+                done = as_step(step, map_index_template=SHARD, **options).partial(trail=trail).expand(shard=shards)
+            else:
+                done = as_step(step, **after)(trail)
+            last >> done
+            last = done
+        end = finish(trail)
+        last >> end
+        return end
+
+    return steps
 
 
 @task(task_id="resolve", doc_md=resolve.__doc__)

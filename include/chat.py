@@ -419,8 +419,7 @@ class ChatFormat:
         finally:
             self._backend.encode_special_tokens = True
         if self._first_difference(plain, theirs) is not None and self.encoder.name != TokenizersEncoder.name:
-            self.encoder = TokenizersEncoder(self._backend)
-            self._shapes.clear()
+            self.encode_by_tokenizer()
         row = self._first_difference(plain, theirs)
         if row is not None:
             raise BadRecipe(
@@ -432,6 +431,11 @@ class ChatFormat:
             for conversation, (_, labels) in zip(plain, self.encode(plain).rows(), strict=True):
                 self._prove_trained(conversation, self.decode([label for label in labels if label != IGNORED]))
         return len(plain)
+
+    def encode_by_tokenizer(self) -> None:
+        """From now on, the tokenizer itself takes the place of the fast encoder."""
+        self.encoder = TokenizersEncoder(self._backend)
+        self._shapes.clear()
 
     def asked_otherwise(self, conversations: list[Conversation]) -> int:
         """How many of the conversations have other ids before their last answer than the prompt of its turns has, or do

@@ -21,7 +21,9 @@ _work: Callable[[Any], Any]  # set before the processes fork, so that they have 
 
 
 def in_order(work: Callable[[Part], Outcome], parts: Sequence[Part]) -> Iterator[Outcome]:
-    """`map(work, parts)` on all cores; `work` may be a closure, its outcomes must be picklable.
+    """`map(work, parts)` on all cores that this process may use.
+
+    `work` may be a closure, its outcomes must be picklable.
 
     Forked processes share what the caller has built (a vocabulary, say) at no cost. No part is done here, not even a
     single one: libraries that start threads would leave locks that a later fork waits for in vain.
@@ -29,7 +31,7 @@ def in_order(work: Callable[[Part], Outcome], parts: Sequence[Part]) -> Iterator
     Raises:
         ProcessLost: a process was killed.
     """
-    processes = min(os.cpu_count() or 1, len(parts))
+    processes = min(len(os.sched_getaffinity(0)), len(parts))
     if not processes:
         return
     global _work

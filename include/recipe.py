@@ -367,6 +367,12 @@ class Operations(BaseModel):
     timezone: str = Field("UTC", description="Time zone of cron, for example Europe/Berlin.")
     watch: bool = Field(False, description="Run whenever the dataset has a new revision.")
     watch_every: float = Field(300.0, ge=1, description="Seconds between two looks at the dataset's revision.")
+    shard_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Above so many rows, `standardize` and `template` are shared by all CPU workers, in shards of so "
+        "many rows (in steps of 5,000, and at most 1,000 shards). Empty: one worker does all. The result is the same.",
+    )
     deadline_hours: float | None = Field(
         None, gt=0, description="Tell those in alert_* when a run has not ended so long after it was queued."
     )

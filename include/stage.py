@@ -51,10 +51,16 @@ class Job:
 
 
 class Record:
-    """The stage's document in the run's folder: state, line, seconds, error, and the candidate of a sweep."""
+    """The stage's document in the run's folder: state, line, seconds, error, and the candidate of a sweep.
 
-    def __init__(self, store: Store, recipe: str, run_id: str, stage: str, name: str, candidate: str | None):
-        self._store, self._recipe, self._run_id, self._name = store, recipe, run_id, name
+    Args:
+        quiet: only a failure is written down; for those of several tasks of a stage that neither begin nor end it.
+    """
+
+    def __init__(
+        self, store: Store, recipe: str, run_id: str, stage: str, name: str, candidate: str | None, quiet: bool = False
+    ):
+        self._store, self._recipe, self._run_id, self._name, self._quiet = store, recipe, run_id, name, quiet
         self._began = time.monotonic()
         self.content: dict[str, Any] = {
             "stage": stage,
@@ -72,25 +78,35 @@ class Record:
         self.content["line"] = line
         self._write()
 
+    def add_seconds(self, seconds: float) -> None:
+        """Count what the stage's earlier tasks took, too."""
+        self._began -= seconds
+
     def close(self, state: str, **content: Any) -> None:
         """The last word."""
+        self._quiet = self._quiet and state != "failed"
         self.content.update(state=state, seconds=round(time.monotonic() - self._began, 2), **content)
         self._write()
 
     def _write(self) -> None:
-        self._store.record(self._recipe, self._run_id, self._name, self.content)
+        if not self._quiet:
+            self._store.record(self._recipe, self._run_id, self._name, self.content)
 
 
 @contextmanager
-def recorded(store: Store, recipe: str, run_id: str, stage: str, trail: Trail | None = None) -> Iterator[Record]:
+def recorded(
+    store: Store, recipe: str, run_id: str, stage: str, trail: Trail | None = None, part: str = ""
+) -> Iterator[Record]:
     """Keeps the run's record of a stage, also of its failure, and logs the failure in one line.
 
     Args:
         trail: needed for a sweep's candidates only, whose records have names of their own (see `record_name`).
+        part: which part of the stage's work this is, where it is not all of it; then only a failure is recorded.
     """
     record, trail = None, trail or {}
     try:
-        record = Record(store, recipe, run_id, stage, record_name(stage, trail), trail.get("candidate"))
+        name = record_name(stage, trail)
+        record = Record(store, recipe, run_id, stage, name, trail.get("candidate"), quiet=bool(part))
         yield record
     except NothingNew as error:
         if record:
@@ -103,6 +119,7 @@ def recorded(store: Store, recipe: str, run_id: str, stage: str, trail: Trail | 
             what, do = error.what, error.do
         elif isinstance(error, KeyboardInterrupt):
             what, do = f"{stage} was stopped", "Run again: finished stages are reused"
+        what = f"{part}: {what}" if part else what
         if record:
             record.close("failed", line=what, error={"kind": type(error).__name__, "what": what, "do": do})
         log.error("%s failed: %s. %s.", stage, what, do)
@@ -191,10 +208,8 @@ class Stage:
         job.out.mkdir(exist_ok=True)
         began = time.monotonic()
         result = self.work(job, **inputs)
-        artifact = job.store.commit(
-            job.out,
-            job.recipe.name,
-            self.name,
+        artifact = self._commit(
+            job,
             mark,
             version=self.version,
             inputs={name: artifact.fingerprint for name, artifact in inputs.items()},
@@ -204,6 +219,9 @@ class Stage:
             facts=result.facts,
         )
         return artifact, result.unchanged
+
+    def _commit(self, job: Job, mark: str, **facts: Any) -> Artifact:
+        return job.store.commit(job.out, job.recipe.name, self.name, mark, **facts)
 
 
 def stage(version: int, uses: Iterable[str] = (), **options: Any) -> Callable[[Callable[..., Result]], Stage]:

@@ -25,10 +25,12 @@ from typing import Any
 import orjson
 from upath import UPath
 
-from include.errors import NoPermission, NoSpace, TransientError
+from include.errors import NoPermission, NoSpace, RetuneError, TransientError
 from include.settings import store_uri, var
 
 MANIFEST = "manifest.json"
+INCOMING = ".incoming"  # in a folder: files on their way in, apart from what is read by listing a folder
+FETCHED_AT_ONCE = 8  # files, from a store that is elsewhere
 OLD = ".old-"  # in the name of a folder that is on its way out
 PACKAGES = (
     "apache-airflow", "accelerate", "bitsandbytes", "datasets", "great-expectations", "huggingface-hub", "peft",
@@ -137,23 +139,65 @@ class Artifact:
         """What the stage found out, as plain JSON values."""
         return self.manifest["facts"]
 
-    def local(self) -> Path:
-        """The folder on this machine's disk; fetched once into `var/cache` where the store is elsewhere."""
+    def local(self, *names: str, into: Path | None = None) -> Path:
+        """The folder on this machine's disk, with the named files in it.
+
+        Where the store is elsewhere, they are fetched several at once, unless they are there already; each is compared
+        with the manifest. Tasks of one machine may fetch the same at once.
+
+        Args:
+            names: files, or folders for all that is in them; none: everything.
+            into: a folder of the caller's, in place of `var/cache`, whose content stays until nobody has used it for
+                long.
+
+        Raises:
+            RetuneError: a file is no longer in the store.
+            TransientError: the store did not answer, or what came is not what the manifest says.
+        """
         if _is_local(self.folder):
             return Path(self.folder.path)
-        target = var() / "cache" / "store" / hashlib.sha256(str(self.folder).encode()).hexdigest()[:16]
-        if not (target / MANIFEST).exists():
-            aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-            for name in [*self.manifest["files"], MANIFEST]:
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                self.folder.fs.get_file((self.folder / name).path, str(aside / name))
-            try:
-                os.rename(aside, target)
-            except OSError:  # another task of this machine was faster
-                shutil.rmtree(aside)
-        with suppress(FileNotFoundError):
-            os.utime(target / MANIFEST)  # its last use, for `tasks.maintain`
+        # what was made again at the same place has other files and so another folder
+        made_of = hashlib.sha256(str(self.folder).encode() + orjson.dumps(self.manifest["files"])).hexdigest()[:16]
+        target = into or var() / "cache" / "store" / made_of
+        single, below = set(names), tuple(f"{name}/" for name in names)
+        wanted = [name for name in self.manifest["files"] if not names or name in single or name.startswith(below)]
+        with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+            for _ in pool.map(lambda name: self._fetch(name, target), wanted):
+                pass
+        if into is None:
+            if not (target / MANIFEST).exists():
+                write_aside(target / MANIFEST, to_json(self.manifest))
+            with suppress(FileNotFoundError):
+                os.utime(target / MANIFEST)  # its last use, for `tasks.maintain`
         return target
+
+    def _fetch(self, name: str, folder: Path) -> None:
+        said, target, aside = self.manifest["files"][name], folder / name, folder / INCOMING / uuid.uuid4().hex
+        with suppress(FileNotFoundError):
+            if target.stat().st_size == said["bytes"]:
+                return
+        try:
+            for place in (target.parent, aside.parent):
+                place.mkdir(parents=True, exist_ok=True)
+            self.folder.fs.get_file((self.folder / name).path, str(aside))
+            if file_digest(aside) != said["sha256"]:
+                raise TransientError(
+                    f"{self.folder / name} came with other bytes than were put there",
+                    "Retry the task; if it persists, remove that folder and run again",
+                )
+            os.replace(aside, target)
+        except FileNotFoundError as error:
+            raise RetuneError(
+                f"{self.folder / name} is no longer in the store", "Clear the stage that made it, or run again"
+            ) from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(f"no space is left for {target}", "Free some and retry the task") from error
+            raise TransientError(
+                f"{self.folder / name} could not be fetched ({error})", "Retry the task; check the store if it persists"
+            ) from error
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 class Store:

@@ -50,7 +50,7 @@ def evaluate(job: Job, template: Artifact, train: Artifact, smoke_test: Artifact
     adapters = {"candidate": train.local() / ADAPTER}
     if live:
         adapters["live"] = registry.fetch(live.revision)
-    rows, held_out = job.out / "rows", template.local() / HOLDOUT
+    rows, held_out = job.out / "rows", template.local(HOLDOUT) / HOLDOUT
     count, swapped = write_with_swapped(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
     names = ("base", *adapters)
     measured = supervise.run(

@@ -38,7 +38,7 @@ def smoke_test(job: Job, template: Artifact, train: Artifact) -> Result:
     """
     recipe = job.recipe
     base = fetch_base(recipe, job.store)
-    chat = ChatFormat(template.local() / TOKENIZER, recipe)
+    chat = ChatFormat(template.local(TOKENIZER) / TOKENIZER, recipe)
     stop = template.facts["stop_tokens"]
     said = supervise.run(
         "generate",

@@ -7,16 +7,18 @@ from typing import Any
 
 import orjson
 
-from include.duplicates import Benchmark, near_duplicates, signatures, words
+from include.duplicates import SLOTS, Benchmark, near_duplicates, signatures, words
 from include.errors import BadData
 from include.parallel import in_order
 from include.rows import read_table, write_table
+from include.shards import PARTS, SharedJob, Step, sharded
 from include.sources import absolute, read_prompts
-from include.stage import Job, Result, stage
+from include.stage import Job, Result
 from include.store import Artifact, file_digest
 from tasks.validate import GOOD, READINGS
 
 MESSAGES, NEAR = "messages", "near_duplicates.jsonl"
+MARKS, SIDES = f"{PARTS}/marks", f"{PARTS}/sides"
 
 
 def _benchmark_digest(job: Job, **_: Artifact) -> str | None:
@@ -24,34 +26,41 @@ def _benchmark_digest(job: Job, **_: Artifact) -> str | None:
     return file_digest(Path(place)) if place and Path(place).is_file() else place
 
 
-@stage(
-    version=4,
-    uses=("holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against"),
-    facts=_benchmark_digest,
-)
-def standardize(job: Job, validate: Artifact) -> Result:
-    """Write `messages/` (an Arrow file for each of the readings: `row`, the conversation's columns and `holdout`) and
-    `near_duplicates.jsonl` (pairs of rows).
+@Step
+def compare(job: SharedJob, names: list[str], validate: Artifact) -> list[None]:
+    """What the comparison of all rows needs of each good row: its number, its side, its MinHash signature, and whether
+    it holds a benchmark's prompt; 266 bytes a row, in a file for each of the readings.
+    """
+    import pyarrow as pa
 
-    The side of a row follows from its content alone, so that it keeps it when the data around it changes. Rows that
-    nearly equal a held-out one, and rows that hold a benchmark's prompt, are left out.
+    recipe, source = job.recipe, job.fetched(validate, *(f"{READINGS}/{name}" for name in names))
+    benchmark = None
+    if recipe.decontaminate_against:
+        benchmark = Benchmark(pa.array(read_prompts(recipe.decontaminate_against), pa.large_string()))
+    files = [source / READINGS / name for name in names]
+    good = _good(validate, read_table(files[0])["row"][0].as_py(), read_table(files[-1])["row"][-1].as_py())
+    (job.out / MARKS).mkdir(parents=True)
+    return list(in_order(lambda file: _compare(file, job.out, good, recipe.holdout_share, benchmark), files))
+
+
+@Step
+def decide(job: SharedJob, validate: Artifact) -> dict[str, int]:
+    """The one comparison of all rows with each other: which of them stay, and the pairs of near-duplicates.
+
+    It holds 266 bytes a row in memory, and some 100 more while it sorts.
 
     Raises:
         BadData: one of the two sides is empty, or most rows nearly equal a held-out one.
     """
     import numpy as np
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    recipe, source = job.recipe, validate.local()
-    files = sorted((source / READINGS).iterdir())
-    good = pq.read_table(source / GOOD, use_threads=False)["row"].to_numpy()
-    benchmark = None
-    if recipe.decontaminate_against:
-        benchmark = Benchmark(pa.array(read_prompts(recipe.decontaminate_against), pa.large_string()))
-    parts = list(in_order(lambda index: _compare_group(files[index], good, recipe.holdout_share, benchmark),
-                          range(len(files))))  # fmt: skip
-    rows, holdout, marks, contaminated = (np.concatenate(column) for column in zip(*parts, strict=True))
+    recipe, folder = job.recipe, job.made(compare)
+    tables = [read_table(folder / MARKS / name) for name in job.names]
+    rows, holdout, contaminated = (
+        np.concatenate([table[name].to_numpy() for table in tables]) for name in ("row", "holdout", "contaminated")
+    )
+    marks = np.concatenate([_signatures(table) for table in tables])
     earlier, held_out = near_duplicates(marks, holdout, recipe.near_duplicate_similarity)
     leaking = (held_out >= 0) & ~holdout
     repeating = earlier >= 0
@@ -61,48 +70,110 @@ def standardize(job: Job, validate: Artifact) -> Result:
             "The rows share long texts: raise near_duplicate_similarity",
         )
     dropped = contaminated | leaking | (repeating if recipe.near_duplicates == "drop" else False)
-    _write_pairs(job.out / NEAR, rows, earlier, held_out)
-    (job.out / MESSAGES).mkdir(exist_ok=True)
-    kept, sides = rows[~dropped], holdout[~dropped]
-    for _ in in_order(lambda index: _write_group(files[index], job.out, kept, sides), range(len(files))):
-        pass
-    train, held = int((~sides).sum()), int(sides.sum())
+    train, held = int((~dropped & ~holdout).sum()), int((~dropped & holdout).sum())
     if not train or not held:
         raise BadData(
             f"the {'training' if not train else 'holdout'} side of {train + held:,} rows is empty at "
             f"holdout_share={recipe.holdout_share}",
             "Change holdout_share, or use more rows",
         )
-    facts = {
+    _write_pairs(job.out / NEAR, rows, earlier, held_out)
+    (job.out / SIDES).mkdir(parents=True)
+    begin = 0
+    for name, table in zip(job.names, tables, strict=True):
+        kept = slice(begin, begin := begin + len(table))
+        stay = ~dropped[kept]
+        sides = pa.table({"row": rows[kept][stay], "holdout": holdout[kept][stay]})
+        write_table(sides, job.out / SIDES / name)
+    return {
         "train": train, "holdout": held, "near_duplicates": int(repeating.sum()), "leaking": int(leaking.sum()),
         "contaminated": int(contaminated.sum()), "dropped": int(dropped.sum()),
     }  # fmt: skip
+
+
+@Step
+def write(job: SharedJob, names: list[str], validate: Artifact) -> list[None]:
+    """The conversations of the rows that stay, each with its side."""
+    readings = job.fetched(validate, *(f"{READINGS}/{name}" for name in names)) / READINGS
+    sides = job.made(decide, *(f"{SIDES}/{name}" for name in names)) / SIDES
+    (job.out / MESSAGES).mkdir()
+    return list(in_order(lambda name: _write(readings / name, sides / name, job.out / MESSAGES / name), names))
+
+
+@sharded(
+    version=4,
+    uses=("holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against"),
+    facts=_benchmark_digest,
+    splits=READINGS,
+    steps=(compare, decide, write),
+)
+def standardize(job: SharedJob, validate: Artifact) -> Result:
+    """Write `messages/` (an Arrow file for each of the readings: `row`, the conversation's columns and `holdout`) and
+    `near_duplicates.jsonl` (pairs of rows).
+
+    The side of a row follows from its content alone, so that it keeps it when the data around it changes. Rows that
+    nearly equal a held-out one, and rows that hold a benchmark's prompt, are left out.
+
+    Raises:
+        BadData: see `decide`.
+    """
+    facts = job.did(decide)
+    job.did(write)
+    dropped = " dropped" if job.recipe.near_duplicates == "drop" else ""
     line = (
-        f"{train:,} rows to train on, {held:,} held out; {facts['near_duplicates']:,} near-duplicates"
-        f"{' dropped' if recipe.near_duplicates == 'drop' else ''}, {facts['leaking']:,} of held-out rows left out"
+        f"{facts['train']:,} rows to train on, {facts['holdout']:,} held out; {facts['near_duplicates']:,} "
+        f"near-duplicates{dropped}, {facts['leaking']:,} of held-out rows left out"
     )
-    return Result(line + (f", {facts['contaminated']:,} hold a benchmark's prompt" if benchmark else ""), facts)
+    if job.recipe.decontaminate_against:
+        line += f", {facts['contaminated']:,} hold a benchmark's prompt"
+    return Result(line, facts)
 
 
-def _good_rows(file: Path, good: Any, columns: list[str]) -> tuple[Any, Any]:
-    """The good rows of a file of readings, and where they stand among all good rows."""
+def _good(validate: Artifact, first: int, last: int) -> Any:
+    """The numbers of the good rows from one row to another (int64); of a large file only the part that has them."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    with (validate.folder / GOOD).open("rb") as content:
+        file = pq.ParquetFile(content)
+        found = [np.zeros(0, np.int64)]
+        for group in range(file.num_row_groups):
+            bounds = file.metadata.row_group(group).column(0).statistics
+            if bounds is None or (bounds.min <= last and bounds.max >= first):
+                found.append(file.read_row_group(group, use_threads=False)["row"].to_numpy())
+    rows = np.concatenate(found)
+    return rows[(rows >= first) & (rows <= last)]
+
+
+def _compare(file: Path, out: Path, good: Any, holdout_share: float, benchmark: Benchmark | None) -> None:
     import numpy as np
     import pyarrow as pa
 
-    table = read_table(file).select(columns)
+    table = read_table(file).select(["row", "digest", "roles", "contents"])
     rows = table["row"].to_numpy()
-    first, last = np.searchsorted(good, [rows[0], rows[-1] + 1])
-    return table.filter(pa.array(np.isin(rows, good[first:last]))), slice(first, last)
+    first, end = np.searchsorted(good, [rows[0], rows[-1] + 1])
+    table = table.filter(pa.array(np.isin(rows, good[first:end])))
+    numbers, counts = _words_said(table)
+    columns = {
+        "row": table["row"].combine_chunks(),
+        "holdout": pa.array([is_holdout(digest, holdout_share) for digest in table["digest"].to_pylist()], pa.bool_()),
+        "contaminated": pa.array(benchmark.within(numbers, counts) if benchmark else np.zeros(len(table), bool)),
+        "marks": pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(SLOTS * 4), len(table), [None, pa.py_buffer(signatures(numbers, counts).tobytes())]
+        ),
+    }
+    write_table(pa.table(columns), out / MARKS / file.name)
 
 
-def _compare_group(file: Path, good: Any, holdout_share: float, benchmark: Benchmark | None) -> tuple[Any, ...]:
+def _signatures(table: Any) -> Any:
+    """The signatures of a file of `compare` (uint32, rows x SLOTS)."""
     import numpy as np
 
-    table, _ = _good_rows(file, good, ["row", "digest", "roles", "contents"])
-    holdout = np.array([is_holdout(digest, holdout_share) for digest in table["digest"].to_pylist()], bool)
-    numbers, counts = _words_said(table)
-    contaminated = benchmark.within(numbers, counts) if benchmark else np.zeros(len(table), bool)
-    return table["row"].to_numpy(), holdout, signatures(numbers, counts), contaminated
+    found = [
+        np.frombuffer(chunk.buffers()[1], np.uint32).reshape(-1, SLOTS)[chunk.offset : chunk.offset + len(chunk)]
+        for chunk in table["marks"].chunks
+    ]
+    return np.concatenate([np.zeros((0, SLOTS), np.uint32), *found])
 
 
 def _words_said(table: Any) -> tuple[Any, Any]:
@@ -121,12 +192,14 @@ def _words_said(table: Any) -> tuple[Any, Any]:
     return numbers[first:last], np.diff(sums[offsets])
 
 
-def _write_group(file: Path, out: Path, kept: Any, sides: Any) -> None:
+def _write(readings: Path, sides: Path, target: Path) -> None:
+    import numpy as np
     import pyarrow as pa
 
-    table, place = _good_rows(file, kept, ["row", "roles", "contents", "tools", "rejected"])
-    table = table.append_column("holdout", pa.array(sides[place]))
-    write_table(table, out / MESSAGES / file.name)
+    table, kept = read_table(readings), read_table(sides)
+    stay = pa.array(np.isin(table["row"].to_numpy(), kept["row"].to_numpy()))
+    table = table.select(["row", "roles", "contents", "tools", "rejected"]).filter(stay)
+    write_table(table.append_column("holdout", kept["holdout"].combine_chunks()), target)
 
 
 def _write_pairs(target: Path, rows: Any, earlier: Any, held_out: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,70 +14,100 @@ from include.expectations import PREPARED_PAIRS, PREPARED_ROWS, Suite
 from include.parallel import in_order
 from include.profile import histogram
 from include.recipe import Recipe
-from include.rows import IGNORED, answer_span, batch, pair_batch, read_table, sum_up, write
+from include.rows import IGNORED, answer_span, batch, pair_batch, read_table, sum_up, write, write_table
+from include.shards import PARTS, SharedJob, Step, sharded
 from include.sharegpt import Conversation, Message, conversations_in
 from include.sources import fetch_base
-from include.stage import Job, Result, stage
+from include.stage import Result
 from include.store import Artifact
 from tasks.standardize import MESSAGES
 
 TRAIN, HOLDOUT, TOKENIZER, SAMPLES, DOCS = "train", "holdout", "tokenizer", "samples.txt", "data_docs"
+CONTRACT = f"{PARTS}/contract"
 PROVED_ROWS, SHOWN_ROWS = 256, 10
 
 
-@stage(
+@Step
+def prove(job: SharedJob, standardize: Artifact) -> dict[str, Any]:
+    """The tokenizer with the template in it, and the proof of the ids on rows from all over the data.
+
+    Raises:
+        BadRecipe: the template does not fit the base's vocabulary, or the ids differ from the tokenizer's own.
+    """
+    chat = job.kept["chat"] = _chat(job)
+    if chat.missing:
+        job.say(f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens")
+    chat.save(job.out / TOKENIZER)
+    chosen = [f"{MESSAGES}/{name}" for name in job.names[:: max(1, len(job.names) // 4)]]
+    messages = job.fetched(standardize, *chosen)
+    spread = _spread_rows([messages / name for name in chosen])
+    proved, otherwise = chat.prove(spread), chat.asked_otherwise(spread)
+    job.say(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
+    if otherwise:
+        job.say(
+            f"WARNING: {otherwise} of {len(spread)} rows are trained to answer after other tokens than a prompt "
+            "ends in: look at the answers of the smoke test, or take another chat_template"
+        )
+    return {
+        "proved_rows": proved, "asked_otherwise": otherwise, "encoder": chat.encoder.name,
+        "missing_special_tokens": chat.missing, "stop_tokens": chat.stop_tokens,
+        "template_sha256": hashlib.sha256(chat.template.encode()).hexdigest(),
+    }  # fmt: skip
+
+
+@Step
+def encode(job: SharedJob, names: list[str], standardize: Artifact) -> list[dict[str, Any]]:
+    """Ids and labels of the conversations; of each file the facts of its `sides` and, of the first, `samples`."""
+    recipe, proof = job.recipe, job.did(prove)
+    chat = job.kept.get("chat")
+    if chat is None:
+        chat = _chat(job)
+        if proof["encoder"] != chat.encoder.name:
+            chat.encode_by_tokenizer()
+    messages = job.fetched(standardize, *(f"{MESSAGES}/{name}" for name in names)) / MESSAGES
+    for folder in (TRAIN, HOLDOUT, CONTRACT):
+        (job.out / folder).mkdir(parents=True)
+    way = _encode_pairs if recipe.method == "dpo" else _encode_group
+    return list(in_order(lambda name: _encode(way, chat, messages / name, job.out, recipe), names))
+
+
+@sharded(
     version=5,
     uses=(
         "method", "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
         "max_seq_length", "on_too_long", "check_limits",
     ),
+    splits=MESSAGES,
+    steps=(prove, encode),
 )  # fmt: skip
-def template(job: Job, standardize: Artifact) -> Result:
+def template(job: SharedJob, standardize: Artifact) -> Result:
     """Write `train/` and `holdout/` (Arrow streams, one for each file of messages: `row`, `input_ids`, `labels`; of
     preference rows `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`), `tokenizer/` with the template in it,
     `samples.txt` for people (trained text between » and «) and `data_docs/` of the token checks.
 
+    The checks are over all rows at once, by some 50 bytes for each.
+
     Raises:
-        BadRecipe: the template does not fit the base's vocabulary.
+        BadRecipe: see `prove`.
         BadData: a conversation breaks the token contract, or no row is short enough.
     """
     recipe = job.recipe
     pairs = recipe.method == "dpo"
     rules = (*PREPARED_ROWS, *PREPARED_PAIRS) if pairs else PREPARED_ROWS
     with Suite("prepared_pairs" if pairs else "prepared_rows", rules, recipe.check_limits, job.out / DOCS) as suite:
-        import numpy as np
-        import pandas as pd
-
-        chat = ChatFormat(fetch_base(recipe, job.store, tokenizer_only=True), recipe)
-        if chat.missing:
-            job.say(f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens")
-        chat.save(job.out / TOKENIZER)
-        files = sorted((standardize.local() / MESSAGES).iterdir())
-        spread = _spread_rows(files)
-        proved, otherwise = chat.prove(spread), chat.asked_otherwise(spread)
-        job.say(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
-        if otherwise:
-            job.say(
-                f"WARNING: {otherwise} of {len(spread)} rows are trained to answer after other tokens than a prompt "
-                "ends in: look at the answers of the smoke test, or take another chat_template"
-            )
-        for side in (TRAIN, HOLDOUT):
-            (job.out / side).mkdir(exist_ok=True)
-        encode = _encode_pairs if pairs else _encode_group
-        groups = list(in_order(lambda index: encode(chat, files[index], job.out, recipe), range(len(files))))
-        columns = {name: np.concatenate([group.contract[name] for group in groups]) for name in groups[0].contract}
-        contract = pd.DataFrame(columns)
+        proof, groups = job.did(prove), job.did(encode)
+        contract = _contract_of_all(job)
         findings = suite.validate(contract)
     if findings.broken:
         raise BadData(findings.broken[0], "If no limit of the recipe says so, it is a fault of the template or Retune")
-    train, holdout = (sum_up([group.sides[side] for group in groups]) for side in (TRAIN, HOLDOUT))
+    train, holdout = (sum_up([group["sides"][side] for group in groups]) for side in (TRAIN, HOLDOUT))
     if not train["rows"] or not holdout["rows"]:
         raise BadData(
             f"of the {'training' if not train['rows'] else 'holdout'} rows none has at most "
             f"{recipe.max_seq_length:,} tokens (the shortest row has {contract['tokens'].min():,})",
             "Raise max_seq_length, or use shorter conversations",
         )
-    samples = [sample for group in groups for sample in group.samples][:SHOWN_ROWS]
+    samples = [sample for group in groups for sample in group["samples"]][:SHOWN_ROWS]
     (job.out / SAMPLES).write_text("\n".join(samples), encoding="utf-8")
     over, left_out = int(contract["tokens_over"].sum()), int(contract["left_out"].sum())
     line = (
@@ -85,15 +116,36 @@ def template(job: Job, standardize: Artifact) -> Result:
     )
     quantiles = contract["tokens"].quantile([0, 0.25, 0.5, 0.75, 0.9, 0.99, 1], interpolation="lower")
     facts = {
-        "train": train, "holdout": holdout, "too_long": over, "left_out": left_out,
-        "proved_rows": proved, "asked_otherwise": otherwise, "encoder": chat.encoder.name,
-        "missing_special_tokens": chat.missing, "stop_tokens": chat.stop_tokens,
+        "train": train, "holdout": holdout, "too_long": over, "left_out": left_out, **proof,
         "lengths": {f"p{share * 100:.0f}": int(tokens) for share, tokens in quantiles.items()},
         "histogram": histogram(contract["tokens"].to_numpy()), "samples": samples,
         "checks": findings.table, "docs": f"{DOCS}/{findings.page}",
-        "template_sha256": hashlib.sha256(chat.template.encode()).hexdigest(),
     }  # fmt: skip
     return Result(line, facts)
+
+
+def _chat(job: SharedJob) -> ChatFormat:
+    return ChatFormat(fetch_base(job.recipe, job.store, tokenizer_only=True), job.recipe)
+
+
+def _contract_of_all(job: SharedJob) -> Any:
+    """The facts that the suite checks, as a frame with a line for each row."""
+    import numpy as np
+    import pandas as pd
+
+    folder = job.made(encode, CONTRACT) / CONTRACT
+    tables = [read_table(folder / name) for name in job.names]
+    return pd.DataFrame(
+        {name: np.concatenate([table[name].to_numpy() for table in tables]) for name in tables[0].column_names}
+    )
+
+
+def _encode(way: Callable[..., _Group], chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> dict[str, Any]:
+    import pyarrow as pa
+
+    group = way(chat, file, out, recipe)
+    write_table(pa.table(group.contract), out / CONTRACT / file.name)
+    return {"sides": group.sides, "samples": group.samples}
 
 
 @dataclass
@@ -243,10 +295,9 @@ def _contract(chat: ChatFormat, encoded: Encoded, conversations: list[Conversati
 
 def _spread_rows(files: list[Path]) -> list[Conversation]:
     """Rows for the proof, from all over the files."""
-    chosen = files[:: max(1, len(files) // 4)]
-    each = max(1, PROVED_ROWS // len(chosen))
+    each = max(1, PROVED_ROWS // len(files))
     found: list[Conversation] = []
-    for file in chosen:
+    for file in files:
         table = read_table(file)
         found += conversations_in(table.take(list(range(0, len(table), max(1, len(table) // each)))[:each]))
     return found

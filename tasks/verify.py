@@ -44,7 +44,7 @@ def verify(job: Job, template: Artifact, train: Artifact, publish: Artifact) -> 
     """
     recipe, name = job.recipe, publish.facts["name"]
     folder, files = fetched_whole(str(recipe.registry), publish.facts, job.out / "published")
-    chat = ChatFormat(template.local() / TOKENIZER, recipe)
+    chat = ChatFormat(template.local(TOKENIZER) / TOKENIZER, recipe)
     work = {
         "recipe": recipe.model_dump(mode="json"),
         "base": fetch_base(recipe, job.store),
