@@ -102,9 +102,12 @@ class Proxy:
     Args:
         server: behind it.
         strike: called with the number of each writing request (from 1) and its path, after it was done.
+        seen: called with each request.
     """
 
-    def __init__(self, server: S3, strike: Callable[[int, str], None]):
+    def __init__(
+        self, server: S3, strike: Callable[[int, str], None], seen: Callable[[str], object] = lambda request: None
+    ):
         writes, counting = [0], threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -118,6 +121,7 @@ class Proxy:
                 answer = behind.getresponse()
                 content = answer.read()
                 behind.close()
+                seen(f"{self.command} {self.path}")
                 if self.command in ("PUT", "POST", "DELETE"):
                     with counting:
                         writes[0] += 1
