@@ -130,9 +130,10 @@ def read_all(paths: Iterable[UPath]) -> dict[UPath, bytes]:
         OSError: one cannot be read.
     """
     wanted = list(paths)
+    found = {path: _read(path) for path in wanted[:1]}  # see `_one_then_the_rest`
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = zip(wanted, pool.map(_read, wanted), strict=True)
-        return {path: content for path, content in found if content is not None}
+        found.update(zip(wanted[1:], pool.map(_read, wanted[1:]), strict=True))
+    return {path: content for path, content in found.items() if content is not None}
 
 
 def _read(path: UPath) -> bytes | None:
@@ -157,22 +158,24 @@ def tag(info: dict[str, Any]) -> str | None:
 
 def upload(source: Path, names: Iterable[str], target: UPath) -> None:
     """Copy files of a folder, by relative path, into one on an object store, several at once."""
-    names = list(names)
-    if names:
-        target.fs.put(
-            [str(source / name) for name in names], [(target / name).path for name in names], batch_size=FILES_AT_ONCE
-        )
+    for part in _one_then_the_rest(names):
+        there = [(target / name).path for name in part]
+        target.fs.put([str(source / name) for name in part], there, batch_size=FILES_AT_ONCE)
 
 
 def download(source: UPath, names: Iterable[str], target: Path) -> None:
     """Copy files of a folder on an object store, by relative path, to this machine, several at once."""
+    for part in _one_then_the_rest(names):
+        for name in part:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        here = [str(target / name) for name in part]
+        source.fs.get([(source / name).path for name in part], here, batch_size=FILES_AT_ONCE)
+
+
+def _one_then_the_rest(names: Iterable[str]) -> list[list[str]]:
+    """s3fs connects at its first request; of several at once each connects anew and cuts the others off."""
     names = list(names)
-    for folder in {(target / name).parent for name in names}:
-        folder.mkdir(parents=True, exist_ok=True)
-    if names:
-        source.fs.get(
-            [(source / name).path for name in names], [str(target / name) for name in names], batch_size=FILES_AT_ONCE
-        )
+    return [part for part in (names[:1], names[1:]) if part]
 
 
 class Claim:
