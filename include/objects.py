@@ -99,7 +99,7 @@ def object_errors(what: str, setting: str) -> Iterator[None]:
             ) from error
         raise Unreachable(
             f"{what} does not answer ({' '.join(str(error).split()) or kind})",
-            f"Check the network, {setting} and AWS_ENDPOINT_URL_S3",
+            f"Check the network, {setting}" + (" and AWS_ENDPOINT_URL_S3" if "s3://" in what else ""),
         ) from error
 
 
@@ -152,8 +152,8 @@ def sizes(folder: UPath) -> dict[str, dict[str, Any]]:
 
 
 def tag(info: dict[str, Any]) -> str | None:
-    """What a store calls the content of a file: another one, another content."""
-    return next((str(info[key]) for key in ("ETag", "etag", "md5Hash", "content_md5") if info.get(key)), None)
+    """What a store calls the content of a file: another one, another content. None where it does not say."""
+    return next((info[key] for key in ("ETag", "etag", "md5Hash") if info.get(key)), None)  # S3 and http, Azure, Google
 
 
 def upload(source: Path, names: Iterable[str], target: UPath) -> None:
