@@ -247,8 +247,8 @@ class Claim:
 def alone(folder: UPath, lapse: float = 60.0, patience: float = 900.0) -> Iterator[Claim]:
     """Waits until nobody else has a claim in a folder, and holds one there.
 
-    Who wants to go on writes a claim, then lists them all, and goes on only when there is no other: of two, the one
-    that wrote later sees the other's. Otherwise it withdraws and tries again after a random pause. A claim is renewed
+    Who sees no claim writes one, then lists them all, and goes on only when there is no other: of two, the one that
+    wrote later sees the other's. Otherwise it withdraws and tries again after a random pause. A claim is renewed
     while its owner lives; one that stayed the same for `lapse` has lost its owner. Clocks are not compared.
 
     Args:
@@ -263,11 +263,13 @@ def alone(folder: UPath, lapse: float = 60.0, patience: float = 900.0) -> Iterat
     began, pause = time.monotonic(), 0.1
     try:
         while True:
-            claim.renew()
             others = _living(folder, claim, seen)
             if not others:
-                break
-            claim.withdraw()
+                claim.renew()
+                others = _living(folder, claim, seen)
+                if not others:
+                    break
+                claim.withdraw()
             if time.monotonic() - began > patience:
                 raise TransientError(
                     f"{folder.parent} is being changed by {', '.join(others)} for {patience:g} s", "Retry the task"

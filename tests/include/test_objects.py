@@ -26,7 +26,7 @@ from include.store import MANIFEST, Store, describe_files, to_json
 from tests.conftest import PROJECT
 from tests.s3 import S3, Proxy, forget_clients
 
-LAPSE = 6.0
+LAPSE = 9.0
 PUBLISH = """
 import sys
 from pathlib import Path
@@ -163,7 +163,7 @@ def test_a_publisher_that_was_frozen_longer_than_its_claim_lasts_changes_nothing
         finally:
             sleeper.send_signal(signal.SIGCONT)
         word = said(sleeper)
-    assert word.startswith(("TransientError the object store did not answer for 3 s", "Unreachable")), word
+    assert word.startswith(("TransientError the object store did not answer for 4.5 s", "Unreachable")), word
     whole(ObjectRegistry(uri), "quick")
 
 
