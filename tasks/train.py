@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from include.objects import download, entries, read_all, upload
 from include.recipe import Lora, Training
 from include.sources import fetch_base, is_hub_id
 from include.stage import Job, Result, stage
-from include.store import MANIFEST, Artifact, remove, to_json, write_aside
+from include.store import MANIFEST, Artifact, describe_files, remove, to_json, write_aside
 from tasks.template import HOLDOUT, TOKENIZER, TRAIN
 
 ADAPTER, SMALLER = "adapter", "out_of_memory.json"
@@ -125,17 +127,30 @@ class StoredCheckpoint:
         """
         if self._job.store.is_local:
             return
-        target, files = self._stored / checkpoint.name, orjson.loads((checkpoint / MANIFEST).read_bytes())["files"]
+        target, held = self._stored / checkpoint.name, self._job.out.with_name(f".{self._job.out.name}.held")
+        shutil.rmtree(held, ignore_errors=True)
+        try:  # the training goes on meanwhile, and removes what is not its newest, and all at its end
+            shutil.copytree(checkpoint, held, copy_function=os.link)
+            files = orjson.loads((held / MANIFEST).read_bytes())["files"]
+        except (FileNotFoundError, shutil.Error):
+            return
         try:
-            with self._job.store.writing():
-                upload(checkpoint, files, target)
-                upload(self._job.out, (name for name in BESIDE if (self._job.out / name).exists()), self._stored)
-                write_aside(target / MANIFEST, (checkpoint / MANIFEST).read_bytes())
-                for older in entries(self._stored):
-                    if older.startswith("checkpoint-") and older != checkpoint.name:
-                        remove(self._stored / older)
+            if describe_files(held) == files:
+                self._store(held, files, target)
         except TransientError as error:
             self._job.say(f"WARNING: {checkpoint.name} is on this machine only: {error}")
+        finally:
+            shutil.rmtree(held)
+
+    def _store(self, held: Path, files: dict[str, Any], target: UPath) -> None:
+        out = self._job.out
+        with self._job.store.writing():
+            upload(held, files, target)
+            upload(out, (name for name in BESIDE if (out / name).exists()), self._stored)
+            write_aside(target / MANIFEST, (held / MANIFEST).read_bytes())
+            for older in entries(self._stored):
+                if older.startswith("checkpoint-") and older != target.name:
+                    remove(self._stored / older)
 
     def drop(self) -> None:
         """Remove it: the training is finished."""
