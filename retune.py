@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from include.errors import NoPermission, RetuneError
+from include.objects import entries
 from include.recipe import find, load, typed
 from include.settings import HEADLESS, PROJECT, recipe_files, var
 from include.store import Store
@@ -119,8 +120,8 @@ def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) ->
 
 
 def _runs(store: Store, recipe: str) -> set[str]:
-    folder = store.path(recipe, "runs")
-    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+    with store.reading():
+        return set(entries(store.path(recipe, "runs")))
 
 
 def _follow(airflow: subprocess.Popen[bytes], store: Store, recipe: str, before: set[str]) -> None:

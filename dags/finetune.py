@@ -18,6 +18,7 @@ from dags import metrics
 from dags.common import NOTE, RETRIES, hub_account
 from include.errors import NothingNew, RetuneError
 from include.recipe import TIMEOUT_HOURS, Recipe, form, load
+from include.registry import registry_uri
 from include.settings import recipe_files
 from include.shards import Sharded, Step
 from include.sources import DEMO_BASE
@@ -234,7 +235,7 @@ lr {recipe.learning_rate:g} |{_sweep(recipe)}
 | gate | better than the base and than what is live; {len(recipe.prompts)} smoke-test prompts |
 | approval | {_APPROVAL[recipe.approve]} |
 | runs | {_times(recipe)} |
-| registry | `{recipe.registry or "a folder under var/"}` |
+| registry | `{registry_uri(recipe)}` |
 
 Press **Trigger** to run it, with other values if you like. A value given there holds for that run only.
 """

@@ -27,7 +27,7 @@ not when a run makes it again.
 
 
 def _choices() -> tuple[list[str], list[str]]:
-    """The recipes that can be read, and the versions of those that publish into a folder (the Hub is not asked)."""
+    """The recipes that can be read, and the versions of those that publish into a folder; parsing asks no network."""
     names, versions = [], set()
     for file in recipe_files():
         with suppress(RetuneError):

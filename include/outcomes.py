@@ -38,19 +38,16 @@ def settle(store: Store, frozen: Recipe, verdict: str, **facts: Any) -> None:
 
 def outcome(store: Store, frozen: Recipe) -> dict[str, Any] | None:
     """What became of this very recipe; None where no run of it has come to its end."""
-    return _read(store.path(frozen.name, FOLDER, f"{mark(frozen)}.json"))
+    path = store.path(frozen.name, FOLDER, f"{mark(frozen)}.json")
+    try:
+        with store.reading():
+            return orjson.loads(path.fs.cat_file(path.path))
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return None
 
 
 def settled(store: Store, recipe: str, dataset: str) -> list[dict[str, Any]]:
     """Outcomes of a recipe as its file says it, of any revision of a dataset, oldest first."""
-    folder = store.path(recipe, FOLDER)
-    found = [_read(path) for path in (folder.glob("*.json") if folder.exists() else ())]
-    own = [entry for entry in found if entry and entry["own"] and entry["dataset"] == dataset]
+    found = store.documents(store.path(recipe, FOLDER)).values()
+    own = [entry for entry in found if entry["own"] and entry["dataset"] == dataset]
     return sorted(own, key=lambda entry: entry["at"])
-
-
-def _read(path: Any) -> dict[str, Any] | None:
-    try:
-        return orjson.loads(path.read_bytes())
-    except (FileNotFoundError, orjson.JSONDecodeError):
-        return None

@@ -337,8 +337,10 @@ class Publishing(BaseModel):
 
     registry: str | None = Field(
         None,
-        pattern=r"^(file://|hf://[^/]+/[^/]+$)",
-        description="`hf://owner/name` for the Hugging Face Hub or `file:///folder`. Empty: a folder under `var/`.",
+        pattern=r"^(file://|hf://[^/]+/[^/]+$|(s3|gs|az|abfs)://[^/]+/.)",
+        description="`hf://owner/name` for the Hugging Face Hub, `s3://bucket/path` for an object store (also `gs`, "
+        "`az`, `abfs`), or `file:///folder`. Empty: a folder of the recipe's name under `RETUNE_REGISTRY`, by default "
+        "under `var/registry`.",
     )
     private: bool = Field(True, description="Create the Hub repository as a private one.")
     approve: Literal["always", "on_regression", "never"] = Field(

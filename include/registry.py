@@ -1,4 +1,4 @@
-"""Registries: where published adapters live. One interface, two kinds: a folder, and the Hugging Face Hub.
+"""Registries: where published adapters live. One interface: a folder, an object store, the Hugging Face Hub.
 
 A version is immutable and is known by the digest of its content; the same content twice is one version. Publishing
 names what was live when the candidate was judged, so that two runs cannot silently overwrite each other. An older
@@ -11,20 +11,23 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import orjson
 from filelock import FileLock
+from upath import UPath
 
 from include.errors import BadRecipe, Missing, NoPermission, Overtaken, Refused
 from include.hub import hub_api, hub_errors, no_permission, patient
+from include.objects import SCHEMES, Claim, alone, at, download, entries, object_errors, read_all, sizes, tag, upload
 from include.recipe import Recipe
-from include.settings import var
-from include.store import MANIFEST, describe_files, fingerprint, now
+from include.settings import registry_root, var
+from include.store import MANIFEST, describe_files, fingerprint, now, remove, to_json
 
 CARD = "README.md"
 DESCRIBING = (CARD, MANIFEST, "training_log.jsonl", "loss.png")  # describe a version, do not decide what it does
@@ -68,7 +71,7 @@ class Registry(Protocol):
         """
 
     def check(self) -> None:
-        """Make sure, as far as can be told without writing, that this account may publish.
+        """Make sure, as far as can be told without a trace, that this account may publish.
 
         Raises:
             NoPermission: it may not, and what to change.
@@ -108,21 +111,28 @@ class Registry(Protocol):
 
 
 def open_registry(uri: str) -> Registry:
-    """The registry at `file:///folder` or `hf://owner/name`.
+    """The registry at `file:///folder`, `s3://bucket/path` (or another object store's address) or `hf://owner/name`.
 
     Raises:
-        BadRecipe: neither of the two.
+        BadRecipe: none of these.
     """
-    if uri.startswith("hf://"):
-        return HubRegistry(uri.removeprefix("hf://"))
-    if uri.startswith("file:///"):
-        return FolderRegistry(Path(uri.removeprefix("file://")))
-    raise BadRecipe(f"field 'registry': {uri} is neither file:///folder nor hf://owner/name", "Correct it")
+    scheme, _, place = uri.partition("://")
+    if scheme == "hf" and re.fullmatch(r"[^/]+/[^/]+", place):
+        return HubRegistry(place)
+    if scheme == "file" and place.startswith("/"):
+        return FolderRegistry(Path(place))
+    if scheme in SCHEMES and re.fullmatch(r"[^/]+/.+", place):
+        return ObjectRegistry(uri)
+    raise BadRecipe(
+        f"field 'registry': {uri} is neither file:///folder, {'://bucket/path, '.join(SCHEMES)}://bucket/path nor "
+        "hf://owner/name",
+        "Correct it in the recipe, or RETUNE_REGISTRY where the recipe names none",
+    )
 
 
 def registry_uri(recipe: Recipe) -> str:
-    """Where the recipe's adapters are published: as it says, or in a folder under `var/`."""
-    return recipe.registry or f"file://{var() / 'registry' / recipe.name}"
+    """Where the recipe's adapters are published: as it says, or in a folder under `RETUNE_REGISTRY`."""
+    return recipe.registry or f"{registry_root()}/{recipe.name}"
 
 
 def merged_uri(uri: str) -> str:
@@ -178,62 +188,140 @@ def _may_publish(
         )
 
 
-class FolderRegistry:
+class _Numbered(ABC):
+    """What a folder and an object store have in common: `versions/v1`, `versions/v2` ..., which is live, a history.
+
+    Attributes:
+        where: the registry's place, for people.
+    """
+
+    where: str
+
+    @abstractmethod
+    def _place(self, name: str) -> str:
+        """A version's place, for people."""
+
+    @abstractmethod
+    def _names(self) -> list[str]:
+        """Versions that are there, and those that should be, the oldest first."""
+
+    @abstractmethod
+    def _read(self, names: list[str]) -> dict[str, bytes]:
+        """The manifests of versions, where there are any."""
+
+    @abstractmethod
+    def _live_name(self) -> str | None:
+        """What is live."""
+
+    @abstractmethod
+    def _once_live(self) -> set[str]:
+        """What is live, or was at some time."""
+
+    @abstractmethod
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Nobody else changes the registry meanwhile; gives what `_add` and `_switch` want to have."""
+
+    @abstractmethod
+    def _add(self, held: Any, folder: Path) -> str:
+        """Make a folder a version, which appears whole; returns its name."""
+
+    @abstractmethod
+    def _switch(self, held: Any, name: str, instead_of: str | None, **facts: Any) -> None:
+        """Make a version live in one step, and write down that it is."""
+
+    def live(self) -> Version | None:
+        """See `Registry`."""
+        name = self._live_name()
+        return self._version(name) if name else None
+
+    def versions(self) -> list[Version]:
+        """See `Registry`; a damaged one is left out."""
+        found = []
+        for name, content in self._read(self._names()).items():
+            with suppress(Missing):
+                found.append(self._version(name, content))
+        return found
+
+    def manifests(self) -> list[dict[str, Any]]:
+        """See `Registry`."""
+        live = self._live_name()
+        names = sorted({*self._names(), *([live] if live else [])})
+        found = self._read(names)
+        return [self._manifest(name, found.get(name)) for name in names]
+
+    def _version(self, name: str, content: bytes | None = None) -> Version:
+        manifest = self._manifest(name, content if content is not None else self._read([name]).get(name))
+        return Version(name, name, self._place(name), manifest["content"], manifest.get("run"))
+
+    def _manifest(self, name: str, content: bytes | None) -> dict[str, Any]:
+        try:
+            manifest = orjson.loads(content or b"")
+            manifest["content"]
+            return manifest
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            raise Missing(
+                f"the version {name} is not in {self.where}, or its manifest is damaged",
+                "Restore it, or make another version live with the DAG rollback",
+            ) from None
+
+    def publish(self, folder: Path, parent: str | None, private: bool) -> Version:
+        """See `Registry`. The version appears whole; what is live is switched afterwards, in one step."""
+        content = orjson.loads((folder / MANIFEST).read_bytes())["content"]
+        with self._alone() as held:
+            live, versions, once = self.live(), self.versions(), self._once_live()
+            if live and live.content == content:
+                return live
+            compared = self._version(parent) if parent else None
+            _may_publish(content, [v for v in versions if v.name in once], live, compared, self.where)
+            # one that is there and was never live is what a try left that was killed before it switched
+            left = [version.name for version in versions if version.content == content]
+            name = left[-1] if left else self._add(held, folder)
+            self._switch(held, name, live.name if live else None)
+        return self._version(name)
+
+    def promote(self, revision: str, reason: str) -> Version:
+        """See `Registry`. The reason stands in the history."""
+        with self._alone() as held:
+            version, live = choose(self.versions(), revision, self.where), None
+            with suppress(Missing):  # what says so may be damaged: all the more reason
+                live = self._live_name()
+            if version.name != live:
+                self._switch(held, version.name, live, reason=reason)
+        return version
+
+
+class FolderRegistry(_Numbered):
     """A folder with `versions/v1`, `versions/v2` ... and `live`, a link to one of them; `history.jsonl` tells when."""
 
     def __init__(self, root: Path):
-        self.root = root
+        self.root, self.where = root, str(root)
 
-    def live(self) -> Version | None:
-        """What `live` points to."""
-        name = self._live_name()
-        return self._version(name) if name else None
+    def _place(self, name: str) -> str:
+        return str(self.root / "versions" / name)
+
+    def _names(self) -> list[str]:
+        try:
+            there = os.listdir(self.root / "versions")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise NoPermission(
+                f"field 'registry': {self.root} cannot be read ({error.strerror})", "Correct its permissions"
+            ) from error
+        return _sorted(there)
+
+    def _read(self, names: list[str]) -> dict[str, bytes]:
+        found = {}
+        for name in names:
+            with suppress(OSError):
+                found[name] = (self.root / "versions" / name / MANIFEST).read_bytes()
+        return found
 
     def _live_name(self) -> str | None:
         try:
             return Path(os.readlink(self.root / "live")).name
         except FileNotFoundError:
             return None
-
-    def versions(self) -> list[Version]:
-        """See `Registry`; a damaged one is left out."""
-        found = []
-        for name in self._names():
-            with suppress(Missing):
-                found.append(self._version(name))
-        return found
-
-    def _names(self) -> list[str]:
-        found = [path.name for path in (self.root / "versions").glob("v*") if re.fullmatch(VERSION, path.name)]
-        return sorted(found, key=lambda name: int(name[1:]))
-
-    def manifests(self) -> list[dict[str, Any]]:
-        """See `Registry`."""
-        try:
-            there = set(os.listdir(self.root / "versions"))
-        except FileNotFoundError:
-            there = set()
-        except OSError as error:
-            raise NoPermission(
-                f"field 'registry': {self.root} cannot be read ({error.strerror})", "Correct its permissions"
-            ) from error
-        names = {name for name in there if re.fullmatch(VERSION, name)} | ({self._live_name()} - {None})
-        return [self._manifest(str(name)) for name in sorted(names, key=str)]
-
-    def _version(self, name: str) -> Version:
-        manifest = self._manifest(name)
-        return Version(name, name, str(self.root / "versions" / name), manifest["content"], manifest.get("run"))
-
-    def _manifest(self, name: str) -> dict[str, Any]:
-        try:
-            manifest = orjson.loads((self.root / "versions" / name / MANIFEST).read_bytes())
-            manifest["content"]
-            return manifest
-        except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
-            raise Missing(
-                f"the version {name} is not in {self.root}, or its manifest is damaged",
-                "Restore the folder, or make another version live with the DAG rollback",
-            ) from None
 
     def check(self) -> None:
         """See `Registry`."""
@@ -244,33 +332,10 @@ class FolderRegistry:
     def _not_writable(self, why: str | None) -> NoPermission:
         return NoPermission(f"field 'registry': {self.root} cannot be written ({why})", "Name a folder that can be")
 
-    def publish(self, folder: Path, parent: str | None, private: bool) -> Version:
-        """See `Registry`. The version appears whole, by a rename; `live` is switched afterwards, by another."""
-        content = orjson.loads((folder / MANIFEST).read_bytes())["content"]
-        with self._alone():
-            live, versions, once = self.live(), self.versions(), self._once_live()
-            if live and live.content == content:
-                return live
-            compared = self._version(parent) if parent else None
-            _may_publish(content, [v for v in versions if v.name in once], live, compared, str(self.root))
-            # one that is there and was never live is what a try left that was killed before it switched
-            left = [version.name for version in versions if version.content == content]
-            name = left[-1] if left else self._add(folder, _next(self._names()))
-            self._switch(name)
-        return self._version(name)
-
     def _once_live(self) -> set[str]:
         history = self.root / "history.jsonl"
         entries = [orjson.loads(line) for line in history.read_bytes().splitlines()] if history.exists() else []
         return {str(entry.get(key)) for entry in entries for key in ("live", "instead_of")}
-
-    def promote(self, revision: str, reason: str) -> Version:
-        """See `Registry`. The reason stands in `history.jsonl`."""
-        with self._alone():
-            version, live = choose(self.versions(), revision, str(self.root)), self._live_name()
-            if version.name != live:
-                self._switch(version.name, instead_of=live, reason=reason)
-        return version
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -281,7 +346,8 @@ class FolderRegistry:
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise self._not_writable(error.strerror) from error
 
-    def _add(self, folder: Path, name: str) -> str:
+    def _add(self, held: None, folder: Path) -> str:
+        name = _next(self._names())
         aside = self.root / "versions" / f".{name}.{uuid.uuid4().hex}"
         shutil.copytree(folder, aside)
         for path in aside.rglob("*"):
@@ -289,12 +355,12 @@ class FolderRegistry:
         os.rename(aside, self.root / "versions" / name)
         return name
 
-    def _switch(self, name: str, **facts: Any) -> None:
+    def _switch(self, held: None, name: str, instead_of: str | None, **facts: Any) -> None:
         aside = self.root / f".live.{uuid.uuid4().hex}"
         os.symlink(f"versions/{name}", aside)
         os.replace(aside, self.root / "live")
         with (self.root / "history.jsonl").open("ab") as history:
-            history.write(orjson.dumps({"at": now(), "live": name, **facts}) + b"\n")
+            history.write(orjson.dumps({"at": now(), "live": name, "instead_of": instead_of, **facts}) + b"\n")
 
     def fetch(self, revision: str, into: Path | None = None) -> Path:
         """The version's own folder: nothing stands between it and its reader."""
@@ -303,6 +369,137 @@ class FolderRegistry:
     def holds(self, revision: str) -> dict[str, str]:
         """See `Registry`."""
         return {name: file["sha256"] for name, file in describe_files(self.fetch(revision)).items()}
+
+
+class ObjectRegistry(_Numbered):
+    """A place on an object store: `versions/v1/` ..., each with `manifest.json` written last; `live.json`, which says
+    what is live; and `history/`, an object for each time that it changed. Who changes it has a claim in `claims/`.
+
+    `live.json` is what counts. It holds its own entry of the history, so that a try that was killed after it was
+    written has lost nothing: who comes next writes the entry.
+
+    Args:
+        lapse: seconds after which a claim that is not renewed has lost its owner.
+    """
+
+    def __init__(self, uri: str, lapse: float = 60.0):
+        self.where, self.root, self._lapse = uri, at(uri), lapse
+        self._history = self.root / "history"
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return object_errors(f"the registry {self.where}", "field 'registry' or RETUNE_REGISTRY")
+
+    def _folder(self, name: str) -> UPath:
+        return self.root / "versions" / name
+
+    def _place(self, name: str) -> str:
+        return str(self._folder(name))
+
+    def _there(self) -> dict[str, bool]:
+        """The folders of versions, and whether each is whole: one without a manifest is what a killed try left."""
+        with self._errors():
+            files = [name.split("/") for name in sizes(self.root / "versions")]
+        whole = {parts[0] for parts in files if parts[1:] == [MANIFEST]}
+        return {name: name in whole for name in _sorted(parts[0] for parts in files)}
+
+    def _names(self) -> list[str]:
+        return _sorted([*(name for name, whole in self._there().items() if whole), *self._once_live()])
+
+    def _read(self, names: list[str]) -> dict[str, bytes]:
+        with self._errors():
+            found = read_all(self._folder(name) / MANIFEST for name in names)
+        return {path.parent.name: content for path, content in found.items()}
+
+    def _live(self) -> dict[str, Any] | None:
+        path = self.root / "live.json"
+        with self._errors():
+            content = read_all([path]).get(path)
+        if content is None:
+            return None
+        try:
+            entry = orjson.loads(content)
+            return {**entry, "live": str(entry["live"]), "entry": int(entry["entry"])}
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+            raise Missing(f"{path} is damaged", "Make a version live with the DAG rollback") from None
+
+    def _live_name(self) -> str | None:
+        entry = self._live()
+        return entry["live"] if entry else None
+
+    def _entries(self) -> dict[str, str]:
+        """The history's objects, whose names tell what was live: the number and the version."""
+        with self._errors():
+            return dict(name.removesuffix(".json").split("-") for name in entries(self._history) if "-" in name)
+
+    def _once_live(self) -> set[str]:
+        found = set(self._entries().values())
+        with suppress(Missing):
+            if live := self._live_name():
+                found.add(live)
+        return found
+
+    def check(self) -> None:
+        """See `Registry`. Only writing tells who may write; what is written is removed at once."""
+        with self._errors():
+            probe = self.root / ".probe"
+            probe.fs.pipe_file(probe.path, b"")
+            probe.fs.rm_file(probe.path)
+
+    @contextmanager
+    def _alone(self) -> Iterator[Claim]:
+        with self._errors(), alone(self.root / "claims", self._lapse) as claim:
+            with suppress(Missing):  # damaged: what to do is said to whoever wants to know what is live
+                if entry := self._live():
+                    self._note(claim, entry)
+            yield claim
+
+    def _note(self, claim: Claim, entry: dict[str, Any]) -> None:
+        """Write an entry of the history, unless it is there."""
+        number = f"{entry['entry']:06}"
+        if number not in self._entries():
+            claim.write(self._history / f"{number}-{entry['live']}.json", to_json(entry))
+
+    def _add(self, held: Claim, folder: Path) -> str:
+        there = self._there()
+        # the number of a half is not taken again: an owner of it that is not dead but late may go on writing there
+        name = _next([*there, *self._once_live()])
+        for half in (name for name, whole in there.items() if not whole):
+            remove(self._folder(half))
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        upload(folder, (file for file in files if file != MANIFEST), self._folder(name))
+        held.write(self._folder(name) / MANIFEST, (folder / MANIFEST).read_bytes())
+        return name
+
+    def _switch(self, held: Claim, name: str, instead_of: str | None, **facts: Any) -> None:
+        number = max(map(int, self._entries()), default=0) + 1
+        entry = {"entry": number, "at": now(), "live": name, "instead_of": instead_of, **facts}
+        held.write(self.root / "live.json", to_json(entry))
+        self._note(held, entry)
+
+    def fetch(self, revision: str, into: Path | None = None) -> Path:
+        """A copy of the version; fetched once into `var/cache`."""
+        version = self._version(revision)
+        target = (into or var() / "cache" / "published") / fingerprint([self._place(revision), version.content])
+        if not (target / MANIFEST).exists():
+            aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            with self._errors():
+                download(self._folder(version.name), sizes(self._folder(version.name)), aside)
+            try:
+                os.rename(aside, target)
+            except OSError:  # another task of this machine was faster
+                shutil.rmtree(aside)
+        os.utime(target / MANIFEST)  # its last use, for `tasks.maintain`
+        return target
+
+    def holds(self, revision: str) -> dict[str, str]:
+        """See `Registry`; the digests are the store's own."""
+        with self._errors():
+            return {name: tag(info) or str(info) for name, info in sizes(self._folder(revision)).items()}
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """Names of versions by their number; other names are left out."""
+    return sorted({name for name in names if re.fullmatch(VERSION, name)}, key=lambda name: int(name[1:]))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import re
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -22,14 +21,18 @@ ANSWERS_SHOWN = 12  # in the question whether a candidate may go live; those wit
 SMOOTHING = 10  # steps of the running mean in the loss picture
 
 
-def loss_picture(log: Path) -> bytes:
-    """The training loss over steps as a PNG, with a running mean."""
+def loss_picture(log: bytes) -> bytes:
+    """The training loss over steps as a PNG, with a running mean.
+
+    Args:
+        log: the content of `training_log.jsonl`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    entries = [orjson.loads(line) for line in log.read_bytes().splitlines()]
+    entries = [orjson.loads(line) for line in log.splitlines()]
     steps, losses = [e["step"] for e in entries], [e["loss"] for e in entries]
     means = [sum(losses[max(0, i - SMOOTHING + 1) : i + 1]) / min(i + 1, SMOOTHING) for i in range(len(losses))]
     figure, axes = plt.subplots(figsize=(7, 3), dpi=110, layout="constrained")
@@ -167,15 +170,13 @@ def question_page(
     )  # fmt: skip
 
 
-def run_page(summary: dict[str, Any], details: dict[str, dict[str, Any]]) -> str:
+def run_page(summary: dict[str, Any], details: dict[str, dict[str, Any]], training_log: bytes | None = None) -> str:
     """One self-contained HTML page about a run.
 
     Args:
         summary: what `var/last_run.json` holds.
         details: the facts of each stage; empty for one that did not finish.
+        training_log: the content of the training's log.
     """
-    picture = None
-    if details["train"]:
-        log = Path(summary["stages"]["train"]["folder"].removeprefix("file://")) / "training_log.jsonl"
-        picture = base64.b64encode(loss_picture(log)).decode() if log.is_file() else None
+    picture = base64.b64encode(loss_picture(training_log)).decode() if training_log else None
     return _pages().get_template("run.html").render(run=summary, details=details, picture=picture)

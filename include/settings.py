@@ -19,6 +19,12 @@ def store_uri() -> str:
     return os.environ.get("RETUNE_STORE", f"file://{var() / 'store'}").rstrip("/")
 
 
+def registry_root() -> str:
+    """The URI under which each recipe that names no registry has one (`RETUNE_REGISTRY`, by default
+    `file://<var>/registry`)."""
+    return os.environ.get("RETUNE_REGISTRY", f"file://{var() / 'registry'}").rstrip("/")
+
+
 def recipe_files() -> list[Path]:
     """Every recipe file: `include/recipes/*.yaml`, then the files and folders named in `RETUNE_RECIPES`
     (separated by colons)."""

@@ -13,7 +13,7 @@ import io
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import orjson
 
 from include.errors import BadData, Missing, NoPermission, Overtaken, RetuneError, Unreachable
 from include.hub import hub_api, hub_errors
+from include.objects import object_errors, tag
 from include.recipe import Recipe
 from include.settings import PROJECT, var
 from include.sharegpt import read
@@ -91,9 +92,8 @@ def _file_revision(name: str) -> str:
     fs, path = fsspec.url_to_fs(name)
     fs.invalidate_cache()  # a file system remembers what it has listed
     info = fs.info(path)
-    for tag in ("ETag", "etag", "md5Hash"):  # http and S3, Azure, Google
-        if info.get(tag):
-            return fingerprint([name, info[tag]])
+    if known := tag(info):
+        return fingerprint([name, known])
     with fs.open(path) as file:
         return fingerprint([zlib.crc32(file.read()), info.get("size")])
 
@@ -106,7 +106,8 @@ def file_errors(name: str, field: str = "dataset") -> Iterator[None]:
         Missing, NoPermission, BadData, Unreachable: see there.
     """
     try:
-        yield
+        with object_errors(f"field '{field}': {name}", f"field '{field}'") if "://" in name else nullcontext():
+            yield
     except RetuneError:
         raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 import orjson
 from filelock import FileLock
 
-from include.errors import NothingNew, RetuneError
+from include.errors import NothingNew, RetuneError, TransientError
+from include.objects import object_errors
 from include.recipe import Recipe
 from include.settings import var
-from include.store import Artifact, Store, fingerprint, now
+from include.store import SETTING, Artifact, Store, fingerprint, now
 
 log = logging.getLogger("airflow.task.retune")  # below Airflow's own task logger, so that the UI shows it
 
@@ -73,10 +74,11 @@ class Record:
         self._write()
 
     def say(self, line: str) -> None:
-        """A line while the work goes on."""
+        """A line while the work goes on. Hours of work do not end because a store did not take it."""
         log.info("%s", line)
         self.content["line"] = line
-        self._write()
+        with suppress(TransientError):
+            self._write()
 
     def add_seconds(self, seconds: float) -> None:
         """Count what the stage's earlier tasks took, too."""
@@ -107,7 +109,8 @@ def recorded(
     try:
         name = record_name(stage, trail)
         record = Record(store, recipe, run_id, stage, name, trail.get("candidate"), quiet=bool(part))
-        yield record
+        with object_errors(f"the store {store.uri}", SETTING):
+            yield record
     except NothingNew as error:
         if record:
             record.close("skipped", line=error.what)
@@ -121,7 +124,8 @@ def recorded(
             what, do = f"{stage} was stopped", "Run again: finished stages are reused"
         what = f"{part}: {what}" if part else what
         if record:
-            record.close("failed", line=what, error={"kind": type(error).__name__, "what": what, "do": do})
+            with suppress(RetuneError):  # where the store is what failed, the log below says so
+                record.close("failed", line=what, error={"kind": type(error).__name__, "what": what, "do": do})
         log.error("%s failed: %s. %s.", stage, what, do)
         raise
 
@@ -246,6 +250,6 @@ def artifact_of(store: Store, trail: Trail, name: str) -> Artifact:
 
 def frozen_recipe(store: Store, trail: Trail) -> Recipe:
     """The full recipe of a run, with its revisions pinned, as `resolve` left it."""
-    return Recipe.model_validate(
-        orjson.loads((artifact_of(store, trail, "resolve").folder / "recipe.json").read_bytes())
-    )
+    path = artifact_of(store, trail, "resolve").folder / "recipe.json"
+    with store.reading():
+        return Recipe.model_validate(orjson.loads(path.fs.cat_file(path.path)))

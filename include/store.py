@@ -26,11 +26,14 @@ import orjson
 from upath import UPath
 
 from include.errors import NoPermission, NoSpace, RetuneError, TransientError
+from include.objects import at, entries, object_errors, read_all, sizes, upload
+from include.objects import is_local as _is_local
 from include.settings import store_uri, var
 
 MANIFEST = "manifest.json"
 INCOMING = ".incoming"  # in a folder: files on their way in, apart from what is read by listing a folder
 FETCHED_AT_ONCE = 8  # files, from a store that is elsewhere
+SETTING = "RETUNE_STORE"
 OLD = ".old-"  # in the name of a folder that is on its way out
 PACKAGES = (
     "apache-airflow", "accelerate", "bitsandbytes", "datasets", "great-expectations", "huggingface-hub", "peft",
@@ -84,10 +87,10 @@ def to_json(value: Any) -> bytes:
 
 def write_aside(path: UPath | Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not _is_local(path):
-        path.write_bytes(content)  # object stores make an object visible only when it is whole
+    if isinstance(path, UPath) and not _is_local(path):
+        path.fs.pipe_file(path.path, content)  # object stores make an object visible only when it is whole
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     target = Path(path.path if isinstance(path, UPath) else path)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
@@ -100,26 +103,33 @@ def write_aside(path: UPath | Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _is_local(path: UPath | Path) -> bool:
-    return not isinstance(path, UPath) or path.protocol in ("", "file", "local")
-
-
 def remove(folder: UPath | Path) -> None:
     """Remove a folder, manifests first: what is left of it at any moment, also after a crash, is worth nothing.
 
     On a disk it goes out of the way in one step before its files are removed. Two may remove the same folder at once.
     """
+    if isinstance(folder, UPath) and not _is_local(folder):
+        _remove_objects(folder)
+        return
     with suppress(FileNotFoundError):  # somebody else was faster
         for manifest in (folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")):
             with suppress(FileNotFoundError):
                 manifest.unlink()
-        if isinstance(folder, UPath) and not _is_local(folder):
-            folder.fs.rm(folder.path, recursive=True)
-            return
         place = Path(folder.path if isinstance(folder, UPath) else folder)
         aside = place.with_name(f".{place.name}{OLD}{uuid.uuid4().hex}")
         os.rename(place, aside)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_objects(folder: UPath) -> None:
+    found = folder.fs.find(folder.path)
+    manifests = [name for name in found if name.rsplit("/", 1)[-1] == MANIFEST]
+    with suppress(FileNotFoundError):
+        if manifests:
+            folder.fs.rm(manifests)
+        folder.fs.rm(folder.path, recursive=True)
+    if left := set(folder.fs.find(folder.path)) & set(found):  # S3 tells what was not deleted, and s3fs keeps it quiet
+        raise PermissionError(errno.EACCES, f"{len(left)} objects of {folder} cannot be deleted")
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,8 @@ class Artifact:
 
         Raises:
             RetuneError: a file is no longer in the store.
-            TransientError: the store did not answer, or what came is not what the manifest says.
+            TransientError: what came is not what the manifest says.
+            OSError: the store or the disk does not do it.
         """
         if _is_local(self.folder):
             return Path(self.folder.path)
@@ -193,9 +204,7 @@ class Artifact:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(f"no space is left for {target}", "Free some and retry the task") from error
-            raise TransientError(
-                f"{self.folder / name} could not be fetched ({error})", "Retry the task; check the store if it persists"
-            ) from error
+            raise  # what the store's client says becomes a sentence where the stage is recorded
         finally:
             aside.unlink(missing_ok=True)
 
@@ -205,7 +214,7 @@ class Store:
 
     def __init__(self, uri: str | None = None):
         self.uri = uri or store_uri()
-        self.root = UPath(self.uri)
+        self.root = at(self.uri)
 
     @property
     def is_local(self) -> bool:
@@ -217,15 +226,39 @@ class Store:
         return self.root.joinpath(*parts)
 
     @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns what file systems say into a sentence about the store; that a file is not there passes as it is.
+
+        Raises:
+            NoPermission, Missing: it may not be read; its bucket does not exist.
+            TransientError: it did not answer.
+        """
+        try:
+            with object_errors(f"the store {self.uri}", SETTING):
+                yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except PermissionError as error:
+            raise NoPermission(
+                f"the store {self.uri} cannot be read ({error.strerror or error})",
+                "Set RETUNE_STORE to a place that this account can read, or correct its permissions",
+            ) from error
+        except OSError as error:
+            raise TransientError(
+                f"the store {self.uri} cannot be read ({error})", "Retry the task; check the store if it persists"
+            ) from error
+
+    @contextmanager
     def writing(self) -> Iterator[None]:
         """Turns what file systems say into a sentence about the store.
 
         Raises:
-            NoPermission: the store cannot be written.
+            NoPermission, Missing: the store cannot be written; its bucket does not exist.
             NoSpace, TransientError: no space is left, or the object store did not answer.
         """
         try:
-            yield
+            with object_errors(f"the store {self.uri}", SETTING):
+                yield
         except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
             raise NoPermission(
                 f"the store {self.uri} cannot be written ({error.strerror or error})",
@@ -245,26 +278,36 @@ class Store:
         """Make sure that the store can be written.
 
         Raises:
-            NoPermission, NoSpace, TransientError: see `writing`.
+            NoPermission, Missing, NoSpace, TransientError: see `writing`.
         """
         with self.writing():
             write_aside(self.path(".probe"), b"")
 
     def find(self, recipe: str, stage: str, fingerprint: str) -> Artifact | None:
-        """The committed artifact, or None where there is none or a file of it is missing."""
+        """The committed artifact, or None where there is none or a file of it is missing.
+
+        Raises:
+            NoPermission, Missing, TransientError: it cannot be told; see `reading`.
+        """
         folder = self.path(recipe, stage, fingerprint)
         try:
-            manifest = orjson.loads((folder / MANIFEST).read_bytes())
-            whole = all((folder / name).stat().st_size == file["bytes"] for name, file in manifest["files"].items())
-        except (OSError, orjson.JSONDecodeError, KeyError):
+            with self.reading():
+                manifest = orjson.loads(folder.fs.cat_file((folder / MANIFEST).path))
+                wanted = {name: file["bytes"] for name, file in manifest["files"].items()}
+                if _is_local(folder):
+                    there = {name: (folder / name).stat().st_size for name in wanted}
+                else:
+                    there = {name: info["size"] for name, info in sizes(folder).items()}
+        except (FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError, KeyError):
             return None
-        return Artifact(folder, manifest) if whole and manifest["fingerprint"] == fingerprint else None
+        whole = manifest["fingerprint"] == fingerprint and wanted.items() <= there.items()
+        return Artifact(folder, manifest) if whole else None
 
     def commit(self, work: Path, recipe: str, stage: str, fingerprint: str, **facts: Any) -> Artifact:
         """Move a finished work folder into the store, its manifest last, and return the artifact.
 
         Raises:
-            NoPermission, TransientError: see `writing`; the work folder is left as it is.
+            NoPermission, Missing, TransientError: see `writing`; the work folder is left as it is.
         """
         folder = self.path(recipe, stage, fingerprint)
         manifest = {
@@ -281,8 +324,7 @@ class Store:
                 write_aside(work / MANIFEST, to_json(manifest))
                 _move(work, Path(folder.path))
             else:
-                for name in manifest["files"]:
-                    folder.fs.put_file(str(work / name), (folder / name).path)
+                upload(work, manifest["files"], folder)
                 write_aside(folder / MANIFEST, to_json(manifest))
                 shutil.rmtree(work)
         return Artifact(folder, orjson.loads(to_json(manifest)))
@@ -292,16 +334,23 @@ class Store:
         with self.writing():
             write_aside(self.run_folder(recipe, run_id) / f"{name}.json", to_json(content))
 
-    def records(self, recipe: str, run_id: str) -> dict[str, dict[str, Any]]:
-        """The documents about a run, by name."""
-        folder = self.run_folder(recipe, run_id)
+    def documents(self, folder: UPath) -> dict[str, dict[str, Any]]:
+        """The small JSON documents in a folder of the store, by name without the ending.
+
+        Raises:
+            NoPermission, Missing, TransientError: see `reading`.
+        """
+        with self.reading():
+            contents = read_all(folder / name for name in sorted(entries(folder)) if name.endswith(".json"))
         found = {}
-        for path in folder.glob("*.json") if folder.exists() else ():
-            try:
-                found[path.stem] = orjson.loads(path.read_bytes())
-            except (FileNotFoundError, orjson.JSONDecodeError):
-                continue
+        for path, content in contents.items():
+            with suppress(orjson.JSONDecodeError):
+                found[path.name.removesuffix(".json")] = orjson.loads(content)
         return found
+
+    def records(self, recipe: str, run_id: str) -> dict[str, dict[str, Any]]:
+        """The documents about a run, by name; errors are those of `documents`."""
+        return self.documents(self.run_folder(recipe, run_id))
 
     def run_folder(self, recipe: str, run_id: str) -> UPath:
         """Where the documents about a run are."""

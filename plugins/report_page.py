@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from functools import cache
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from airflow.plugins_manager import AirflowPlugin
 
 from dags.common import REPORTS, report_address
+from include.errors import RetuneError
 from include.recipe import NAME
 from include.store import Store
 
@@ -23,6 +25,10 @@ HEADERS = {
 NONE_YET = """<!doctype html><meta charset="utf-8"><title>No report</title>
 <body style="font: 15px/1.5 system-ui, sans-serif; margin: 2rem">
 <p>This run has no report. A run of a recipe has one when it has ended, or waits for approval.</p>"""
+
+UNREADABLE = """<!doctype html><meta charset="utf-8"><title>The report cannot be read</title>
+<body style="font: 15px/1.5 system-ui, sans-serif; margin: 2rem">
+<p>The report cannot be read now: {}</p>"""
 
 
 @cache
@@ -39,10 +45,15 @@ def _app() -> Any:
     @app.get("/report/{dag_id}/{run_id}", dependencies=[may_see_run])
     def page(dag_id: str, run_id: str) -> HTMLResponse:
         if re.fullmatch(NAME, dag_id) and set(run_id) != {"."}:  # no way out of the recipe's folder of runs
+            store = Store()
+            path = store.run_folder(dag_id, run_id) / "report.html"
             try:
-                return HTMLResponse((Store().run_folder(dag_id, run_id) / "report.html").read_bytes(), headers=HEADERS)
-            except FileNotFoundError:
+                with store.reading():
+                    return HTMLResponse(path.fs.cat_file(path.path), headers=HEADERS)
+            except (FileNotFoundError, NotADirectoryError):
                 pass
+            except RetuneError as error:
+                return HTMLResponse(UNREADABLE.format(html.escape(str(error))), 503, HEADERS)
         return HTMLResponse(NONE_YET, 404, HEADERS)
 
     return app

@@ -19,6 +19,7 @@ from jinja2.filters import do_filesizeformat
 from upath import UPath
 
 from include.errors import RetuneError
+from include.objects import entries, read_all
 from include.outcomes import FOLDER as OUTCOMES
 from include.recipe import TIMEOUT_HOURS, Recipe, find, load
 from include.registry import merged_uri, open_registry, registry_uri
@@ -52,7 +53,6 @@ def maintain_store(recipe: str = "", dry_run: bool = False) -> list[str]:
         NoPermission, TransientError: the store cannot be written, or does not answer.
     """
     store = Store()
-    store.root.fs.invalidate_cache()  # some file systems remember what they have listed
     lines = []
     with store.writing():
         for kept in _recipes(store.root, recipe):
@@ -113,9 +113,7 @@ def _recipes(root: UPath, only: str) -> Iterator[Recipe]:
 
 
 def _folders(place: UPath) -> list[UPath]:
-    with suppress(FileNotFoundError, NotADirectoryError):  # UPath says the latter of what is not there
-        return sorted((path for path in place.iterdir() if path.is_dir()), key=lambda path: path.name)
-    return []
+    return [place / name for name, is_folder in sorted(entries(place).items()) if is_folder]
 
 
 def _longest_try(recipe: Recipe) -> timedelta:
@@ -196,8 +194,8 @@ def _changed(folder: UPath) -> datetime:
     """When a file in a folder of the store was last written; long ago where there is none, now where it is not told."""
     newest = LONG_AGO
     try:
-        for name in folder.fs.find(folder.path):
-            newest = max(newest, folder.fs.modified(name))
+        for name, info in folder.fs.find(folder.path, detail=True).items():
+            newest = max(newest, info.get("LastModified") or folder.fs.modified(name))  # S3 tells it with the listing
         if folder.name.startswith(".") and newest > LONG_AGO:
             newest = max(newest, folder.fs.modified(folder.path))  # a copy under way keeps the times of its files
     except (FileNotFoundError, NotImplementedError):
@@ -216,8 +214,10 @@ class _Retention:
         self.leftovers: list[UPath] = []  # halves, and checkpoints of unfinished trainings
         for stage in _folders(store.path(recipe.name)):
             if stage.name not in (RUNS, OUTCOMES):
-                for folder in _folders(stage):
-                    manifest = _manifest(folder)
+                folders = _folders(stage)
+                contents = read_all(folder / MANIFEST for folder in folders)
+                for folder in folders:
+                    manifest = _manifest(folder, contents.get(folder / MANIFEST))
                     if manifest:
                         self.artifacts[folder] = manifest
                     else:
@@ -266,9 +266,8 @@ class _Retention:
         return found
 
     def _has_published(self) -> bool:
-        folder = self.store.path(self.recipe.name, OUTCOMES)
-        paths = folder.glob("*.json") if folder.exists() else ()
-        return any(orjson.loads(path.read_bytes())["verdict"] == "published" for path in paths)
+        outcomes = self.store.documents(self.store.path(self.recipe.name, OUTCOMES)).values()
+        return any(outcome["verdict"] == "published" for outcome in outcomes)
 
     def _with_inputs(self, marks: Iterator[str]) -> set[str]:
         """Fingerprints, and those of all that their artifacts were made of."""
@@ -300,14 +299,14 @@ class _Retention:
                 self.removal.take(run.folder, "run", size)
 
 
-def _manifest(folder: UPath) -> dict[str, Any] | None:
+def _manifest(folder: UPath, content: bytes | None) -> dict[str, Any] | None:
     """The manifest of an artifact; None for what is none."""
     if folder.name.startswith("."):
         return None
     try:
-        manifest = orjson.loads((folder / MANIFEST).read_bytes())
+        manifest = orjson.loads(content or b"")
         return manifest if manifest["fingerprint"] == folder.name else None
-    except (FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError, KeyError, TypeError):
+    except (orjson.JSONDecodeError, KeyError, TypeError):
         return None
 
 

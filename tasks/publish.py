@@ -43,7 +43,7 @@ def publish(
     folder = job.out / "version"
     shutil.copytree(train.local() / ADAPTER, folder)
     shutil.copy(train.local() / TRAINING_LOG, folder)
-    (folder / PICTURE).write_bytes(loss_picture(train.local() / TRAINING_LOG))
+    (folder / PICTURE).write_bytes(loss_picture((folder / TRAINING_LOG).read_bytes()))
     (folder / CARD).unlink(missing_ok=True)  # PEFT's own
     certificate = birth_certificate(job, {artifact.manifest["stage"]: artifact for artifact in stages})
     certificate["files"] = describe_files(folder)

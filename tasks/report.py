@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from include.objects import read_all
 from include.outcomes import FINAL, settle
 from include.recipe import find
 from include.report import run_page
 from include.settings import var
 from include.stage import frozen_recipe, log
-from include.store import Store, now, to_json, write_aside
+from include.store import Artifact, Store, now, to_json, write_aside
 
+TRAINING_LOG = "training_log.jsonl"
 STAGES = (
     "resolve", "pretrain", "download", "validate", "standardize", "template", "candidates", "train", "smoke_test",
     "evaluate", "choose", "approve", "publish", "verify",
@@ -32,7 +34,8 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
     records = store.records(name, run_id)
     reached = STAGES[: STAGES.index("approve") + 1] if waiting else STAGES  # later records are of before it was cleared
     stages = {stage: records[stage] for stage in reached if stage in records}
-    details = {stage: _details(store, name, stages.get(stage)) for stage in STAGES}
+    artifacts = {stage: _artifact(store, name, stages.get(stage)) for stage in STAGES}
+    details = {stage: artifact.facts if artifact else {} for stage, artifact in artifacts.items()}
     errors = [record["error"] for record in stages.values() if record["state"] == "failed"]
     published = details["publish"]
     sweep = stages.get("choose", {}).get("candidates", [])
@@ -55,8 +58,9 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
         },
         "sweep": sweep,
     }  # fmt: skip
+    content = run_page(summary, details, _training_log(store, artifacts["train"]))
     with store.writing():
-        write_aside(page, run_page(summary, details).encode())
+        write_aside(page, content.encode())
     if waiting:
         return summary
     store.record(name, run_id, "run", summary)
@@ -65,7 +69,7 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
         resolved = {"recipe": name, "run": run_id, "resolve": stages["resolve"]["fingerprint"]}
         settle(store, frozen_recipe(store, resolved), summary["verdict"], run=run_id, version=summary["version"],
                own=stages["resolve"]["own"])  # fmt: skip
-    log.info("report: %s", page)
+    log.info("report: %s%s", page, "" if store.is_local else " (in Airflow: the tab Report of the run's page)")
     return summary
 
 
@@ -92,9 +96,16 @@ def _verdict(stages: dict[str, Any], errors: list[dict[str, str]]) -> str:
     return "unchanged" if stages["publish"]["reused"] else "published"
 
 
-def _details(store: Store, recipe: str, record: dict[str, Any] | None) -> dict[str, Any]:
-    """The facts of a stage that finished; none of one that did not."""
+def _artifact(store: Store, recipe: str, record: dict[str, Any] | None) -> Artifact | None:
+    """What a stage that finished has made; None of one that did not."""
     if record is None or record["state"] != "done" or "fingerprint" not in record:
-        return {}
-    artifact = store.find(recipe, record["stage"], record["fingerprint"])
-    return artifact.facts if artifact else {}
+        return None
+    return store.find(recipe, record["stage"], record["fingerprint"])
+
+
+def _training_log(store: Store, train: Artifact | None) -> bytes | None:
+    if train is None:
+        return None
+    path = train.folder / TRAINING_LOG
+    with store.reading():
+        return read_all([path]).get(path)

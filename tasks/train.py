@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import orjson
+from upath import UPath
 
 from include.engine import supervise
 from include.engine.plan import PLAN
-from include.engine.train import CHECKPOINTS
-from include.errors import BadRecipe, OutOfMemory
+from include.engine.train import CHECKPOINTS, TRAINING_LOG, newest_checkpoint
+from include.errors import BadRecipe, OutOfMemory, TransientError
+from include.objects import download, entries, read_all, upload
 from include.recipe import Lora, Training
 from include.sources import fetch_base, is_hub_id
 from include.stage import Job, Result, stage
-from include.store import MANIFEST, Artifact, to_json, write_aside
+from include.store import MANIFEST, Artifact, describe_files, remove, to_json, write_aside
 from tasks.template import HOLDOUT, TOKENIZER, TRAIN
 
 ADAPTER, SMALLER = "adapter", "out_of_memory.json"
+BESIDE = (TRAINING_LOG, SMALLER)  # what a training goes on with, beside its checkpoint
 
 
 @stage(
@@ -87,9 +92,8 @@ def _train_with_what_fits(job: Job, work: dict[str, Any]) -> dict[str, Any]:
 
 
 class StoredCheckpoint:
-    """The newest whole checkpoint of an unfinished training, kept in a store that is not this machine's disk.
-
-    A retry on another machine goes on from it.
+    """The newest whole checkpoint of an unfinished training, kept in a store that is not this machine's disk, with the
+    training's log. A retry on another machine goes on from it.
     """
 
     def __init__(self, job: Job):
@@ -97,31 +101,63 @@ class StoredCheckpoint:
         self._stored = job.store.path(job.recipe.name, "train", f"{job.out.name}.{CHECKPOINTS}")
 
     def fetch(self) -> None:
-        """Bring it here, unless this machine has one already."""
-        if self._job.store.is_local or any(self._folder.glob("checkpoint-*")) or not self._stored.exists():
-            return
-        manifests = sorted(self._stored.glob(f"*/{MANIFEST}"), key=lambda path: int(path.parent.name.split("-")[1]))
-        if manifests:
-            stored = manifests[-1].parent
-            target = self._folder / stored.name
-            for name in [*orjson.loads(manifests[-1].read_bytes())["files"], MANIFEST]:
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                stored.fs.get_file((stored / name).path, str(target / name))
-            self._job.say(f"fetched {stored.name} from the store")
+        """Bring it here, unless this machine has a newer one.
 
-    def keep(self, checkpoint: Path) -> None:
-        """Copy a checkpoint to the store, its manifest last, and remove the ones before it."""
+        Raises:
+            NoPermission, TransientError: the store cannot be read, or does not answer.
+        """
         if self._job.store.is_local:
             return
-        target = self._stored / checkpoint.name
+        with self._job.store.reading():
+            paths = [self._stored / name / MANIFEST for name in entries(self._stored) if name.startswith("checkpoint-")]
+            manifests = {path.parent: orjson.loads(content) for path, content in read_all(paths).items()}
+            newest = max(manifests, key=_step, default=None)
+            here = newest_checkpoint(self._folder)
+            if newest is None or (here and _step(here) >= _step(newest)):
+                return
+            for name, content in read_all(self._stored / name for name in BESIDE).items():
+                write_aside(self._job.out / name.name, content)
+            download(newest, [*manifests[newest]["files"], MANIFEST], self._folder / newest.name)
+        self._job.say(f"fetched {newest.name} from the store")
+
+    def keep(self, checkpoint: Path) -> None:
+        """Copy a checkpoint to the store, its manifest last, and remove the ones before it.
+
+        Hours of training do not end because a store did not take one: the next may be taken.
+        """
+        if self._job.store.is_local:
+            return
+        target, held = self._stored / checkpoint.name, self._job.out.with_name(f".{self._job.out.name}.held")
+        shutil.rmtree(held, ignore_errors=True)
+        try:  # the training goes on meanwhile, and removes what is not its newest, and all at its end
+            shutil.copytree(checkpoint, held, copy_function=os.link)
+            files = orjson.loads((held / MANIFEST).read_bytes())["files"]
+        except (FileNotFoundError, shutil.Error):
+            return
+        try:
+            if describe_files(held) == files:
+                self._store(held, files, target)
+        except TransientError as error:
+            self._job.say(f"WARNING: {checkpoint.name} is on this machine only: {error}")
+        finally:
+            shutil.rmtree(held)
+
+    def _store(self, held: Path, files: dict[str, Any], target: UPath) -> None:
+        out = self._job.out
         with self._job.store.writing():
-            for name in [*orjson.loads((checkpoint / MANIFEST).read_bytes())["files"], MANIFEST]:
-                target.fs.put_file(str(checkpoint / name), (target / name).path)
-            for older in self._stored.iterdir():
-                if older.name != checkpoint.name:
-                    older.fs.rm(older.path, recursive=True)
+            upload(held, files, target)
+            upload(out, (name for name in BESIDE if (out / name).exists()), self._stored)
+            write_aside(target / MANIFEST, (held / MANIFEST).read_bytes())
+            for older in entries(self._stored):
+                if older.startswith("checkpoint-") and older != target.name:
+                    remove(self._stored / older)
 
     def drop(self) -> None:
         """Remove it: the training is finished."""
-        if not self._job.store.is_local and self._stored.exists():
-            self._stored.fs.rm(self._stored.path, recursive=True)
+        if not self._job.store.is_local:
+            with self._job.store.writing():
+                remove(self._stored)
+
+
+def _step(checkpoint: Path | UPath) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])

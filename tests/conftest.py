@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.s3 import S3
+
 PROJECT = Path(__file__).resolve().parent.parent
 MATERIAL = PROJECT.parent / "shared" / "material"
 
@@ -39,8 +41,16 @@ def var(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "var"
     monkeypatch.setenv("RETUNE_VAR", str(folder))
     monkeypatch.delenv("RETUNE_STORE", raising=False)
+    monkeypatch.delenv("RETUNE_REGISTRY", raising=False)
     monkeypatch.delenv("RETUNE_RECIPES", raising=False)
     return folder
+
+
+@pytest.fixture
+def s3(tmp_path: Path) -> Iterator[S3]:
+    """An object store with the bucket `retune`, to which the environment leads."""
+    with S3(tmp_path / "s3", "retune") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from include.settings import recipe_files
         ({"chat_template": "lama"}, "field 'chat_template': input should be 'llama-3.1'"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"registry": "s3://bucket"}, "field 'registry'"),
+        ({"registry": "https://bucket/path"}, "field 'registry'"),
         ({"prompts": [{"prompt": "hi", "expect": "("}]}, "not a regular expression"),
         (
             {"prompts": [{"prompt": "hi", "expect_json": {"type": "objekt"}}]},

@@ -1,4 +1,4 @@
-"""Both kinds of registry: immutable versions, one live, no silent overwriting, nothing half done after a fault."""
+"""Every kind of registry: immutable versions, one live, no silent overwriting, nothing half done after a fault."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from include.errors import BadRecipe, Missing, NoPermission, Overtaken, PermanentError, Refused, Unreachable
 from include.hub import TRIES, hub_api, hub_errors
-from include.registry import FolderRegistry, HubRegistry, Registry, content_digest, open_registry
+from include.registry import FolderRegistry, HubRegistry, ObjectRegistry, Registry, content_digest, open_registry
 from include.store import MANIFEST, describe_files, to_json
 from tests.hub import Hub
 
@@ -28,11 +28,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture(params=["folder", "hub"])
+LAPSE = 6.0  # seconds: how long an object store's claim outlives its owner in these tests
+
+
+@pytest.fixture(params=["folder", "objects", "hub"])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
     """An empty registry of each kind."""
     if request.param == "folder":
         return FolderRegistry(tmp_path / "registry")
+    if request.param == "objects":
+        request.getfixturevalue("s3")
+        return ObjectRegistry("s3://retune/registry/small", LAPSE)
     request.getfixturevalue("hub")
     return HubRegistry("owner/adapter")
 
@@ -167,7 +173,7 @@ def test_a_registry_that_cannot_be_written_or_understood_says_so(tmp_path: Path,
     for call in (blocked.check, lambda: blocked.publish(version(ONE), None, True)):
         with pytest.raises(NoPermission, match="field 'registry'"):
             call()
-    with pytest.raises(BadRecipe, match="neither file:///folder nor hf://owner/name"):
+    with pytest.raises(BadRecipe, match="neither file:///folder, s3://bucket/path, .* nor hf://owner/name"):
         open_registry("file://relative")
 
 
