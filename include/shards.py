@@ -29,6 +29,7 @@ from filelock import FileLock
 from upath import UPath
 
 from include.errors import RetuneError
+from include.objects import is_local, upload
 from include.recipe import Recipe
 from include.settings import var
 from include.sources import ROWS_PER_GROUP
@@ -325,12 +326,11 @@ def _whole(folder: UPath, files: dict[str, Any]) -> bool:
 
 def _put(source: Path, folder: UPath, files: Iterable[str]) -> None:
     """Move files into a folder of the store, each so that a reader sees all of it or none."""
-    local = not folder.protocol or folder.protocol in ("file", "local")
+    if not is_local(folder):
+        upload(source, files, folder)
+        return
 
-    def put(name: str) -> None:
-        if not local:
-            folder.fs.put_file(str(source / name), (folder / name).path)
-            return
+    for name in files:
         target = Path(folder.path) / name
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -342,10 +342,6 @@ def _put(source: Path, folder: UPath, files: Iterable[str]) -> None:
             aside.parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, aside)
             os.replace(aside, target)
-
-    with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
-        for _ in pool.map(put, files):
-            pass
 
 
 def _empty(job: SharedJob) -> None:
