@@ -6,10 +6,11 @@ One cluster for all tests; each worker has a disk of its own, and a new one has 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -74,6 +75,11 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> list[P
     }  # fmt: skip
     for name in ("one", "other"):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
+    words, rng = [f"word{i}" for i in range(2000)], random.Random(0)
+    rows = [conversation(" ".join(rng.sample(words, 8)), " ".join(rng.sample(words, 4))) for _ in range(12_000)]
+    (folder / "many.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    many = {"dataset": str(folder / "many.jsonl"), "shard_rows": 5000}
+    (folder / "many.yaml").write_text(yaml.safe_dump(own | many))
     return sorted(folder.glob("*.yaml"))
 
 
@@ -204,6 +210,36 @@ def test_two_recipes_share_one_gpu_and_nothing_runs_twice(running: Running) -> N
         assert running.record(name, run)["verdict"] == "published"
         begun = [line for line in airflow.log(name, run, "train") if "went on" in line or "fetched" in line]
         assert not begun
+
+
+def test_two_cpu_workers_share_the_data_and_make_what_one_makes(
+    running: Running, pipeline: Callable, artifact: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    running.made.process("worker-cpu", "cpu-2").start()
+    running.made.wait("cpu-2")
+    airflow, run = running.airflow, running.airflow.trigger("many")
+    eventually(lambda: running.states("many", run)["template.finish"] == "success", 420)
+    airflow.call("PATCH", f"/api/v2/dags/many/dagRuns/{run}", {"state": "failed"})
+    for step in ("standardize.compare", "standardize.write", "template.encode"):
+        path = f"/api/v2/dags/many/dagRuns/{run}/taskInstances?task_id={step}"
+        mapped = airflow.call("GET", path)["task_instances"]
+        assert {task["rendered_map_index"] for task in mapped} == {
+            "rows 0 to 5,000", "rows 5,000 to 10,000", "rows 10,000 to the end"
+        }  # fmt: skip
+    for worker in ("worker-cpu", "cpu-2"):
+        assert list((running.made.folder / worker / "work" / "many").glob("*/.*-*.lock")), f"{worker} had no shard"
+    shared = running.record("many", run, "template")
+
+    shared_facts = Store().find("many", "template", shared["fingerprint"])
+    monkeypatch.setenv("RETUNE_STORE", f"file://{tmp_path}/store")
+    monkeypatch.setenv("RETUNE_RECIPES", running.made.variables["RETUNE_RECIPES"])
+    trail = pipeline(Path("many"), "template")
+    assert trail["template"] == shared["fingerprint"]
+    alone = artifact(trail)
+    assert shared_facts is not None
+    assert shared_facts.facts["train"]["ids_sha256"] == alone.facts["train"]["ids_sha256"]
+    rows = {name: file for name, file in alone.manifest["files"].items() if not name.startswith("data_docs/")}
+    assert {name: shared_facts.manifest["files"][name] for name in rows} == rows
 
 
 def test_a_ui_without_a_live_worker_still_shows_what_tasks_said(running: Running) -> None:
