@@ -136,19 +136,18 @@ class Process:
             stderr=subprocess.DEVNULL, timeout=120, check=False,
         ).returncode == 0  # fmt: skip
 
-    def stop(self, number: int | None = None, grace: float = 60.0) -> None:
-        """End it as a container engine does: the signal goes to the first process, and after a while SIGKILL to all.
+    def stop(self, number: int | None = None) -> None:
+        """End it as a container engine does: the signal goes to the first process, and in the end SIGKILL to all.
 
         Args:
             number: in place of the service's own signal; SIGKILL takes all its processes at once, like a lost machine.
-            grace: seconds.
         """
         with self._changing:
             self._wanted = False
             if self.popen is not None:
-                self._stop(self.popen, number, grace)
+                self._stop(self.popen, number)
 
-    def _stop(self, popen: subprocess.Popen[bytes], number: int | None, grace: float) -> None:
+    def _stop(self, popen: subprocess.Popen[bytes], number: int | None) -> None:
         number = number or signal.Signals[self.service.get("stop_signal", "SIGTERM")]
         try:
             family = [psutil.Process(popen.pid), *psutil.Process(popen.pid).children(recursive=True)]
@@ -157,7 +156,7 @@ class Process:
         if number != signal.SIGKILL and popen.poll() is None:
             popen.send_signal(number)
             try:
-                popen.wait(grace)
+                popen.wait(_seconds(self.service.get("stop_grace_period", "10s")))
             except subprocess.TimeoutExpired:
                 pass
         for process in family:
@@ -274,6 +273,10 @@ def cluster(folder: Path, port: int, **variables: str) -> Iterator[Cluster]:
 
 def _words(command: str | list[str] | None) -> list[str]:
     return shlex.split(command) if isinstance(command, str) else command or []
+
+
+def _seconds(duration: str) -> float:
+    return float(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
 
 
 def _with_parent() -> None:

@@ -68,18 +68,18 @@ class Airflow:
             last = beat()
             eventually(lambda last=last: beat() != last)
 
-    def ended(self, dag: str, run: str, seconds: float = 240) -> str:
+    def ended(self, dag: str, run: str, seconds: float = 240, pause: float = 0.2) -> str:
         """The state in which a run ends."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run}"
-        return eventually(lambda: (state := self.call("GET", path)["state"]) in ENDED and state, seconds)
+        return eventually(lambda: (state := self.call("GET", path)["state"]) in ENDED and state, seconds, pause)
 
 
-def eventually(look: Callable[[], Any], seconds: float = 120) -> Any:
-    """What `look` returns once it is true."""
+def eventually(look: Callable[[], Any], seconds: float = 120, pause: float = 0.2) -> Any:
+    """What `look` returns once it is true; looked at once in a pause of so many seconds."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < deadline, "it did not come to be in time"
-        time.sleep(0.2)
+        time.sleep(pause)
     return found
 
 

@@ -293,7 +293,7 @@ def test_a_damaged_version_is_left_behind_and_its_number_stays_taken(tmp_path: P
     manifest = Path(two.place) / MANIFEST
     manifest.chmod(0o644)
     manifest.write_bytes(manifest.read_bytes()[:20])
-    with pytest.raises(Missing, match="its manifest is damaged. Restore the folder, or make another version live"):
+    with pytest.raises(Missing, match="its manifest is damaged. Restore it, or make another version live"):
         registry.live()
     assert registry.promote("v1", "v2 is damaged") == one
     assert (registry.live(), registry.versions()) == (one, [one])
