@@ -1,7 +1,8 @@
 """How a GPU worker ends: its trainings save a checkpoint, at once, and their next tries go on from there elsewhere.
 
 Celery's own ways are to wait for hours until the tasks have ended (SIGTERM), or to leave without them (SIGQUIT), which
-in a container ends them. `CONFIG` is Airflow's; `[celery] celery_config_options` names it, so that the worker loads this.
+in a container ends them. `CONFIG` is Airflow's own: that `[celery] celery_config_options` names it makes the worker
+load this module.
 """
 
 from __future__ import annotations
