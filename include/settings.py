@@ -43,6 +43,8 @@ for _name, _value in {
     "GX_ANALYTICS_ENABLED": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # some S3 stores send the whole object's checksum with a part of it; files are compared with their manifest anyway
+    "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
     "TOKENIZERS_PARALLELISM": "false",  # tokenizers warns in every process that forks afterwards
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # rows of many lengths would leave half of the memory in pieces
     "GOMP_SPINCOUNT": "10000",  # torch's waiting threads yield: on busy cores spinning doubles the time of training
