@@ -113,7 +113,7 @@ class Process:
         command, user = [*_words(self.service.get("entrypoint")), *_words(self.service["command"])], None
         if command[0] == "postgres":
             user = _make_database(self.folder, self.service["environment"])
-            command = [_program("postgres"), "-D", str(self.folder), "-c", "unix_socket_directories=", *command[1:]]
+            command = [program("postgres"), "-D", str(self.folder), "-c", "unix_socket_directories=", *command[1:]]
         with self.log.open("ab") as output:
             self.popen = subprocess.Popen(
                 command, cwd=self._cwd, env=self.environment, stdin=subprocess.DEVNULL, stdout=output,
@@ -284,7 +284,7 @@ def _with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """The path of a program of Postgres or Redis; Debian keeps some of them beside the path.
 
     Raises:
@@ -313,14 +313,14 @@ def _make_database(folder: Path, environment: Mapping[str, str]) -> str | None:
             if user:
                 shutil.chown(password.name, user)
             done = subprocess.run(
-                [_program("initdb"), "--pgdata", str(folder), "--username", environment["POSTGRES_USER"],
+                [program("initdb"), "--pgdata", str(folder), "--username", environment["POSTGRES_USER"],
                  "--encoding=UTF8", "--auth=scram-sha-256", f"--pwfile={password.name}"],
                 capture_output=True, text=True, check=False, **account,
             )  # fmt: skip
         if done.returncode:
             raise RetuneError(f"initdb failed: {done.stderr.strip()}", f"See whether {user or 'you'} may use {folder}")
         subprocess.run(
-            [_program("postgres"), "--single", "-D", str(folder), "postgres"],
+            [program("postgres"), "--single", "-D", str(folder), "postgres"],
             input=f'CREATE DATABASE "{environment["POSTGRES_DB"]}"\n', stdout=subprocess.DEVNULL, text=True, check=True,
             **account,
         )  # fmt: skip

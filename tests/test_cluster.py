@@ -21,7 +21,8 @@ import orjson
 import pytest
 import yaml
 
-from cluster.native import Cluster, cluster, free_port
+from cluster.native import Cluster, cluster, free_port, program
+from include.errors import RetuneError
 from include.registry import open_registry
 from include.store import Store
 from tests.airflow import Airflow, eventually
@@ -100,6 +101,10 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> list[P
 @pytest.fixture(scope="module")
 def running(recipes: list[Path], tiny_base: Path) -> Iterator[Running]:
     """The cluster, without a GPU worker."""
+    try:
+        program("initdb"), program("redis-server")
+    except RetuneError as missing:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(missing))
     folder = Path(tempfile.mkdtemp(prefix="retune-cluster-"))
     folder.chmod(0o755)  # Postgres is not run by root
     alone = pytest.MonkeyPatch()
