@@ -37,7 +37,7 @@ COMPOSE = PROJECT / "docker-compose.yaml"
 VARIABLE = re.compile(r"\$\$|\$\{(\w+)(?:(:[-?])([^}]*))?\}")
 PORTS = ("POSTGRES_PORT", "REDIS_PORT", "S3_PORT", "SCHEDULER_HEALTH_PORT", "TRIGGERER_LOG_PORT")
 PACKAGES = {"initdb": "postgresql", "redis-server": "redis-server"}
-START_SECONDS = 300.0
+START_SECONDS, HEALTH_SECONDS = 300.0, 60.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -131,10 +131,14 @@ class Process:
         test = self.service.get("healthcheck", {}).get("test")
         if not self.runs or test is None:
             return self.runs
-        return subprocess.run(
-            ["sh", "-c", test], cwd=self._cwd, env=self.environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, timeout=120, check=False,
-        ).returncode == 0  # fmt: skip
+        try:
+            done = subprocess.run(
+                ["sh", "-c", test], cwd=self._cwd, env=self.environment, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, timeout=HEALTH_SECONDS, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
 
     def stop(self, number: int | None = None) -> None:
         """End it as a container engine does: the signal goes to the first process, and in the end SIGKILL to all.
