@@ -187,7 +187,7 @@ class Cluster:
         if not (folder / ".env").exists():
             write_env(folder / ".env")
         self.variables: dict[str, str] = {
-            **{name: str(value) for name, value in dotenv_values(folder / ".env").items()},
+            **{name: str(value) for name, value in dotenv_values(folder / ".env").items()}, **os.environ,
             **dict.fromkeys(("LISTEN", "POSTGRES_HOST", "REDIS_HOST", "S3_HOST", "API_HOST"), "127.0.0.1"),
             **{name: str(free_port()) for name in PORTS},
             "PORT": str(port), "API_PORT": str(port), "RETUNE_CODE": str(PROJECT),
@@ -325,7 +325,7 @@ def _make_database(folder: Path, environment: Mapping[str, str]) -> str | None:
             raise RetuneError(f"initdb failed: {done.stderr.strip()}", f"See whether {user or 'you'} may use {folder}")
         subprocess.run(
             [program("postgres"), "--single", "-D", str(folder), "postgres"],
-            input=f'CREATE DATABASE "{environment["POSTGRES_DB"]}"\n', stdout=subprocess.DEVNULL, text=True, check=True,
+            input=f'CREATE DATABASE "{environment["POSTGRES_DB"]}"\n', capture_output=True, text=True, check=True,
             **account,
         )  # fmt: skip
     return user

@@ -97,6 +97,13 @@ def test_a_process_of_this_machine_is_the_container_at_another_place(name: str, 
         assert native == other, "the same but for addresses and ports"
 
 
+def test_the_shells_variables_come_before_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETUNE_RECIPES", "/elsewhere/mine.yaml")
+    monkeypatch.setenv("LISTEN", "0.0.0.0")
+    made = Cluster(tmp_path, 8123).process("scheduler").environment
+    assert (made["RETUNE_RECIPES"], made["AIRFLOW__API__HOST"]) == ("/elsewhere/mine.yaml", "127.0.0.1")
+
+
 def test_only_the_ui_is_published_and_only_on_loopback() -> None:
     assert {name: service["ports"] for name, service in SERVICES.items() if "ports" in service} == {
         "api-server": ["127.0.0.1:${PORT:-8080}:${API_PORT:-8080}"]
