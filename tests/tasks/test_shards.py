@@ -6,14 +6,12 @@ import json
 import os
 import random
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from tasks.report import report
 from tasks.standardize import decide, standardize
 from tasks.template import template
 from tests.conftest import PROJECT, conversation, last_run
+from tests.s3 import S3
 
 WORDS = [f"{a}{b}" for a in ("ba", "de", "ki", "lo", "mu", "ra", "se", "ti") for b in ("n", "rd", "la", "st", "mmo")]
 STEP = """
@@ -128,36 +127,6 @@ def ended(process: subprocess.Popen[str]) -> str:
     return said
 
 
-@contextmanager
-def s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 server with the bucket `bucket`, and the environment that leads there; gives the bucket's URI."""
-    (folder / "bucket").mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [Path(sys.executable).with_name("rclone"), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key",
-         "key,secret", "--vfs-cache-mode", "off", str(folder)], stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        yield "s3://bucket"
-    finally:
-        server.kill()
-        server.wait()
-
-
 def test_two_machines_make_what_one_makes(
     tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +137,8 @@ def test_two_machines_make_what_one_makes(
     assert alone["standardize"]["facts"]["near_duplicates"] >= 20
     assert alone["template"]["facts"]["too_long"] > alone["template"]["facts"]["left_out"]
 
-    with s3(tmp_path / "s3", monkeypatch) as uri:
+    with S3(tmp_path / "s3", "bucket"):
+        uri = "s3://bucket"
         monkeypatch.setenv("RETUNE_STORE", uri)
         monkeypatch.setenv("RETUNE_VAR", str(tmp_path / "zero"))
         workers = Workers(tmp_path, pipeline(small_recipe(**fields, shard_rows=5_000), "validate"))
