@@ -14,6 +14,11 @@ from pathlib import Path
 SECRETS = ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET", "API_SECRET", "JWT_SECRET", "ADMIN_PASSWORD")
 
 
+def fernet_key() -> str:
+    """A new key for what Airflow encrypts in its database: 32 random bytes, as the Fernet specification has it."""
+    return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
+
+
 def write_env(path: Path, **values: str) -> None:
     """Write every variable that docker-compose.yaml wants and has no default for, and some more.
 
@@ -21,7 +26,7 @@ def write_env(path: Path, **values: str) -> None:
         FileExistsError: there is one already; new secrets would lock its owner out of the database.
     """
     values |= {name: secrets.token_urlsafe(32) for name in SECRETS}
-    values["FERNET_KEY"] = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
+    values["FERNET_KEY"] = fernet_key()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.writelines(f"{name}={value}\n" for name, value in values.items())

@@ -9,7 +9,10 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+import urllib.error
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import cached_property
@@ -21,6 +24,7 @@ import orjson
 import pytest
 import yaml
 
+from cluster.env import fernet_key
 from cluster.native import Cluster, cluster, free_port, program
 from include.errors import RetuneError
 from include.registry import open_registry
@@ -129,8 +133,6 @@ def store(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nobody_gets_in_without_the_secrets(running: Running) -> None:
-    import urllib.error
-
     import boto3
     import botocore.exceptions
     import psycopg2
@@ -269,3 +271,50 @@ def test_a_ui_without_a_live_worker_still_shows_what_tasks_said(running: Running
     run = running.airflow.runs("demo")[-1]["dag_run_id"]
     said = running.airflow.log("demo", run, "train", 1)  # of the worker that got SIGTERM
     assert any("s3://retune/logs" in line for line in said)
+
+
+def test_a_backup_is_restored_under_fresh_secrets(running: Running) -> None:
+    """What docs/operations.md says of backups, made while a run goes on, and of secrets."""
+    old, run = running.made, running.airflow.trigger("one")
+
+    def stored_log(airflow: Airflow) -> bool:
+        return any("s3://retune/logs" in line for line in airflow.log("one", run, "resolve"))
+
+    eventually(lambda: running.states("one", run)["resolve"] == "success", 120, PAUSE)
+    eventually(lambda: stored_log(running.airflow), 60, PAUSE)
+    kept = {"connection_id": "kept", "conn_type": "http", "password": "hf_kept"}
+    running.airflow.call("POST", "/api/v2/connections", kept)
+    with tempfile.TemporaryDirectory(prefix="retune-restored-") as name:
+        folder, dump, fresh = Path(name), Path(name) / "airflow.dump", fernet_key()
+        folder.chmod(0o755)
+        postgres(old, "pg_dump", "--format=custom", f"--file={dump}")
+        shutil.copytree(old.folder / "store", folder / "store")
+        with cluster(folder, free_port(), FERNET_KEY=f"{fresh},{old.variables['FERNET_KEY']}") as new:
+            secret = {name for name in old.variables if name.endswith(("PASSWORD", "SECRET", "KEY"))}
+            assert not [name for name in secret & new.variables.keys() if new.variables[name] == old.variables[name]]
+            new.up("postgres", "store")
+            postgres(new, "pg_restore", "--clean", "--if-exists", str(dump))
+            new.up("redis", "init", "api-server")
+            environment = new.processes["api-server"].environment
+            command(environment, "rotate-fernet-key")
+            found = command({**environment, "AIRFLOW__CORE__FERNET_KEY": fresh}, "connections", "get", "kept")
+            assert "hf_kept" in found
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                Airflow(new.port, old.variables["ADMIN_PASSWORD"])
+            restored = Airflow(new.port, new.variables["ADMIN_PASSWORD"])
+            assert restored.tasks("one", run)["resolve"]["state"] == "success"
+            assert stored_log(restored)
+
+
+def postgres(made: Cluster, name: str, *arguments: str) -> None:
+    """Run one of Postgres's programs on a cluster's database."""
+    variables = made.variables
+    where = ["--host=127.0.0.1", f"--port={variables['POSTGRES_PORT']}", "--username=airflow", "--dbname=airflow"]
+    password = {**os.environ, "PGPASSWORD": variables["POSTGRES_PASSWORD"]}
+    subprocess.run([program(name), *where, *arguments], env=password, check=True)
+
+
+def command(environment: dict[str, str], *arguments: str) -> str:
+    """What a command of Airflow's says."""
+    airflow = str(Path(sys.executable).with_name("airflow"))
+    return subprocess.run([airflow, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
