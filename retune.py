@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from include.errors import NoPermission, RetuneError
-from include.objects import entries
-from include.recipe import find, load, typed
-from include.settings import HEADLESS, PROJECT, recipe_files, var
-from include.store import Store
+from include.paths import HEADLESS, PROJECT, recipe_files, var
+from include.recipe import find_recipe, load_recipe, parse_overrides
+from include.storage.artifacts import Store
+from include.storage.object_store import list_dir
 from tasks.approve import refuse_where_nobody_asks
 from tasks.rollback import rollback
 
@@ -68,9 +68,9 @@ def airflow_environment(home: Path, port: int = 8080) -> dict[str, str]:
 
 def run(recipe_name: str, values: list[str]) -> int:
     """Run a recipe's DAG to its end without UI, showing each stage as it goes; 0 when it was published and verified."""
-    file, overrides = find(recipe_name), typed(values)
+    file, overrides = find_recipe(recipe_name), parse_overrides(values)
     # a typing error is told now, not after Airflow has started
-    refuse_where_nobody_asks(load(file, overrides))
+    refuse_where_nobody_asks(load_recipe(file, overrides))
     environment = airflow_environment(var() / "airflow" / "headless") | {HEADLESS: "1"}
     if file not in recipe_files():
         environment["RETUNE_RECIPES"] = ":".join(filter(None, [os.environ.get("RETUNE_RECIPES"), str(file)]))
@@ -121,7 +121,7 @@ def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) ->
 
 def _runs(store: Store, recipe: str) -> set[str]:
     with store.reading():
-        return set(entries(store.path(recipe, "runs")))
+        return set(list_dir(store.path(recipe, "runs")))
 
 
 def _follow(airflow: subprocess.Popen[bytes], store: Store, recipe: str, before: set[str]) -> None:
@@ -142,7 +142,7 @@ def _follow(airflow: subprocess.Popen[bytes], store: Store, recipe: str, before:
                         told.add(key)
                         reused = "reused, " if record.get("reused") else ""
                         mark = "[green]✓[/]" if state == "done" else "[red]✗[/]"
-                        line = escape(candidate + reused + record["line"])
+                        line = escape(candidate + reused + record["summary"])
                         console.print(f"{mark} {stage:<12}{record['seconds']:>7.1f} s  {line}", soft_wrap=True)
                     elif spinner and state == "running":
                         spinner.update(f"{stage:<12} {escape(candidate + record['line'])}")

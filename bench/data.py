@@ -150,19 +150,19 @@ def retune(path: Path, var: Path) -> dict[str, Any]:
     os.environ.update(environment)
     from tasks.resolve import resolve
 
-    trail, found = resolve("bench", {}, "bench"), {}
+    lineage, found = resolve("bench", {}, "bench"), {}
     for stage in ("download", "validate", "standardize", "template"):
-        measure = in_process("task", stage, json.dumps(trail))
-        trail, found[stage] = measure.pop("trail"), measure
+        measure = in_process("task", stage, json.dumps(lineage))
+        lineage, found[stage] = measure.pop("lineage"), measure
     found["compared"] = in_process("compare", str(var))["rows"]
     return found
 
 
-def task(stage: str, trail: str) -> dict[str, Any]:
-    """A stage as a task of Airflow runs it: from the trail of the stages before it."""
+def task(stage: str, lineage: str) -> dict[str, Any]:
+    """A stage as a task of Airflow runs it: from the lineage of the stages before it."""
     import importlib
 
-    return {"trail": getattr(importlib.import_module(f"tasks.{stage}"), stage)(json.loads(trail))}
+    return {"lineage": getattr(importlib.import_module(f"tasks.{stage}"), stage)(json.loads(lineage))}
 
 
 def compare(state: str) -> dict[str, Any]:
@@ -173,14 +173,15 @@ def compare(state: str) -> dict[str, Any]:
     """
     from transformers import PreTrainedTokenizerFast
 
-    from include.rows import load, read_table
-    from include.sharegpt import conversations_in
+    from include.chat.tokenized import load_rows
+    from include.data.sharegpt import conversations_in
+    from include.data.tables import read_table
 
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(TOKENIZER)
     tokenizer.chat_template = (PROJECT / "include" / "templates" / "llama-3.1.jinja").read_text()
     (prepared,) = Path(state).glob("store/bench/template/*/train")
     (messages,) = Path(state).glob("store/bench/standardize/*/messages")
-    rows = load(prepared)
+    rows = load_rows(prepared)
     chosen = rows.select(random.Random(1).sample(range(len(rows)), min(SAMPLE, len(rows))))
     wanted = dict(zip(chosen["row"], chosen["input_ids"], strict=True))
     for file in messages.iterdir():

@@ -30,20 +30,20 @@ STAGES = ("standardize", "template")
 SHARE_NEAR = 0.01  # of made-up rows, copies of others
 
 
-def task(core: str, stage: str, way: str, trail: str, step: str, shard: str) -> Any:
+def task(core: str, stage: str, way: str, lineage: str, step: str, shard: str) -> Any:
     """A task of a stage, on a core."""
     os.sched_setaffinity(0, {int(core)})
     of = getattr(import_module(f"tasks.{stage}"), stage)
     if way == "do":
-        return of.do(json.loads(trail), next(one for one in of.steps if one.name == step), json.loads(shard))
-    return getattr(of, way)(json.loads(trail))
+        return of.do(json.loads(lineage), next(one for one in of.steps if one.name == step), json.loads(shard))
+    return getattr(of, way)(json.loads(lineage))
 
 
 def marks(core: str, rows: str) -> dict[str, float]:
     """Compare so many made-up signatures; returns `seconds`, without the imports."""
     import numpy as np
 
-    from include.duplicates import SLOTS, near_duplicates
+    from include.data.deduplication import SLOTS, near_duplicates
 
     chooser, count = np.random.default_rng(0), int(rows)
     made = chooser.integers(1, 2**32, (count, SLOTS), np.uint32)
@@ -59,7 +59,7 @@ def suite(core: str, rows: str) -> dict[str, float]:
     import numpy as np
     import pandas as pd
 
-    from include.expectations import PREPARED_ROWS, Suite
+    from include.data.expectations import PREPARED_ROWS, Suite
 
     columns: dict[str, Any] = {rule.column: np.zeros(int(rows), np.int32) for rule in PREPARED_ROWS}
     columns["tokens_over"][::100] = 1
@@ -96,7 +96,7 @@ def process(var: Path, way: str, *arguments: Any) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def share(folder: Path, trail: dict[str, str], workers: int) -> dict[str, dict[str, float]]:
+def share(folder: Path, lineage: dict[str, str], workers: int) -> dict[str, dict[str, float]]:
     """Both stages, with so many workers: for each step `seconds`, `cpu_seconds` on the longest way, `peak_mb`."""
     found: dict[str, dict[str, float]] = {}
     for stage in STAGES:
@@ -104,7 +104,7 @@ def share(folder: Path, trail: dict[str, str], workers: int) -> dict[str, dict[s
     for stage in STAGES:
         of = getattr(import_module(f"tasks.{stage}"), stage)
 
-        known = json.dumps(trail)
+        known = json.dumps(lineage)
 
         def once(way: str, step: str = "", stage: str = stage, known: str = known) -> Any:
             cost = process(folder / "worker-0", "task", 0, stage, way, known, step, "null")
@@ -132,7 +132,7 @@ def share(folder: Path, trail: dict[str, str], workers: int) -> dict[str, dict[s
                 "cpu_seconds": max(sum(cost["cpu_seconds"] for cost in lane) for lane in lanes),
                 "peak_mb": max(cost["peak_mb"] for lane in lanes for cost in lane),
             }
-        trail = once("finish")
+        lineage = once("finish")
     return found
 
 
@@ -160,10 +160,10 @@ def main() -> None:
         os.environ.update(RETUNE_VAR=name, RETUNE_STORE=f"file://{name}/store", RETUNE_RECIPES=str(recipe))
         from tasks.__main__ import run
 
-        trail = run("bench", {}, "bench", "validate")
+        lineage = run("bench", {}, "bench", "validate")
         for _ in range(arguments.rounds):
             for workers, costs in rounds.items():
-                costs.append(share(folder, trail, workers))
+                costs.append(share(folder, lineage, workers))
     alone = [
         {"what": way, "rows": rows, "seconds": cost["said"]["seconds"], "peak_mb": cost["peak_mb"]}
         for rows in arguments.alone for way in ("marks", "suite")

@@ -75,8 +75,8 @@ def make_rows(folder: str, rows: str, longest: str) -> None:
     """
     import numpy as np
 
-    from include.chat import Encoded
-    from include.rows import batch, write
+    from include.chat.chat_format import Encoded
+    from include.chat.tokenized import batch, write_rows
 
     random = np.random.default_rng(0)
     lengths = (np.clip(random.lognormal(5.8, 0.75, int(rows)), 20, 2040) * int(longest) / 2040).astype(int)
@@ -84,7 +84,7 @@ def make_rows(folder: str, rows: str, longest: str) -> None:
     ids = random.integers(10, 8000, ends[-1]).astype(np.int32)
     trained = np.arange(len(ids)) - np.repeat(ends - lengths, lengths) >= np.repeat(lengths * 3 // 8, lengths)
     Path(folder).mkdir()
-    write(Path(folder) / "00000.arrow", [batch(Encoded(ids, trained, ends), numbers, numbers)])
+    write_rows(Path(folder) / "00000.arrow", [batch(Encoded(ids, trained, ends), numbers, numbers)])
 
 
 def train(recipe: dict[str, Any], work: Path, out: Path) -> dict[str, Any]:
@@ -127,8 +127,8 @@ def trl(folder: str, out: str, steps: str, length: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
+    from include.chat.tokenized import load_rows
     from include.recipe import PROJECTIONS
-    from include.rows import load
 
     class Meter(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -152,7 +152,7 @@ def trl(folder: str, out: str, steps: str, length: str) -> None:
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, processing_class=AutoTokenizer.from_pretrained(f"{folder}/base"), callbacks=[meter],
-        train_dataset=pack_dataset(load(f"{folder}/rows").select_columns(["input_ids", "labels"]), int(length)),
+        train_dataset=pack_dataset(load_rows(f"{folder}/rows").select_columns(["input_ids", "labels"]), int(length)),
         peft_config=LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM", target_modules=PROJECTIONS),
         args=SFTConfig(
             output_dir=out, per_device_train_batch_size=4, max_steps=int(steps), warmup_steps=5,
@@ -199,13 +199,13 @@ def main() -> None:
     import torch
 
     from include.errors import RetuneError
-    from include.recipe import check
+    from include.recipe import validate_recipe
 
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     device, length = ("cuda", 2048) if torch.cuda.is_available() else ("cpu", 256)
     if not arguments.out:
         arguments.out = PROJECT / ("bench" if device == "cuda" else "var") / "train.json"
-    recipe = check({"name": "bench"}, "bench").model_dump(mode="json")
+    recipe = validate_recipe({"name": "bench"}, "bench").model_dump(mode="json")
     name = torch.cuda.get_device_name() if device == "cuda" else "no GPU: a tiny Llama on the CPU"
     print(f"{name}, torch {torch.__version__}")
     runs: dict[str, list[Any]] = {way: [] for way in WAYS}

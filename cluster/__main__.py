@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from cluster.native import cluster
 from include.errors import RetuneError
-from include.settings import var
+from include.paths import var
 
 console = Console(highlight=False)
 

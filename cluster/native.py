@@ -31,7 +31,7 @@ from dotenv import dotenv_values
 
 from cluster.env import write_env
 from include.errors import RetuneError
-from include.settings import PROJECT
+from include.paths import PROJECT
 
 COMPOSE = PROJECT / "docker-compose.yaml"
 VARIABLE = re.compile(r"\$\$|\$\{(\w+)(?:(:[-?])([^}]*))?\}")

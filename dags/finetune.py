@@ -14,18 +14,20 @@ from typing import Any
 from airflow.sdk import DAG, Asset, AssetOrTimeSchedule, AssetWatcher, CronTriggerTimetable, Param, task, task_group
 from airflow.sdk.exceptions import AirflowSkipException
 
-from dags import metrics
-from dags.common import NOTE, RETRIES, hub_account
-from include.errors import NothingNew, RetuneError
-from include.recipe import TIMEOUT_HOURS, Recipe, form, load
+from include.base_model import DEMO_BASE
+from include.errors import RetuneError, UpToDate
+from include.paths import recipe_files
+from include.pipeline.sharding import Sharded, Step
+from include.pipeline.stage import Stage
+from include.recipe import TIMEOUT_HOURS, Recipe, form, load_recipe
 from include.registry import registry_uri
-from include.settings import recipe_files
-from include.shards import Sharded, Step
-from include.sources import DEMO_BASE
-from include.stage import Stage
-from plugins.alerts import AGAIN, SUMMARY, Alert, deadline
+from plugins import metrics
+from plugins.alerts import SUMMARY, TASK_RETRIES, Alert, deadline
 from plugins.approval import Approval
+from plugins.credentials import hub_account
 from plugins.dataset_watch import NewRevision
+from plugins.links import NOTE
+from plugins.retry_policy import RETRIES
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.pretrain import pretrain
@@ -71,28 +73,28 @@ def finetune(recipe: Recipe) -> DAG:
 
         gpu = GPU | ({"map_index_template": LABEL} if recipe.sweep else {})
 
-        def candidate(trail: Any) -> Any:
-            adapter = on(train, **gpu)(trail)
+        def candidate(lineage: Any) -> Any:
+            adapter = on(train, **gpu)(lineage)
             answers = on(smoke_test, **gpu)(adapter)
             return on(evaluate, **gpu)(answers)
 
         short = hours(recipe, "resolve")
-        frozen = _resolve.override(execution_timeout=short)(recipe.name)
-        raw = on(download)(frozen)
+        pinned = _resolve.override(execution_timeout=short)(recipe.name)
+        raw = on(download)(pinned)
         good = on(validate)(raw)
         shared = in_shards if recipe.shard_rows else as_task
         messages = shared(standardize, execution_timeout=hours(recipe, "standardize"))(good)
         tokens = shared(template, execution_timeout=hours(recipe, "template"))(messages)
         if recipe.sweep:
             grid = _candidates.override(execution_timeout=short)(tokens)
-            verdict = _choose.override(execution_timeout=short)(grid, task_group(candidate).expand(trail=grid))
+            verdict = _choose.override(execution_timeout=short)(grid, task_group(candidate).expand(lineage=grid))
         else:
             verdict = candidate(tokens)
-        approved = Approval(task_id="approve", trail=verdict)
+        approved = Approval(task_id="approve", lineage=verdict)
         version = on(publish)(approved.output)
         proof = on(verify)(version)
         if recipe.base_model == DEMO_BASE:
-            frozen >> on(pretrain)(frozen) >> good  # the first that may look at the base: at its chat template
+            pinned >> on(pretrain)(pinned) >> good  # the first that may look at the base: at its chat template
         # teardowns run after a failure, too, and neither hide it nor make one of the run
         proof >> _report(recipe.name).as_teardown() >> _alert(Alert.settings(recipe)).as_teardown()
     return dag
@@ -118,11 +120,11 @@ def as_task(stage: Stage, **options: Any) -> Callable[..., Any]:
     """A stage as a task."""
 
     @task(task_id=stage.name, doc_md=stage.__doc__, **options)
-    def run(trail: Any):  # no return annotation: Airflow would push each key of the trail as a value of its own
+    def run(lineage: Any):  # no return annotation: Airflow would push each key of the lineage as a value of its own
         with hub_account():
-            trail = stage(trail)
-        metrics.stage_done(stage.name, trail)
-        return trail
+            lineage = stage(lineage)
+        metrics.stage_done(stage.name, lineage)
+        return lineage
 
     return run
 
@@ -133,36 +135,36 @@ def in_shards(stage: Sharded, **options: Any) -> Callable[..., Any]:
     after = {"trigger_rule": "none_failed_min_one_success", **options}
 
     @task(task_id="plan", doc_md=stage.plan.__doc__, **options)
-    def plan(trail: Any):
+    def plan(lineage: Any):
         with hub_account():
-            return stage.plan(trail)
+            return stage.plan(lineage)
 
     @task(task_id="finish", doc_md=stage.finish.__doc__, **after)
-    def finish(trail: Any):
+    def finish(lineage: Any):
         with hub_account():
-            trail = stage.finish(trail)
-        metrics.stage_done(stage.name, trail)
-        return trail
+            lineage = stage.finish(lineage)
+        metrics.stage_done(stage.name, lineage)
+        return lineage
 
     def as_step(step: Step, **own: Any) -> Any:
         @task(task_id=step.name, doc_md=step.__doc__, **own)
-        def run(trail: Any, shard: Any = None) -> None:
+        def run(lineage: Any, shard: Any = None) -> None:
             with hub_account():
-                stage.do(trail, step, shard)
+                stage.do(lineage, step, shard)
 
         return run
 
     @task_group(group_id=stage.name, tooltip=f"{stage.name}, shared by all workers of the queue")
-    def steps(trail: Any) -> Any:
-        last = shards = plan(trail)
+    def steps(lineage: Any) -> Any:
+        last = shards = plan(lineage)
         for step in stage.steps[len(stage.ahead) :]:
             if step.mapped:
-                done = as_step(step, map_index_template=SHARD, **options).partial(trail=trail).expand(shard=shards)
+                done = as_step(step, map_index_template=SHARD, **options).partial(lineage=lineage).expand(shard=shards)
             else:
-                done = as_step(step, **after)(trail)
+                done = as_step(step, **after)(lineage)
             last >> done
             last = done
-        end = finish(trail)
+        end = finish(lineage)
         last >> end
         return end
 
@@ -178,20 +180,20 @@ def _resolve(name: str, params: Any = None, run_id: Any = None, triggering_asset
     try:
         with hub_account():
             return resolve(name, values, run_id, revision=revision, force=force)
-    except NothingNew as nothing:
+    except UpToDate as nothing:
         raise AirflowSkipException(str(nothing)) from None
 
 
 @task(task_id="candidates", doc_md=candidates.__doc__)
-def _candidates(trail: Any):
-    return candidates(trail)
+def _candidates(lineage: Any):
+    return candidates(lineage)
 
 
 # a grid is enough: candidates that failed, even all of them, are the function's to tell of
 @task(task_id="choose", doc_md=choose.__doc__, trigger_rule="all_done_min_one_success")
-def _choose(grid: Any, trails: Any):
+def _choose(grid: Any, lineages: Any):
     # Airflow hands over one XCom of a mapped task as it is, without a list, and none as None
-    return choose(list(grid), [trails] if isinstance(trails, dict) else trails or [])
+    return choose(list(grid), [lineages] if isinstance(lineages, dict) else lineages or [])
 
 
 @task(task_id="report", doc_md=report.__doc__, retries=1)
@@ -203,7 +205,7 @@ def _report(name: str, run_id: Any = None, ti: Any = None) -> str:
     return summary["report"]
 
 
-@task(task_id="alert", doc_md=Alert.__doc__, retries=AGAIN, execution_timeout=timedelta(minutes=15))
+@task(task_id="alert", doc_md=Alert.__doc__, retries=TASK_RETRIES, execution_timeout=timedelta(minutes=15))
 def _alert(settings: dict[str, Any], **context: Any) -> None:
     Alert(**settings).notify(context)
 
@@ -259,7 +261,7 @@ def _broken(file: Path, error: RetuneError) -> DAG:
 
         @task(task_id="resolve", retries=0)
         def fail() -> None:
-            load(file)
+            load_recipe(file)
 
         fail()
     return dag
@@ -267,7 +269,7 @@ def _broken(file: Path, error: RetuneError) -> DAG:
 
 for _file in recipe_files():
     try:
-        _dag = finetune(load(_file))
+        _dag = finetune(load_recipe(_file))
     except RetuneError as _error:
         _dag = _broken(_file, _error)
     globals()[f"dag_{_dag.dag_id}"] = _dag

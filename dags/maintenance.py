@@ -7,8 +7,9 @@ from typing import Any
 
 from airflow.sdk import DAG, CronTriggerTimetable, Param, task
 
-from dags.common import RETRIES, hub_account
-from include.settings import recipe_files
+from include.paths import recipe_files
+from plugins.credentials import hub_account
+from plugins.retry_policy import RETRIES
 from tasks.maintain import maintain_disk, maintain_store
 
 DOC = """### Maintenance

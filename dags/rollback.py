@@ -7,12 +7,13 @@ from typing import Any
 
 from airflow.sdk import DAG, Param, task
 
-from dags.common import RETRIES, hub_account
 from include.errors import RetuneError
-from include.recipe import load
+from include.paths import recipe_files
+from include.pipeline.stage import log
+from include.recipe import load_recipe
 from include.registry import open_registry, registry_uri
-from include.settings import recipe_files
-from include.stage import log
+from plugins.credentials import hub_account
+from plugins.retry_policy import RETRIES
 from tasks.rollback import rollback
 
 DOC = """### Rollback
@@ -31,7 +32,7 @@ def _choices() -> tuple[list[str], list[str]]:
     names, versions = [], set()
     for file in recipe_files():
         with suppress(RetuneError):
-            recipe = load(file)
+            recipe = load_recipe(file)
             names.append(file.stem)
             if registry_uri(recipe).startswith("file://"):
                 versions |= {version.name for version in open_registry(registry_uri(recipe)).versions()}

@@ -43,7 +43,7 @@ class BadData(PermanentError):
     """The dataset cannot be trained on."""
 
 
-class Missing(PermanentError):
+class NotFound(PermanentError):
     """A file, folder, dataset, model or version that was named does not exist."""
 
 
@@ -51,7 +51,7 @@ class NoPermission(PermanentError):
     """The account or the file system does not allow it."""
 
 
-class Refused(PermanentError):
+class GateRefused(PermanentError):
     """The candidate may not go live: the gate did not let it through, or a person has taken it back."""
 
 
@@ -59,11 +59,11 @@ class Rejected(PermanentError):
     """A person was asked whether the candidate may go live, and said no."""
 
 
-class Unanswered(PermanentError):
+class ApprovalTimeout(PermanentError):
     """A person was to be asked whether the candidate may go live, and nobody answered."""
 
 
-class Overtaken(RetuneError):
+class Conflict(RetuneError):
     """The world has moved on since an earlier stage looked: something else went live, a file has changed.
 
     A new run, or clearing that stage, looks again and may succeed; a retry of this one alone cannot.
@@ -72,7 +72,7 @@ class Overtaken(RetuneError):
     retryable = True
 
 
-class NothingNew(RetuneError):
+class UpToDate(RetuneError):
     """Recipe, data and base are those of a run whose candidate was published or refused; there is nothing to do."""
 
 
@@ -88,7 +88,7 @@ class ProcessLost(TransientError):
     """The training process died or was told to stop; the next try goes on from its last checkpoint."""
 
 
-class Hung(ProcessLost):
+class ProcessTimeout(ProcessLost):
     """The training process gave no sign of life for too long and was ended."""
 
 

@@ -24,19 +24,19 @@ from tenacity.stop import stop_after_attempt
 from tenacity.wait import wait_exponential_jitter
 
 from include.errors import PermanentError, TransientError
+from include.paths import HEADLESS
+from include.pipeline.stage import log
 from include.recipe import Recipe
-from include.settings import HEADLESS
-from include.stage import log
-from include.store import Store
+from include.storage.artifacts import Store
 
 SUMMARY = "summary"  # key of the XCom in which `report` leaves what it found
-TOLD = "told"  # key in the task's state: which channels know of which report
+NOTIFIED = "told"  # key in the task's state: which channels know of which report
 MAIL = "smtp_default"  # the connection
 KINDS = {"published": "published", "refused": "refused", "rejected": "refused", "failed": "failed"}  # of a verdict
 LEVELS = {"published": logging.INFO, "refused": logging.WARNING, "late": logging.WARNING, "failed": logging.ERROR}
-LONGEST = 1500  # characters of a reason; the report has all of it
+MAX_REASON_CHARS = 1500  # characters of a reason; the report has all of it
 TRIES = 3  # of one sending, seconds apart
-AGAIN = 3  # times that what was not sent is tried again, some 20 s later, 40 s, 80 s
+TASK_RETRIES = 3  # times that what was not sent is tried again, some 20 s later, 40 s, 80 s
 WEBHOOK_SECONDS = 10
 
 
@@ -121,16 +121,16 @@ class Alert(BaseNotifier):
         summary = context["ti"].xcom_pull(task_ids="report", key=SUMMARY)
         if message := ended(self.recipe, context["run_id"], summary):
             store, of = context["task_state_store"], summary["finished_at"] if summary else ""
-            known = store.get(TOLD) or {}
+            known = store.get(NOTIFIED) or {}
             self.told = known["channels"] if known.get("of") == of else []
-            self._tell(message, lambda: store.set(TOLD, {"of": of, "channels": self.told}))
+            self._tell(message, lambda: store.set(NOTIFIED, {"of": of, "channels": self.told}))
         else:
             log.info("%s: nobody is told", summary["verdict"])
 
     async def async_notify(self, context: Any) -> None:
         """The same in the triggerer, whose other triggers go on meanwhile; there it tries again by itself."""
         again = AsyncRetrying(
-            retry=retry_if_exception_type(TransientError), stop=stop_after_attempt(AGAIN + 1),
+            retry=retry_if_exception_type(TransientError), stop=stop_after_attempt(TASK_RETRIES + 1),
             wait=wait_exponential_jitter(initial=20, max=600), reraise=True,
         )  # fmt: skip
         await again(asyncio.to_thread, self.notify, context)
@@ -189,14 +189,14 @@ def ended(recipe: str, run_id: str, summary: dict[str, Any] | None) -> Message |
         return None
     if kind == "published":
         subject = f"{recipe} published {summary['version']}"
-        news = {"result": stages["evaluate"]["line"], "place": summary["place"]}
+        news = {"result": stages["evaluate"]["summary"], "place": summary["place"]}
     else:
         at, _ = _at(stages)
         subject = f"{recipe} failed {at}" if kind == "failed" else f"{recipe} {verdict}"
         error = summary["error"] or {"what": "the task was stopped, or its worker was lost", "do": "See the task's log"}
         news = {"reason": error["what"], "what to do": error["do"]}
-        if kind == "refused" and stages.get("evaluate", {}).get("line"):
-            news["result"] = stages["evaluate"]["line"]
+        if kind == "refused" and stages.get("evaluate", {}).get("summary"):
+            news["result"] = stages["evaluate"]["summary"]
     return _message(kind, subject, news, recipe, run_id, at, summary["report"])
 
 
@@ -222,7 +222,11 @@ def late(recipe: str, run: dict[str, Any], deadline: Any, records: dict[str, dic
 def _message(
     kind: str, subject: str, news: dict[str, str], recipe: str, run_id: str, at: str, report: str = ""
 ) -> Message:
-    short = {label: text if len(text) <= LONGEST else text[:LONGEST] + " ..." for label, text in news.items() if text}
+    short = {
+        label: text if len(text) <= MAX_REASON_CHARS else text[:MAX_REASON_CHARS] + " ..."
+        for label, text in news.items()
+        if text
+    }
     where = {"recipe": recipe, "stage": at.removeprefix("in "), "run": run_id, "report": report.removeprefix("file://")}
     known = {label: text for label, text in where.items() if text}
     return Message(kind, f"Retune: {subject}", short, known, _link(recipe, run_id))
@@ -234,7 +238,7 @@ def _at(stages: dict[str, dict[str, Any]]) -> tuple[str, str]:
     name = next(iter(stuck or [*stages][::-1]), None)
     if name is None:
         return "before its first stage", ""
-    return f"{'in' if stuck else 'after'} {name}", stages[name].get("line") or ""
+    return f"{'in' if stuck else 'after'} {name}", stages[name].get("summary") or ""
 
 
 def _records(recipe: str, run_id: str) -> dict[str, dict[str, Any]]:

@@ -7,35 +7,36 @@ from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 
-from dags.common import hub_account, report_address
 from include.errors import PermanentError, TransientError
+from plugins.credentials import hub_account
+from plugins.links import report_address
 from tasks.approve import Answer, approve, ask
 
 
 class Approval(ApprovalOperator):
-    """Airflow's approval, asked only where `tasks.approve` has a question; passes the trail on.
+    """Airflow's approval, asked only where `tasks.approve` has a question; passes the lineage on.
 
     It waits in `awaiting_input`, without a worker's slot. Approved, it succeeds; rejected or unanswered, it fails and
     is not tried again. Cleared, it asks anew.
 
     Args:
-        trail: what `evaluate` returned.
+        lineage: what `evaluate` returned.
     """
 
-    template_fields = ("trail",)  # not the question: what a model says is no template
+    template_fields = ("lineage",)  # not the question: what a model says is no template
 
-    def __init__(self, *, trail: Any, **options: Any):
+    def __init__(self, *, lineage: Any, **options: Any):
         super().__init__(subject="May this candidate go live?", defaults=self.REJECT, **options)
-        self.trail = trail
+        self.lineage = lineage
         self.doc_md = approve.__doc__
 
     def execute(self, context: Any) -> Any:
-        """Ask and wait, or pass the trail on."""
+        """Ask and wait, or pass the lineage on."""
         run = context["dag_run"]
         with hub_account():
-            question = ask(self.trail, report_address(run.dag_id, run.run_id))
+            question = ask(self.lineage, report_address(run.dag_id, run.run_id))
             if question is None:
-                return approve(self.trail)
+                return approve(self.lineage)
         self.subject, self.body = question.subject, question.body
         self.response_timeout = timedelta(hours=question.hours)
         return super().execute(context)
@@ -46,7 +47,7 @@ class Approval(ApprovalOperator):
         approved = event["chosen_options"] == [self.APPROVE]
         answer = Answer(approved, user and user["name"], event["responded_at"])
         try:
-            return approve(self.trail, answer)
+            return approve(self.lineage, answer)
         except TransientError as error:
             if approved:
                 raise

@@ -11,12 +11,12 @@ from typing import Any
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseEventTrigger, TriggerEvent
 
-from dags.common import hub_account
+from include.data.sources import located, pin_dataset
 from include.errors import RetuneError
-from include.outcomes import settled
-from include.recipe import find, load
-from include.sources import located, pin_dataset
-from include.store import Store
+from include.pipeline.outcomes import completed_revisions
+from include.recipe import find_recipe, load_recipe
+from include.storage.artifacts import Store
+from plugins.credentials import hub_account
 
 FIRED = "fired"  # key in the asset's state: the revision that was last fired for, how often, and when
 SHORTEST_PAUSE, LONGEST_PAUSE = 30.0, 86_400.0  # seconds between two runs for a revision; an event is no run at once
@@ -59,9 +59,9 @@ class NewRevision(BaseEventTrigger):
 
     def _look(self) -> dict[str, Any] | None:
         with _one_look_at_a_time, hub_account():
-            recipe = load(find(self.recipe))
+            recipe = load_recipe(find_recipe(self.recipe))
             new = pin_dataset(recipe)
-        done = [entry["revision"] for entry in settled(Store(), self.recipe, located(recipe.dataset))]
+        done = [entry["revision"] for entry in completed_revisions(Store(), self.recipe, located(recipe.dataset))]
         if new in done or RuntimeTaskInstance.get_dr_count(self.recipe, states=["queued", "running"]):
             return None
         assert self.asset_state_store is not None

@@ -9,10 +9,10 @@ from typing import Any
 
 from airflow.plugins_manager import AirflowPlugin
 
-from dags.common import REPORTS, report_address
 from include.errors import RetuneError
 from include.recipe import NAME
-from include.store import Store
+from include.storage.artifacts import Store
+from plugins.links import REPORTS, report_address
 
 # the page is static and shows what models and datasets say: nothing in it may run, load, send or be framed elsewhere
 HEADERS = {

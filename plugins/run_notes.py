@@ -9,7 +9,7 @@ from airflow.models.xcom import XComModel
 from airflow.plugins_manager import AirflowPlugin
 from sqlalchemy.orm import object_session
 
-from dags.common import NOTE
+from plugins.links import NOTE
 
 
 class _Listener:

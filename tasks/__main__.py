@@ -13,41 +13,41 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+from include.base_model import DEMO_BASE
 from include.errors import PermanentError, RetuneError
-from include.recipe import find, load, typed
-from include.sources import DEMO_BASE
-from include.stage import Stage, Trail
+from include.pipeline.stage import Lineage, Stage
+from include.recipe import find_recipe, load_recipe, parse_overrides
 from tasks.approve import refuse_where_nobody_asks
 from tasks.report import STAGES, report
 from tasks.resolve import resolve
 from tasks.sweep import candidates, choose
 
 
-def run(recipe: str, values: dict[str, Any], run_id: str, until: str = STAGES[-1]) -> Trail:
-    """The trail of a recipe's stages up to one of them; errors are those of the stages."""
-    trails = [resolve(recipe, values, run_id, to_publish=STAGES.index(until) >= STAGES.index("publish"))]
-    asked, grid = load(find(recipe), values), []
+def run(recipe: str, values: dict[str, Any], run_id: str, until: str = STAGES[-1]) -> Lineage:
+    """The lineage of a recipe's stages up to one of them; errors are those of the stages."""
+    lineages = [resolve(recipe, values, run_id, to_publish=STAGES.index(until) >= STAGES.index("publish"))]
+    asked, grid = load_recipe(find_recipe(recipe), values), []
     left_out = {"pretrain": asked.base_model != DEMO_BASE, "candidates": not asked.sweep, "choose": not asked.sweep}
     for name in STAGES[1 : STAGES.index(until) + 1]:
         if left_out.get(name):
             continue
         if name == "candidates":
-            trails = grid = candidates(trails[0])
+            lineages = grid = candidates(lineages[0])
         elif name == "choose":
-            trails = [choose(grid, trails)]
+            lineages = [choose(grid, lineages)]
         else:
             stage = getattr(importlib.import_module(f"tasks.{name}"), name)
-            trails = list(_through(stage, trails))
-    return trails[0] if trails else choose(grid, trails)
+            lineages = list(_through(stage, lineages))
+    return lineages[0] if lineages else choose(grid, lineages)
 
 
-def _through(stage: Stage, trails: list[Trail]) -> Iterator[Trail]:
-    """The trails after a stage; a candidate of a sweep that fails does not end the others."""
-    for trail in trails:
+def _through(stage: Stage, lineages: list[Lineage]) -> Iterator[Lineage]:
+    """The lineages after a stage; a candidate of a sweep that fails does not end the others."""
+    for lineage in lineages:
         try:
-            yield stage(trail)
+            yield stage(lineage)
         except PermanentError:  # after any other, a new run goes on from there
-            if "candidate" not in trail:
+            if "candidate" not in lineage:
                 raise
 
 
@@ -61,9 +61,9 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("airflow.task.retune").setLevel(logging.INFO)
     try:
-        values = typed(arguments.set)
+        values = parse_overrides(arguments.set)
         if STAGES.index(arguments.until) >= STAGES.index("approve"):
-            refuse_where_nobody_asks(load(find(arguments.recipe), values))
+            refuse_where_nobody_asks(load_recipe(find_recipe(arguments.recipe), values))
     except RetuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from include.errors import Overtaken, PermanentError, Rejected, Unanswered
+from include.errors import ApprovalTimeout, Conflict, PermanentError, Rejected
+from include.paths import var
+from include.pipeline.stage import Lineage, Record, artifact_of, log, pinned_recipe, recorded
 from include.recipe import Recipe
 from include.registry import open_registry
-from include.report import question_page
-from include.settings import var
-from include.stage import Record, Trail, artifact_of, frozen_recipe, log, recorded
-from include.store import Artifact, Store, fingerprint
+from include.reporting.pages import approval_page
+from include.storage.artifacts import Artifact, Store
+from include.storage.files import fingerprint
 from tasks.evaluate import candidate_content
 from tasks.report import report
 
@@ -50,13 +51,13 @@ class _Case:
 
     @property
     def regressions(self) -> list[str]:
-        return regressions(self.smoke_test.facts, self.evaluate.facts)
+        return regressions(self.smoke_test.metadata, self.evaluate.metadata)
 
     def why_nobody(self) -> str | None:
         """Why no person is asked; None where one is."""
         if self.recipe.approve == "never":
             return "the recipe asks for no approval"
-        if not self.evaluate.facts["verdict"]["publish"]:
+        if not self.evaluate.metadata["verdict"]["publish"]:
             return "the gate refuses the candidate"
         if self.recipe.approve == "on_regression" and not self.regressions:
             return "nothing of it is worse"
@@ -66,7 +67,7 @@ class _Case:
         return None
 
 
-def ask(trail: Trail, report_address: str) -> Question | None:
+def ask(lineage: Lineage, report_address: str) -> Question | None:
     """What a person must be asked before the candidate goes live; None where nobody needs to be.
 
     The run's report is made, so that it can be looked at, and the run is recorded as waiting.
@@ -75,23 +76,23 @@ def ask(trail: Trail, report_address: str) -> Question | None:
         report_address: where the report can be seen; goes into the question.
 
     Raises:
-        Overtaken: the run has asked another question before, which Airflow would show again: it keeps a run's first.
+        Conflict: the run has asked another question before, which Airflow would show again: it keeps a run's first.
     """
-    with _case(trail) as case:
+    with _case(lineage) as case:
         if case.why_nobody():
             return None
         recipe, worse = case.recipe, case.regressions
         until = f"{datetime.now(UTC) + timedelta(hours=recipe.approve_within_hours):%Y-%m-%d %H:%M} UTC"
-        case.record.close("waiting", line=f"waiting for an answer until {until}")
-        measured = case.evaluate.manifest["line"].removesuffix(": better")
-        summary = report(recipe.name, trail["run"], waiting=True)
-        body = question_page(
-            recipe, case.smoke_test.facts, case.evaluate.facts, worse, report_address,
-            made_of=summary["stages"]["resolve"]["line"],
+        case.record.close("waiting", summary=f"waiting for an answer until {until}")
+        measured = case.evaluate.manifest["summary"].removesuffix(": better")
+        summary = report(recipe.name, lineage["run"], waiting=True)
+        body = approval_page(
+            recipe, case.smoke_test.metadata, case.evaluate.metadata, worse, report_address,
+            training_inputs=summary["stages"]["resolve"]["summary"],
         )  # fmt: skip
         asked = case.record.content.setdefault("question", fingerprint(body))
         if asked != fingerprint(body):
-            raise Overtaken(
+            raise Conflict(
                 "the numbers are not those that this run has asked about before, which Airflow would show again",
                 "Start a new run: finished stages are reused",
             )
@@ -100,7 +101,7 @@ def ask(trail: Trail, report_address: str) -> Question | None:
         return Question(f"May this candidate of {recipe.name} go live? {measured}", body, recipe.approve_within_hours)
 
 
-def approve(trail: Trail, answer: Answer | None = None) -> Trail:
+def approve(lineage: Lineage, answer: Answer | None = None) -> Lineage:
     """Record who let the candidate go live, or that nobody had to be asked; `publish` puts it into the manifest.
 
     Args:
@@ -108,37 +109,39 @@ def approve(trail: Trail, answer: Answer | None = None) -> Trail:
 
     Raises:
         Rejected: the person said no.
-        Unanswered: nobody answered in time, or nobody was asked who had to be.
+        ApprovalTimeout: nobody answered in time, or nobody was asked who had to be.
     """
-    with _case(trail) as case:
+    with _case(lineage) as case:
         asked, nothing = answer is not None, "Nothing is published, what was live stays live"
-        facts: dict[str, Any] = {"asked": asked, "regressions": case.regressions}
+        metadata: dict[str, Any] = {"asked": asked, "regressions": case.regressions}
         if answer is None:
             because = case.why_nobody()
             if because is None:
-                raise Unanswered(_where_nobody_asks(case.recipe), "Run it in Airflow's UI (make up)")
-            facts["line"] = f"nobody was asked: {because}"
+                raise ApprovalTimeout(_where_nobody_asks(case.recipe), "Run it in Airflow's UI (make up)")
+            metadata["summary"] = f"nobody was asked: {because}"
         elif answer.by is None:
             hours = case.recipe.approve_within_hours
-            raise Unanswered(f"nobody answered within {hours:g} h", f"{nothing}; clear approve to ask again")
+            raise ApprovalTimeout(f"nobody answered within {hours:g} h", f"{nothing}; clear approve to ask again")
         elif not answer.approved:
             raise Rejected(f"rejected by {answer.by} at {answer.at:%Y-%m-%d %H:%M} UTC", nothing)
         else:
-            facts |= {"by": answer.by, "at": answer.at.isoformat(timespec="seconds")}
-            facts["line"] = f"approved by {answer.by} at {answer.at:%Y-%m-%d %H:%M} UTC"
+            metadata |= {"by": answer.by, "at": answer.at.isoformat(timespec="seconds")}
+            metadata["summary"] = f"approved by {answer.by} at {answer.at:%Y-%m-%d %H:%M} UTC"
         inputs = {"smoke_test": case.smoke_test.fingerprint, "evaluate": case.evaluate.fingerprint}
-        mark, name = fingerprint([inputs, facts]), case.recipe.name
+        mark, name = fingerprint([inputs, metadata]), case.recipe.name
         artifact = case.store.find(name, "approve", mark)
         reused = artifact is not None
         if artifact is None:
             out = var() / "work" / name / "approve" / mark
             out.mkdir(parents=True, exist_ok=True)
             artifact = case.store.commit(
-                out, name, "approve", mark, inputs=inputs, seconds=0.0, line=facts["line"], facts=facts
+                out, name, "approve", mark, inputs=inputs, seconds=0.0, summary=metadata["summary"], metadata=metadata
             )
-        case.record.close("done", reused=reused, line=facts["line"], fingerprint=mark, folder=str(artifact.folder))
-        log.info("approve done: %s", facts["line"])
-    return {**trail, "approve": mark}
+        case.record.close(
+            "done", reused=reused, summary=metadata["summary"], fingerprint=mark, folder=str(artifact.folder)
+        )
+        log.info("approve done: %s", metadata["summary"])
+    return {**lineage, "approve": mark}
 
 
 def regressions(smoke_test: dict[str, Any], evaluate: dict[str, Any]) -> list[str]:
@@ -148,7 +151,7 @@ def regressions(smoke_test: dict[str, Any], evaluate: dict[str, Any]) -> list[st
     require; what the gate has noted.
 
     Args:
-        smoke_test, evaluate: the facts that these stages recorded.
+        smoke_test, evaluate: the metadata that these stages recorded.
     """
     found = []
     against = evaluate["verdict"]["against_live"]
@@ -159,8 +162,8 @@ def regressions(smoke_test: dict[str, Any], evaluate: dict[str, Any]) -> list[st
             f"{evaluate['margin']:+.4f})"
         )
     answers = smoke_test["answers"]
-    for name in dict.fromkeys(name for answer in answers for name in answer["seen"]):
-        seen = [answer["seen"][name] for answer in answers if name in answer["seen"]]
+    for name in dict.fromkeys(name for answer in answers for name in answer["failures"]):
+        seen = [answer["failures"][name] for answer in answers if name in answer["failures"]]
         if name not in smoke_test["required"]:
             found.append(f"{len(seen)} of {len(answers)} answers fail {name}, which is not required: {seen[0]}")
     return found + evaluate["verdict"]["notes"]
@@ -184,11 +187,11 @@ def _where_nobody_asks(recipe: Recipe) -> str:
 
 
 @contextmanager
-def _case(trail: Trail) -> Iterator[_Case]:
+def _case(lineage: Lineage) -> Iterator[_Case]:
     store = Store()
-    earlier = store.records(trail["recipe"], trail["run"]).get("approve", {})
-    with recorded(store, trail["recipe"], trail["run"], "approve") as record:
+    earlier = store.records(lineage["recipe"], lineage["run"]).get("approve", {})
+    with recorded(store, lineage["recipe"], lineage["run"], "approve") as record:
         if "question" in earlier:
             record.content["question"] = earlier["question"]
-        train, smoke_test, evaluate = (artifact_of(store, trail, n) for n in ("train", "smoke_test", "evaluate"))
-        yield _Case(frozen_recipe(store, trail), train, smoke_test, evaluate, record, store)
+        train, smoke_test, evaluate = (artifact_of(store, lineage, n) for n in ("train", "smoke_test", "evaluate"))
+        yield _Case(pinned_recipe(store, lineage), train, smoke_test, evaluate, record, store)

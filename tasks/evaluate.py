@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from include.base_model import fetch_base
 from include.engine import supervise
-from include.gate import judge, rows_needed
-from include.questions import write_with_swapped
+from include.evaluation.gate import judge, rows_needed
+from include.evaluation.prompt_control import write_with_shuffled_prompts
+from include.pipeline.stage import Result, StageContext, stage
 from include.recipe import Gate
 from include.registry import Version, content_digest, open_registry
-from include.sources import fetch_base
-from include.stage import Job, Result, stage
-from include.store import Artifact, to_json
+from include.storage.artifacts import Artifact
+from include.storage.files import to_json
 from tasks.smoke_test import TEMPLATE
 from tasks.template import HOLDOUT
 from tasks.train import ADAPTER
@@ -29,46 +30,46 @@ def candidate_content(train: Artifact) -> str:
     return content_digest(files)
 
 
-def rival(job: Job, train: Artifact) -> Version | None:
+def live_version(context: StageContext, train: Artifact) -> Version | None:
     """What is live now, unless it is the candidate itself."""
-    live = open_registry(str(job.recipe.registry)).live()
+    live = open_registry(str(context.recipe.registry)).live()
     return None if live is None or live.content == candidate_content(train) else live
 
 
 @stage(
     version=2,
-    uses=(
+    recipe_fields=(
         "method", "beta", "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length",
         "max_holdout_rows", *Gate.model_fields,
     ),
-    facts=lambda job, train, **_: (live := rival(job, train)) and [live.revision, live.content],
+    external_inputs=lambda context, train, **_: (live := live_version(context, train)) and [live.revision, live.content],
 )  # fmt: skip
-def evaluate(job: Job, template: Artifact, train: Artifact, smoke_test: Artifact) -> Result:
+def evaluate(context: StageContext, template: Artifact, train: Artifact, smoke_test: Artifact) -> Result:
     """Measure the loss of every holdout row for base, candidate and live adapter, and judge; leave `losses.json`."""
-    recipe = job.recipe
-    registry, live = open_registry(str(recipe.registry)), rival(job, train)
+    recipe = context.recipe
+    registry, live = open_registry(str(recipe.registry)), live_version(context, train)
     adapters = {"candidate": train.local() / ADAPTER}
     if live:
         adapters["live"] = registry.fetch(live.revision)
-    rows, held_out = job.out / "rows", template.local(HOLDOUT) / HOLDOUT
-    count, swapped = write_with_swapped(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
+    rows, held_out = context.out / "rows", template.local(HOLDOUT) / HOLDOUT
+    count, swapped = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
     names = ("base", *adapters)
     measured = supervise.run(
         "losses",
         {
             "recipe": recipe.model_dump(mode="json"),
-            "base": fetch_base(recipe, job.store),
+            "base": fetch_base(recipe, context.store),
             "rows": rows,
             "most": count + len(swapped),
             "adapters": adapters,
         },
-        job.out,
-        job.say,
+        context.out,
+        context.say,
     )
     shutil.rmtree(rows)
     losses = {name: measured["losses"][name][:count] for name in names}
     other_question = {name: measured["losses"][name][count:] for name in names}
-    (job.out / LOSSES).write_bytes(
+    (context.out / LOSSES).write_bytes(
         to_json(
             {
                 "row": measured["row"][:count],
@@ -83,7 +84,7 @@ def evaluate(job: Job, template: Artifact, train: Artifact, smoke_test: Artifact
     if len(swapped) >= rows_needed(recipe.gate_confidence):
         questions = [losses["candidate"][place] for place in swapped], other_question["candidate"]
     verdict = judge(
-        losses, smoke_test.facts["failed"], recipe.gate_confidence, recipe.gate_margin, questions,
+        losses, smoke_test.metadata["failed"], recipe.gate_confidence, recipe.gate_margin, questions,
         recipe.gate_questions_matter,
     )  # fmt: skip
     if live and _template_differs(adapters):
@@ -96,9 +97,9 @@ def evaluate(job: Job, template: Artifact, train: Artifact, smoke_test: Artifact
     if live and verdict.against_live:
         line += f", live {live.name} {verdict.against_live.other:.3f}"
     for reason in verdict.reasons:
-        job.say(f"against it: {reason}")
+        context.say(f"against it: {reason}")
     for note in verdict.notes:
-        job.say(f"WARNING: {note}")
+        context.say(f"WARNING: {note}")
     line += f" on {count} holdout rows: "
     line += (
         "better" if verdict.publish else "refused: " + "; ".join(reason.partition(":")[0] for reason in verdict.reasons)

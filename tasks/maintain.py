@@ -19,13 +19,14 @@ from jinja2.filters import do_filesizeformat
 from upath import UPath
 
 from include.errors import RetuneError
-from include.objects import entries, read_all
-from include.outcomes import FOLDER as OUTCOMES
-from include.recipe import TIMEOUT_HOURS, Recipe, find, load
+from include.paths import recipe_files, var
+from include.pipeline.outcomes import FOLDER as OUTCOMES
+from include.pipeline.stage import log
+from include.recipe import TIMEOUT_HOURS, Recipe, find_recipe, load_recipe
 from include.registry import merged_uri, open_registry, registry_uri
-from include.settings import recipe_files, var
-from include.stage import log
-from include.store import MANIFEST, OLD, Store, remove
+from include.storage.artifacts import Store
+from include.storage.files import MANIFEST, OLD, remove
+from include.storage.object_store import list_dir, read_all
 
 RUNS = "runs"
 HUB_CACHES = ("hub", "huggingface/hub")  # laid out by huggingface_hub; the latter is what `datasets` has fetched
@@ -49,7 +50,7 @@ def maintain_store(recipe: str = "", dry_run: bool = False) -> list[str]:
         A line for each recipe.
 
     Raises:
-        Missing: there is no such recipe.
+        NotFound: there is no such recipe.
         NoPermission, TransientError: the store cannot be written, or does not answer.
     """
     store = Store()
@@ -78,7 +79,7 @@ def maintain_disk(recipe: str = "", dry_run: bool = False) -> list[str]:
         A line for each recipe, and one for caches and logs.
 
     Raises:
-        Missing: there is no such recipe.
+        NotFound: there is no such recipe.
     """
     store = Store()
     lines = []
@@ -98,7 +99,7 @@ class _Unsure(Exception):
 def _recipes(root: UPath, only: str) -> Iterator[Recipe]:
     """The recipes that have a folder below a root. One without a recipe that can be read is named and left alone."""
     if only:
-        find(only)
+        find_recipe(only)
     files = {file.stem: file for file in recipe_files()}
     for folder in _folders(root):
         if only and folder.name != only:
@@ -107,13 +108,13 @@ def _recipes(root: UPath, only: str) -> Iterator[Recipe]:
             log.warning("left alone: %s, there is no recipe of that name", folder)
             continue
         try:
-            yield load(files[folder.name])
+            yield load_recipe(files[folder.name])
         except RetuneError as error:
             log.warning("left alone: %s, its recipe cannot be read: %s", folder, error)
 
 
 def _folders(place: UPath) -> list[UPath]:
-    return [place / name for name, is_folder in sorted(entries(place).items()) if is_folder]
+    return [place / name for name, is_folder in sorted(list_dir(place).items()) if is_folder]
 
 
 def _longest_try(recipe: Recipe) -> timedelta:
@@ -182,7 +183,7 @@ def _runs(store: Store, recipe: Recipe) -> list[_Run]:
         unfinished = ended is None or max(starts, default=ended) > ended + timedelta(seconds=1)
         marks: dict[str, datetime] = {}
         for name, record in records.items():
-            # the records of a sweep's candidates are called `train.<fingerprint of its frozen recipe>`
+            # the records of a sweep's candidates are called `train.<fingerprint of its pinned recipe>`
             for mark in (record.get("fingerprint"), name.partition(".")[2]):
                 if mark:
                     marks[mark] = max(_time(record.get("started_at")), marks.get(mark, LONG_AGO))
@@ -230,12 +231,12 @@ class _Retention:
         Raises:
             _Unsure: see there.
         """
-        certificates = self._certificates()
+        manifests = self._certificates()
         published = self._with_inputs(
             mark
-            for certificate in certificates
+            for manifest in manifests
             # the demo's base is an artifact, too
-            for mark in (*certificate.get("fingerprints", {}).values(), certificate.get("base", {}).get("revision"))
+            for mark in (*manifest.get("fingerprints", {}).values(), manifest.get("base", {}).get("revision"))
         )
         in_use = self._with_inputs(mark for run in self.runs if run.alive for mark in run.marks)
         kept: Counter[str] = Counter()
@@ -248,7 +249,7 @@ class _Retention:
             else:
                 self.removal.take(folder, "artifact", sum(file["bytes"] for file in manifest["files"].values()))
         self._remove_leftovers()
-        self._remove_runs({self.store.run_folder(self.recipe.name, str(made.get("run"))).name for made in certificates})
+        self._remove_runs({self.store.run_folder(self.recipe.name, str(made.get("run"))).name for made in manifests})
         reasons = ", ".join(f"{count} {why}" for why, count in sorted(kept.items(), reverse=True))
         return f"{self.removal.line('artifact')}; kept {kept.total()}" + (f" ({reasons})" if reasons else "")
 
@@ -347,7 +348,7 @@ def _remove_caches(dry_run: bool) -> str:
     recipes = []
     for file in recipe_files():
         with suppress(RetuneError):
-            recipes.append(load(file))
+            recipes.append(load_recipe(file))
     longest = max((timedelta(days=recipe.keep_days) + _longest_try(recipe) for recipe in recipes), default=None)
     if longest is None:
         return "removed no caches of this machine: there is no recipe that can be read"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from include.stage import Job, Result, stage
+from include.pipeline.stage import Result, StageContext, stage
 
 
-@stage(version=1, uses=("base_model", "base_revision"), named_by=lambda job: str(job.recipe.base_revision))
-def pretrain(job: Job) -> Result:
-    """Pretrain the little Llama of `include/world.py` and keep it in the store under its revision."""
-    from include.world import pretrain as train_little_llama
+@stage(
+    version=1,
+    recipe_fields=("base_model", "base_revision"),
+    fingerprint_fn=lambda context: str(context.recipe.base_revision),
+)
+def pretrain(context: StageContext) -> Result:
+    """Pretrain the little Llama of `include/demo/village.py` and keep it in the store under its revision."""
+    from include.demo.village import pretrain as train_little_llama
 
-    facts = train_little_llama(job.out, job.say)
+    facts = train_little_llama(context.out, context.say)
     line = f"{facts['parameters'] / 1e6:.1f} M parameters, loss {facts['first_loss']:.2f} -> {facts['last_loss']:.2f}"
     return Result(line, facts)

@@ -1,4 +1,4 @@
-"""publish: the adapter with its card and its birth certificate becomes one version of the registry, and goes live."""
+"""publish: the adapter with its card and its manifest becomes one version of the registry, and goes live."""
 
 from __future__ import annotations
 
@@ -7,86 +7,88 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from include.base_model import base_license, fetch_base
 from include.engine import supervise
-from include.errors import Overtaken, Refused
+from include.errors import Conflict, GateRefused
+from include.pipeline.stage import Result, StageContext, stage
 from include.registry import CARD, Version, content_digest, merged_uri, open_registry
-from include.report import loss_picture, merged_card, model_card
-from include.sources import base_license, fetch_base
-from include.stage import Job, Result, stage
-from include.store import MANIFEST, Artifact, describe_files, file_digest, fingerprint, installed_packages, now, to_json
+from include.reporting.model_card import merged_card, model_card
+from include.reporting.plots import loss_plot
+from include.storage.artifacts import Artifact
+from include.storage.files import MANIFEST, describe_files, file_digest, fingerprint, installed_packages, now, to_json
 from tasks.sweep import sweep_of
 from tasks.train import ADAPTER
 
 TRAINING_LOG, PICTURE = "training_log.jsonl", "loss.png"
 
 
-@stage(version=3, uses=("registry", "merged_16bit"), reuse=False)
+@stage(version=3, recipe_fields=("registry", "merged_16bit"), reuse=False)
 def publish(
-    job: Job, download: Artifact, validate: Artifact, standardize: Artifact, template: Artifact, train: Artifact,
+    context: StageContext, download: Artifact, validate: Artifact, standardize: Artifact, template: Artifact, train: Artifact,
     smoke_test: Artifact, evaluate: Artifact, approve: Artifact,
 ) -> Result:  # fmt: skip
     """Publish what the gate let through; the same content again is the same version.
 
     Raises:
-        Refused: the gate did not let the candidate through, and why; or it is an older version, which a person may
+        GateRefused: the gate did not let the candidate through, and why; or it is an older version, which a person may
             make live again.
-        Overtaken: something else went live since the candidate was compared.
+        Conflict: something else went live since the candidate was compared.
         NoPermission, Unreachable: the registry cannot be written, or does not answer.
     """
-    verdict = evaluate.facts["verdict"]
+    verdict = evaluate.metadata["verdict"]
     if not verdict["publish"]:
-        raise Refused(
+        raise GateRefused(
             "the candidate is not published: " + "; ".join(verdict["reasons"]),
             "What was live stays live; the report shows the numbers and the answers",
         )
     stages = (download, validate, standardize, template, train, smoke_test, evaluate, approve)
-    folder = job.out / "version"
+    folder = context.out / "version"
     shutil.copytree(train.local() / ADAPTER, folder)
     shutil.copy(train.local() / TRAINING_LOG, folder)
-    (folder / PICTURE).write_bytes(loss_picture((folder / TRAINING_LOG).read_bytes()))
+    (folder / PICTURE).write_bytes(loss_plot((folder / TRAINING_LOG).read_bytes()))
     (folder / CARD).unlink(missing_ok=True)  # PEFT's own
-    certificate = birth_certificate(job, {artifact.manifest["stage"]: artifact for artifact in stages})
-    certificate["files"] = describe_files(folder)
-    certificate["content"] = content_digest(certificate["files"])
-    (folder / MANIFEST).write_bytes(to_json(certificate))
+    manifest = build_manifest(context, {artifact.manifest["stage"]: artifact for artifact in stages})
+    manifest["files"] = describe_files(folder)
+    manifest["content"] = content_digest(manifest["files"])
+    (folder / MANIFEST).write_bytes(to_json(manifest))
     # the card comes last and names the manifest's digest, so the manifest cannot name the card's
-    card = model_card(certificate, file_digest(folder / MANIFEST))
+    card = model_card(manifest, file_digest(folder / MANIFEST))
     (folder / CARD).write_text(card, encoding="utf-8")
 
-    registry = open_registry(str(job.recipe.registry))
-    compared = evaluate.facts["live"]
-    version = registry.publish(folder, compared and compared["revision"], job.recipe.private)
+    registry = open_registry(str(context.recipe.registry))
+    compared = evaluate.metadata["live"]
+    version = registry.publish(folder, compared and compared["revision"], context.recipe.private)
     shutil.rmtree(folder)
-    unchanged = version.run != job.run_id
+    unchanged = version.run != context.run_id
     facts = asdict(version)
     line = f"{version.name} {'was live already' if unchanged else 'is live'}: {version.place}"
-    if job.recipe.merged_16bit:
-        merged = publish_merged(job, version, train.local() / ADAPTER, certificate)
+    if context.recipe.merged_16bit:
+        merged = publish_merged(context, version, train.local() / ADAPTER, manifest)
         facts["merged"] = asdict(merged)
         line += f"; merged: {merged.place}"
     return Result(line, facts, unchanged)
 
 
-def publish_merged(job: Job, version: Version, adapter: Path, certificate: dict[str, Any]) -> Version:
+def publish_merged(context: StageContext, version: Version, adapter: Path, manifest: dict[str, Any]) -> Version:
     """Make the merged model of the live adapter live, too; merged only where no earlier try or run has done it."""
-    recipe, registry = job.recipe, open_registry(merged_uri(str(job.recipe.registry)))
+    recipe, registry = context.recipe, open_registry(merged_uri(str(context.recipe.registry)))
     for known in registry.versions():
         if known.content == version.content:
             return registry.promote(known.revision, f"the adapter's {version.name} is live")
-    folder = job.out / "merged"
+    folder = context.out / "merged"
     work = {
-        "recipe": recipe.model_dump(mode="json"), "base": fetch_base(recipe, job.store), "adapter": adapter,
+        "recipe": recipe.model_dump(mode="json"), "base": fetch_base(recipe, context.store), "adapter": adapter,
         "out": folder,
     }  # fmt: skip
-    made = supervise.run("merge", work, job.out, job.say)
+    made = supervise.run("merge", work, context.out, context.say)
     repository = str(recipe.registry).removeprefix("hf://") if str(recipe.registry).startswith("hf://") else None
     manifest = {
-        "run": job.run_id,
+        "run": context.run_id,
         "content": version.content,
         "adapter": {"name": version.name, "revision": version.revision, "place": version.place,
                     "repository": repository},
-        "recipe": certificate["recipe"],
-        "base": certificate["base"],
+        "recipe": manifest["recipe"],
+        "base": manifest["base"],
         "dtype": made["dtype"],
         "packages": installed_packages(),
         "files": describe_files(folder),
@@ -95,7 +97,7 @@ def publish_merged(job: Job, version: Version, adapter: Path, certificate: dict[
     (folder / CARD).write_text(merged_card(manifest, file_digest(folder / MANIFEST)), encoding="utf-8")
     adapters = open_registry(str(recipe.registry))
     if (now := adapters.live()) is None or now.content != version.content:
-        raise Overtaken(
+        raise Conflict(
             f"{now.name if now else 'nothing'} went live in {recipe.registry} while {version.name} was merged",
             "Nothing to do: the merged model of what is live stays live",
         )
@@ -105,20 +107,20 @@ def publish_merged(job: Job, version: Version, adapter: Path, certificate: dict[
     return merged
 
 
-def birth_certificate(job: Job, stages: dict[str, Artifact]) -> dict[str, Any]:
+def build_manifest(context: StageContext, stages: dict[str, Artifact]) -> dict[str, Any]:
     """All that is known about how the adapter came to be; the card is made from it.
 
     Rows of the data and the recipe's operations (addresses) stay out of it: the adapter may be public.
     """
-    facts = {name: artifact.facts for name, artifact in stages.items()}
+    facts = {name: artifact.metadata for name, artifact in stages.items()}
     facts["template"] = {name: value for name, value in facts["template"].items() if name != "samples"}
     profile = {name: value for name, value in facts["validate"]["profile"].items() if name != "top_duplicates"}
     facts["validate"] = {**facts["validate"], "profile": profile}
-    recipe = job.recipe
+    recipe = context.recipe
     return {
-        "run": job.run_id,
-        "recipe": recipe.made_of,
-        "recipe_sha256": fingerprint(recipe.made_of),
+        "run": context.run_id,
+        "recipe": recipe.training_inputs,
+        "recipe_sha256": fingerprint(recipe.training_inputs),
         "made_at": now(),
         "dataset": {"name": recipe.dataset, "revision": recipe.dataset_revision, **facts["download"]},
         "base": {"name": recipe.base_model, "revision": recipe.base_revision, **base_license(recipe)},
@@ -128,7 +130,7 @@ def birth_certificate(job: Job, stages: dict[str, Artifact]) -> dict[str, Any]:
         "smoke_test": facts["smoke_test"],
         "evaluation": facts["evaluate"],
         "approval": facts["approve"],
-        "sweep": sweep_of(job.store.records(recipe.name, job.run_id)),
+        "sweep": sweep_of(context.store.records(recipe.name, context.run_id)),
         "seconds": {name: artifact.manifest["seconds"] for name, artifact in stages.items()},
         "fingerprints": {name: artifact.fingerprint for name, artifact in stages.items()},
         "packages": {**installed_packages(), **stages["train"].manifest["packages"]},

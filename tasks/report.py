@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from include.objects import read_all
-from include.outcomes import FINAL, settle
-from include.recipe import find
-from include.report import run_page
-from include.settings import var
-from include.stage import frozen_recipe, log
-from include.store import Artifact, Store, now, to_json, write_aside
+from include.paths import var
+from include.pipeline.outcomes import FINAL, record_outcome
+from include.pipeline.stage import log, pinned_recipe
+from include.recipe import find_recipe
+from include.reporting.pages import run_page
+from include.storage.artifacts import Artifact, Store
+from include.storage.files import atomic_write, now, to_json
+from include.storage.object_store import read_all
 
 TRAINING_LOG = "training_log.jsonl"
 STAGES = (
@@ -30,12 +31,12 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
         waiting: the run waits for a person's approval. Then its page is made and its verdict is `waiting`; what
             programs read stays that of the newest run that ended.
     """
-    store, name = Store(), find(recipe_file).stem
+    store, name = Store(), find_recipe(recipe_file).stem
     records = store.records(name, run_id)
     reached = STAGES[: STAGES.index("approve") + 1] if waiting else STAGES  # later records are of before it was cleared
     stages = {stage: records[stage] for stage in reached if stage in records}
     artifacts = {stage: _artifact(store, name, stages.get(stage)) for stage in STAGES}
-    details = {stage: artifact.facts if artifact else {} for stage, artifact in artifacts.items()}
+    details = {stage: artifact.metadata if artifact else {} for stage, artifact in artifacts.items()}
     errors = [record["error"] for record in stages.values() if record["state"] == "failed"]
     published = details["publish"]
     sweep = stages.get("choose", {}).get("candidates", [])
@@ -53,22 +54,22 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
         "seconds": round(sum(record.get("seconds", 0) for record in stages.values() if "candidate" not in record)
                          + sum(candidate["seconds"] for candidate in sweep), 2),
         "stages": {
-            stage: {key: record.get(key) for key in ("state", "seconds", "reused", "folder", "line")}
+            stage: {key: record.get(key) for key in ("state", "seconds", "reused", "folder", "summary")}
             for stage, record in stages.items()
         },
         "sweep": sweep,
     }  # fmt: skip
     content = run_page(summary, details, _training_log(store, artifacts["train"]))
     with store.writing():
-        write_aside(page, content.encode())
+        atomic_write(page, content.encode())
     if waiting:
         return summary
     store.record(name, run_id, "run", summary)
-    write_aside(var() / "last_run.json", to_json(summary))
+    atomic_write(var() / "last_run.json", to_json(summary))
     if summary["verdict"] in FINAL:
         resolved = {"recipe": name, "run": run_id, "resolve": stages["resolve"]["fingerprint"]}
-        settle(store, frozen_recipe(store, resolved), summary["verdict"], run=run_id, version=summary["version"],
-               own=stages["resolve"]["own"])  # fmt: skip
+        record_outcome(store, pinned_recipe(store, resolved), summary["verdict"], run=run_id, version=summary["version"],
+               from_recipe_file=stages["resolve"]["from_recipe_file"])  # fmt: skip
     log.info("report: %s%s", page, "" if store.is_local else " (in Airflow: the tab Report of the run's page)")
     return summary
 
@@ -77,7 +78,7 @@ def note(summary: dict[str, Any]) -> str:
     """A run in one line of Markdown: verdict, version, dataset and base with their revisions, and what went wrong."""
     parts = [f"**{summary['verdict']}** {summary['version'] or ''}".strip()]
     parts += [
-        summary["stages"][stage]["line"] for stage in ("resolve", "choose", "evaluate") if stage in summary["stages"]
+        summary["stages"][stage]["summary"] for stage in ("resolve", "choose", "evaluate") if stage in summary["stages"]
     ]
     if summary["error"] and summary["error"]["what"] not in parts:
         parts.append(summary["error"]["what"])
@@ -85,7 +86,7 @@ def note(summary: dict[str, Any]) -> str:
 
 
 def _verdict(stages: dict[str, Any], errors: list[dict[str, str]]) -> str:
-    if any(error["kind"] == "Refused" for error in errors):
+    if any(error["kind"] == "GateRefused" for error in errors):
         return "refused"
     if any(error["kind"] == "Rejected" for error in errors):
         return "rejected"

@@ -6,14 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from include.errors import NothingNew
-from include.outcomes import outcome, settle
-from include.recipe import Recipe, find, load
+from include.base_model import pin_base
+from include.data.sources import is_hub_id, located, pin_dataset
+from include.errors import UpToDate
+from include.paths import var
+from include.pipeline.outcomes import find_outcome, record_outcome
+from include.pipeline.stage import Lineage, log, recorded
+from include.recipe import Recipe, find_recipe, load_recipe
 from include.registry import merged_uri, open_registry, registry_uri
-from include.settings import var
-from include.sources import is_hub_id, located, pin_base, pin_dataset
-from include.stage import Trail, log, recorded
-from include.store import Artifact, Store, fingerprint, to_json, write_aside
+from include.storage.artifacts import Artifact, Store
+from include.storage.files import atomic_write, fingerprint, to_json
 
 
 def resolve(
@@ -23,8 +25,8 @@ def resolve(
     to_publish: bool = True,
     revision: str | None = None,
     force: bool = True,
-) -> Trail:
-    """Check the recipe, pin the dataset and the base model to their revisions, and freeze the result.
+) -> Lineage:
+    """Check the recipe, pin the dataset and the base model to their revisions, and pin the result.
 
     Args:
         recipe_file: name or path of the recipe.
@@ -35,17 +37,17 @@ def resolve(
         force: run also when nothing is new.
 
     Raises:
-        NothingNew: a run of the same recipe on the same data and base was published or refused.
-        Overtaken: the dataset is a file, and has another revision than the one that the run was started for.
+        UpToDate: a run of the same recipe on the same data and base was published or refused.
+        Conflict: the dataset is a file, and has another revision than the one that the run was started for.
         BadRecipe: a field is unknown, of the wrong type or out of range; the message names it.
-        Missing, NoPermission, Unreachable: the dataset or the base model is not there or does not answer.
+        NotFound, NoPermission, Unreachable: the dataset or the base model is not there or does not answer.
         NoPermission: the store or the registry cannot be written.
     """
     store, name = Store(), Path(recipe_file).stem
     with recorded(store, name, run_id, "resolve") as record:
-        recipe = load(find(recipe_file), values)
+        recipe = load_recipe(find_recipe(recipe_file), values)
         dataset, base = pin_dataset(recipe, revision), pin_base(recipe)
-        frozen = recipe.model_copy(
+        pinned = recipe.model_copy(
             update={
                 "dataset": located(recipe.dataset),
                 "dataset_revision": dataset,
@@ -54,25 +56,29 @@ def resolve(
                 "registry": registry_uri(recipe),
             }
         )
-        own = recipe == load(find(recipe_file))
-        earlier = outcome(store, frozen)
+        own = recipe == load_recipe(find_recipe(recipe_file))
+        earlier = find_outcome(store, pinned)
         if earlier and not force:
-            if own and not earlier["own"]:  # typed for a run once, and the file's since: the watch need not come back
-                settle(store, frozen, **{**earlier, "own": True})
-            raise _nothing_new(frozen, earlier)
+            if (
+                own and not earlier["from_recipe_file"]
+            ):  # typed for a run once, and the file's since: the watch need not come back
+                record_outcome(store, pinned, **{**earlier, "from_recipe_file": True})
+            raise _nothing_new(pinned, earlier)
         if to_publish:
-            uri = str(frozen.registry)
-            for place in (uri, merged_uri(uri)) if frozen.merged_16bit else (uri,):
+            uri = str(pinned.registry)
+            for place in (uri, merged_uri(uri)) if pinned.merged_16bit else (uri,):
                 open_registry(place).check()  # hours of training do not end at a missing permission
         line = f"dataset {_short(recipe.dataset)}@{dataset[:8]}, base {_short(recipe.base_model)}@{base[:8]}"
-        artifact, reused = freeze(store, frozen, line)
+        artifact, reused = pin(store, pinned, line)
         mark = artifact.fingerprint
-        record.close("done", reused=reused, line=line, fingerprint=mark, folder=str(artifact.folder), own=own)
+        record.close(
+            "done", reused=reused, summary=line, fingerprint=mark, folder=str(artifact.folder), from_recipe_file=own
+        )
         log.info("resolve done: %s", line)
     return {"recipe": name, "run": run_id, "resolve": mark}
 
 
-def freeze(store: Store, recipe: Recipe, line: str) -> tuple[Artifact, bool]:
+def pin(store: Store, recipe: Recipe, line: str) -> tuple[Artifact, bool]:
     """The artifact that holds a recipe with everything pinned, and whether it was there already."""
     content = recipe.model_dump(mode="json")
     mark = fingerprint(content)
@@ -81,14 +87,14 @@ def freeze(store: Store, recipe: Recipe, line: str) -> tuple[Artifact, bool]:
     out = var() / "work" / recipe.name / "resolve" / mark
     shutil.rmtree(out, ignore_errors=True)
     with store.writing():
-        write_aside(out / "recipe.json", to_json(content))
-    return store.commit(out, recipe.name, "resolve", mark, line=line, facts={}, inputs={}), False
+        atomic_write(out / "recipe.json", to_json(content))
+    return store.commit(out, recipe.name, "resolve", mark, summary=line, metadata={}, inputs={}), False
 
 
-def _nothing_new(frozen: Recipe, earlier: dict[str, Any]) -> NothingNew:
+def _nothing_new(pinned: Recipe, earlier: dict[str, Any]) -> UpToDate:
     became = f"published as {earlier['version']}" if earlier["version"] else earlier["verdict"]
-    data = f"{_short(frozen.dataset)}@{str(frozen.dataset_revision)[:8]}"
-    return NothingNew(
+    data = f"{_short(pinned.dataset)}@{str(pinned.dataset_revision)[:8]}"
+    return UpToDate(
         f"nothing is new: {data}, base and recipe are those of the run {earlier['run']}, whose candidate was {became}",
         "Switch on force in the form to run all the same",
     )

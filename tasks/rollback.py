@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from include.errors import BadRecipe, Missing
-from include.recipe import find, load
+from include.errors import BadRecipe, NotFound
+from include.recipe import find_recipe, load_recipe
 from include.registry import Version, merged_uri, open_registry, registry_uri
 
 
@@ -18,16 +18,16 @@ def rollback(recipe_name: str, version: str, reason: str) -> str:
 
     Raises:
         BadRecipe: no reason is given.
-        Missing: there is no such recipe or version; the message lists those that there are.
+        NotFound: there is no such recipe or version; the message lists those that there are.
         NoPermission, Unreachable: the registry cannot be written, or does not answer.
     """
     if not reason.strip():
         raise BadRecipe("no reason is given", "Say why, for those who look at the history later")
-    uri = registry_uri(load(find(recipe_name)))
+    uri = registry_uri(load_recipe(find_recipe(recipe_name)))
     registry = open_registry(uri)
     try:
         before = registry.live()
-    except Missing:  # damaged: all the more reason
+    except NotFound:  # damaged: all the more reason
         before = None
     now = registry.promote(version.strip(), reason.strip())
     if before and before.content == now.content:

@@ -7,44 +7,45 @@ from typing import Any
 
 import orjson
 
-from include.duplicates import SLOTS, Benchmark, near_duplicates, signatures, words
+from include.data.deduplication import SLOTS, Benchmark, near_duplicates, signatures, words
+from include.data.parallel import in_order
+from include.data.sources import absolute, read_prompts
+from include.data.tables import read_table, write_table
 from include.errors import BadData
-from include.parallel import in_order
-from include.rows import read_table, write_table
-from include.shards import PARTS, SharedJob, Step, sharded
-from include.sources import absolute, read_prompts
-from include.stage import Job, Result
-from include.store import Artifact, file_digest
+from include.pipeline.sharding import PARTS, ShardedContext, Step, sharded
+from include.pipeline.stage import Result, StageContext
+from include.storage.artifacts import Artifact
+from include.storage.files import file_digest
 from tasks.validate import GOOD, READINGS
 
 MESSAGES, NEAR = "messages", "near_duplicates.jsonl"
 MARKS, SIDES = f"{PARTS}/marks", f"{PARTS}/sides"
 
 
-def _benchmark_digest(job: Job, **_: Artifact) -> str | None:
-    place = job.recipe.decontaminate_against and absolute(job.recipe.decontaminate_against)
+def _benchmark_digest(context: StageContext, **_: Artifact) -> str | None:
+    place = context.recipe.decontaminate_against and absolute(context.recipe.decontaminate_against)
     return file_digest(Path(place)) if place and Path(place).is_file() else place
 
 
 @Step
-def compare(job: SharedJob, names: list[str], validate: Artifact) -> list[None]:
+def compare(context: ShardedContext, names: list[str], validate: Artifact) -> list[None]:
     """What the comparison of all rows needs of each good row: its number, its side, its MinHash signature, and whether
     it holds a benchmark's prompt; 266 bytes a row, in a file for each of the readings.
     """
     import pyarrow as pa
 
-    recipe, source = job.recipe, job.fetched(validate, *(f"{READINGS}/{name}" for name in names))
+    recipe, source = context.recipe, context.fetched(validate, *(f"{READINGS}/{name}" for name in names))
     benchmark = None
     if recipe.decontaminate_against:
         benchmark = Benchmark(pa.array(read_prompts(recipe.decontaminate_against), pa.large_string()))
     files = [source / READINGS / name for name in names]
     good = _good(validate, read_table(files[0])["row"][0].as_py(), read_table(files[-1])["row"][-1].as_py())
-    (job.out / MARKS).mkdir(parents=True)
-    return list(in_order(lambda file: _compare(file, job.out, good, recipe.holdout_share, benchmark), files))
+    (context.out / MARKS).mkdir(parents=True)
+    return list(in_order(lambda file: _compare(file, context.out, good, recipe.holdout_share, benchmark), files))
 
 
 @Step
-def decide(job: SharedJob, validate: Artifact) -> dict[str, int]:
+def decide(context: ShardedContext, validate: Artifact) -> dict[str, int]:
     """The one comparison of all rows with each other: which of them stay, and the pairs of near-duplicates.
 
     It holds 266 bytes a row in memory, and some 100 more while it sorts.
@@ -55,8 +56,8 @@ def decide(job: SharedJob, validate: Artifact) -> dict[str, int]:
     import numpy as np
     import pyarrow as pa
 
-    recipe, folder = job.recipe, job.made(compare)
-    tables = [read_table(folder / MARKS / name) for name in job.names]
+    recipe, folder = context.recipe, context.made(compare)
+    tables = [read_table(folder / MARKS / name) for name in context.names]
     rows, holdout, contaminated = (
         np.concatenate([table[name].to_numpy() for table in tables]) for name in ("row", "holdout", "contaminated")
     )
@@ -77,14 +78,14 @@ def decide(job: SharedJob, validate: Artifact) -> dict[str, int]:
             f"holdout_share={recipe.holdout_share}",
             "Change holdout_share, or use more rows",
         )
-    _write_pairs(job.out / NEAR, rows, earlier, held_out)
-    (job.out / SIDES).mkdir(parents=True)
+    _write_pairs(context.out / NEAR, rows, earlier, held_out)
+    (context.out / SIDES).mkdir(parents=True)
     begin = 0
-    for name, table in zip(job.names, tables, strict=True):
+    for name, table in zip(context.names, tables, strict=True):
         kept = slice(begin, begin := begin + len(table))
         stay = ~dropped[kept]
         sides = pa.table({"row": rows[kept][stay], "holdout": holdout[kept][stay]})
-        write_table(sides, job.out / SIDES / name)
+        write_table(sides, context.out / SIDES / name)
     return {
         "train": train, "holdout": held, "near_duplicates": int(repeating.sum()), "leaking": int(leaking.sum()),
         "contaminated": int(contaminated.sum()), "dropped": int(dropped.sum()),
@@ -92,22 +93,22 @@ def decide(job: SharedJob, validate: Artifact) -> dict[str, int]:
 
 
 @Step
-def write(job: SharedJob, names: list[str], validate: Artifact) -> list[None]:
+def write(context: ShardedContext, names: list[str], validate: Artifact) -> list[None]:
     """The conversations of the rows that stay, each with its side."""
-    readings = job.fetched(validate, *(f"{READINGS}/{name}" for name in names)) / READINGS
-    sides = job.made(decide, *(f"{SIDES}/{name}" for name in names)) / SIDES
-    (job.out / MESSAGES).mkdir()
-    return list(in_order(lambda name: _write(readings / name, sides / name, job.out / MESSAGES / name), names))
+    readings = context.fetched(validate, *(f"{READINGS}/{name}" for name in names)) / READINGS
+    sides = context.made(decide, *(f"{SIDES}/{name}" for name in names)) / SIDES
+    (context.out / MESSAGES).mkdir()
+    return list(in_order(lambda name: _write(readings / name, sides / name, context.out / MESSAGES / name), names))
 
 
 @sharded(
     version=4,
-    uses=("holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against"),
-    facts=_benchmark_digest,
+    recipe_fields=("holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against"),
+    external_inputs=_benchmark_digest,
     splits=READINGS,
     steps=(compare, decide, write),
 )
-def standardize(job: SharedJob, validate: Artifact) -> Result:
+def standardize(context: ShardedContext, validate: Artifact) -> Result:
     """Write `messages/` (an Arrow file for each of the readings: `row`, the conversation's columns and `holdout`) and
     `near_duplicates.jsonl` (pairs of rows).
 
@@ -117,14 +118,14 @@ def standardize(job: SharedJob, validate: Artifact) -> Result:
     Raises:
         BadData: see `decide`.
     """
-    facts = job.did(decide)
-    job.did(write)
-    dropped = " dropped" if job.recipe.near_duplicates == "drop" else ""
+    facts = context.did(decide)
+    context.did(write)
+    dropped = " dropped" if context.recipe.near_duplicates == "drop" else ""
     line = (
         f"{facts['train']:,} rows to train on, {facts['holdout']:,} held out; {facts['near_duplicates']:,} "
         f"near-duplicates{dropped}, {facts['leaking']:,} of held-out rows left out"
     )
-    if job.recipe.decontaminate_against:
+    if context.recipe.decontaminate_against:
         line += f", {facts['contaminated']:,} hold a benchmark's prompt"
     return Result(line, facts)
 

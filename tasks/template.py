@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from include.chat import ChatFormat, Encoded
+from include.base_model import fetch_base
+from include.chat.chat_format import ChatFormat, Encoded
+from include.chat.tokenized import IGNORED, answer_span, batch, pair_batch, sum_up, write_rows
+from include.data.expectations import PREPARED_PAIRS, PREPARED_ROWS, Suite
+from include.data.parallel import in_order
+from include.data.profile import histogram
+from include.data.sharegpt import Conversation, Message, conversations_in
+from include.data.tables import read_table, write_table
 from include.errors import BadData
-from include.expectations import PREPARED_PAIRS, PREPARED_ROWS, Suite
-from include.parallel import in_order
-from include.profile import histogram
+from include.pipeline.sharding import PARTS, ShardedContext, Step, sharded
+from include.pipeline.stage import Result
 from include.recipe import Recipe
-from include.rows import IGNORED, answer_span, batch, pair_batch, read_table, sum_up, write, write_table
-from include.shards import PARTS, SharedJob, Step, sharded
-from include.sharegpt import Conversation, Message, conversations_in
-from include.sources import fetch_base
-from include.stage import Result
-from include.store import Artifact
+from include.storage.artifacts import Artifact
 from tasks.standardize import MESSAGES
 
 TRAIN, HOLDOUT, TOKENIZER, SAMPLES, DOCS = "train", "holdout", "tokenizer", "samples.txt", "data_docs"
@@ -28,23 +29,23 @@ PROVED_ROWS, SHOWN_ROWS = 256, 10
 
 
 @Step
-def prove(job: SharedJob, standardize: Artifact) -> dict[str, Any]:
+def prove(context: ShardedContext, standardize: Artifact) -> dict[str, Any]:
     """The tokenizer with the template in it, and the proof of the ids on rows from all over the data.
 
     Raises:
         BadRecipe: the template does not fit the base's vocabulary, or the ids differ from the tokenizer's own.
     """
-    chat = job.kept["chat"] = _chat(job)
+    chat = context.kept["chat"] = _chat(context)
     if chat.missing:
-        job.say(f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens")
-    chat.save(job.out / TOKENIZER)
-    chosen = [f"{MESSAGES}/{name}" for name in job.names[:: max(1, len(job.names) // 4)]]
-    messages = job.fetched(standardize, *chosen)
+        context.say(f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens")
+    chat.save(context.out / TOKENIZER)
+    chosen = [f"{MESSAGES}/{name}" for name in context.names[:: max(1, len(context.names) // 4)]]
+    messages = context.fetched(standardize, *chosen)
     spread = _spread_rows([messages / name for name in chosen])
     proved, otherwise = chat.prove(spread), chat.asked_otherwise(spread)
-    job.say(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
+    context.say(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
     if otherwise:
-        job.say(
+        context.say(
             f"WARNING: {otherwise} of {len(spread)} rows are trained to answer after other tokens than a prompt "
             "ends in: look at the answers of the smoke test, or take another chat_template"
         )
@@ -56,31 +57,31 @@ def prove(job: SharedJob, standardize: Artifact) -> dict[str, Any]:
 
 
 @Step
-def encode(job: SharedJob, names: list[str], standardize: Artifact) -> list[dict[str, Any]]:
+def encode(context: ShardedContext, names: list[str], standardize: Artifact) -> list[dict[str, Any]]:
     """Ids and labels of the conversations; of each file the facts of its `sides` and, of the first, `samples`."""
-    recipe, proof = job.recipe, job.did(prove)
-    chat = job.kept.get("chat")
+    recipe, proof = context.recipe, context.did(prove)
+    chat = context.kept.get("chat")
     if chat is None:
-        chat = _chat(job)
+        chat = _chat(context)
         if proof["encoder"] != chat.encoder.name:
             chat.encode_by_tokenizer()
-    messages = job.fetched(standardize, *(f"{MESSAGES}/{name}" for name in names)) / MESSAGES
+    messages = context.fetched(standardize, *(f"{MESSAGES}/{name}" for name in names)) / MESSAGES
     for folder in (TRAIN, HOLDOUT, CONTRACT):
-        (job.out / folder).mkdir(parents=True)
+        (context.out / folder).mkdir(parents=True)
     way = _encode_pairs if recipe.method == "dpo" else _encode_group
-    return list(in_order(lambda name: _encode(way, chat, messages / name, job.out, recipe), names))
+    return list(in_order(lambda name: _encode(way, chat, messages / name, context.out, recipe), names))
 
 
 @sharded(
     version=5,
-    uses=(
+    recipe_fields=(
         "method", "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
         "max_seq_length", "on_too_long", "check_limits",
     ),
     splits=MESSAGES,
     steps=(prove, encode),
 )  # fmt: skip
-def template(job: SharedJob, standardize: Artifact) -> Result:
+def template(context: ShardedContext, standardize: Artifact) -> Result:
     """Write `train/` and `holdout/` (Arrow streams, one for each file of messages: `row`, `input_ids`, `labels`; of
     preference rows `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`), `tokenizer/` with the template in it,
     `samples.txt` for people (trained text between » and «) and `data_docs/` of the token checks.
@@ -91,12 +92,12 @@ def template(job: SharedJob, standardize: Artifact) -> Result:
         BadRecipe: see `prove`.
         BadData: a conversation breaks the token contract, or no row is short enough.
     """
-    recipe = job.recipe
+    recipe = context.recipe
     pairs = recipe.method == "dpo"
     rules = (*PREPARED_ROWS, *PREPARED_PAIRS) if pairs else PREPARED_ROWS
-    with Suite("prepared_pairs" if pairs else "prepared_rows", rules, recipe.check_limits, job.out / DOCS) as suite:
-        proof, groups = job.did(prove), job.did(encode)
-        contract = _contract_of_all(job)
+    with Suite("prepared_pairs" if pairs else "prepared_rows", rules, recipe.check_limits, context.out / DOCS) as suite:
+        proof, groups = context.did(prove), context.did(encode)
+        contract = _contract_of_all(context)
         findings = suite.validate(contract)
     if findings.broken:
         raise BadData(findings.broken[0], "If no limit of the recipe says so, it is a fault of the template or Retune")
@@ -108,7 +109,7 @@ def template(job: SharedJob, standardize: Artifact) -> Result:
             "Raise max_seq_length, or use shorter conversations",
         )
     samples = [sample for group in groups for sample in group["samples"]][:SHOWN_ROWS]
-    (job.out / SAMPLES).write_text("\n".join(samples), encoding="utf-8")
+    (context.out / SAMPLES).write_text("\n".join(samples), encoding="utf-8")
     over, left_out = int(contract["tokens_over"].sum()), int(contract["left_out"].sum())
     line = (
         f"{train['tokens']:,} tokens in {train['rows']:,} rows, {train['trained'] / train['tokens']:.0%} trained; "
@@ -124,17 +125,17 @@ def template(job: SharedJob, standardize: Artifact) -> Result:
     return Result(line, facts)
 
 
-def _chat(job: SharedJob) -> ChatFormat:
-    return ChatFormat(fetch_base(job.recipe, job.store, tokenizer_only=True), job.recipe)
+def _chat(context: ShardedContext) -> ChatFormat:
+    return ChatFormat(fetch_base(context.recipe, context.store, tokenizer_only=True), context.recipe)
 
 
-def _contract_of_all(job: SharedJob) -> Any:
+def _contract_of_all(context: ShardedContext) -> Any:
     """The facts that the suite checks, as a frame with a line for each row."""
     import numpy as np
     import pandas as pd
 
-    folder = job.made(encode, CONTRACT) / CONTRACT
-    tables = [read_table(folder / name) for name in job.names]
+    folder = context.made(encode, CONTRACT) / CONTRACT
+    tables = [read_table(folder / name) for name in context.names]
     return pd.DataFrame(
         {name: np.concatenate([table[name].to_numpy() for table in tables]) for name in tables[0].column_names}
     )
@@ -194,7 +195,7 @@ def _encode_group(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _G
     sides = {}
     for side, held in ((TRAIN, False), (HOLDOUT, True)):
         batches = [batch(e, r, np.flatnonzero(use & (h == held))) for e, r, h, use in parts]
-        sides[side] = write(out / side / f"{file.stem}.arrow", batches)
+        sides[side] = write_rows(out / side / f"{file.stem}.arrow", batches)
     shown = batch(encoded, rows, np.flatnonzero(usable)[:SHOWN_ROWS]) if file.stem == "00000" else None
     return _Group(contract, sides, [_readable(chat, row) for row in shown.to_pylist()] if shown else [])
 
@@ -221,7 +222,7 @@ def _encode_pairs(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _G
     sides = {}
     for side, held in ((TRAIN, False), (HOLDOUT, True)):
         batch = pair_batch(chosen, rejected, rows, used[holdout[used] == held])
-        sides[side] = write(out / side / f"{file.stem}.arrow", [batch])
+        sides[side] = write_rows(out / side / f"{file.stem}.arrow", [batch])
     shown = pair_batch(chosen, rejected, rows, used[:SHOWN_ROWS]).to_pylist() if file.stem == "00000" else []
     samples = [
         f"row {row['row']}\n{chat.decode(row['prompt_ids'])}»{chat.decode(row['chosen_ids'])}«\n"

@@ -10,30 +10,32 @@ from typing import Any
 import orjson
 from upath import UPath
 
+from include.base_model import fetch_base
+from include.data.sources import is_hub_id
 from include.engine import supervise
-from include.engine.plan import PLAN
+from include.engine.device_plan import PLAN
 from include.engine.train import CHECKPOINTS, TRAINING_LOG, newest_checkpoint
 from include.errors import BadRecipe, OutOfMemory, TransientError
-from include.objects import download, entries, read_all, upload
+from include.pipeline.stage import Result, StageContext, stage
 from include.recipe import Lora, Training
-from include.sources import fetch_base, is_hub_id
-from include.stage import Job, Result, stage
-from include.store import MANIFEST, Artifact, describe_files, remove, to_json, write_aside
+from include.storage.artifacts import Artifact
+from include.storage.files import MANIFEST, atomic_write, describe_files, remove, to_json
+from include.storage.object_store import download, list_dir, read_all, upload
 from tasks.template import HOLDOUT, TOKENIZER, TRAIN
 
-ADAPTER, SMALLER = "adapter", "out_of_memory.json"
-BESIDE = (TRAINING_LOG, SMALLER)  # what a training goes on with, beside its checkpoint
+ADAPTER, OOM_EVENTS = "adapter", "out_of_memory.json"
+RESUME_FILES = (TRAINING_LOG, OOM_EVENTS)  # what a training goes on with, beside its checkpoint
 
 
 @stage(
     version=3,
-    uses=(
+    recipe_fields=(
         "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length", "max_holdout_rows",
         *Lora.model_fields, *(field for field in Training.model_fields if field not in ("hang_timeout", "sweep")),
     ),
     resumable=True,
 )  # fmt: skip
-def train(job: Job, template: Artifact) -> Result:
+def train(context: StageContext, template: Artifact) -> Result:
     """Train on the ids and masks of `template`; leave `adapter/` and `training_log.jsonl`.
 
     An earlier try's whole checkpoints are in the work folder, and training goes on from the newest of them.
@@ -42,9 +44,9 @@ def train(job: Job, template: Artifact) -> Result:
         ProcessLost: the process died or was stopped; a retry goes on.
         BadRecipe, BadData: the settings do not fit the model or the device, or the loss is not a number any more.
     """
-    recipe, prepared = job.recipe, template.local()
+    recipe, prepared = context.recipe, template.local()
     on_hub = is_hub_id(recipe.base_model)
-    base = fetch_base(recipe, job.store)
+    base = fetch_base(recipe, context.store)
     work = {
         "recipe": recipe.model_dump(mode="json"),
         "base": base,
@@ -53,9 +55,9 @@ def train(job: Job, template: Artifact) -> Result:
         "tokenizer": prepared / TOKENIZER,
         "rows": prepared / TRAIN,
         "holdout": prepared / HOLDOUT,
-        "out": job.out,
+        "out": context.out,
     }
-    done = _train_with_what_fits(job, work)
+    done = _train_with_what_fits(context, work)
     resumed = f", went on from {done['resumed_from']}" if done["resumed_from"] else ""
     line = (
         f"{done['steps']} steps, loss {done['first_losses']:.3f} -> {done['last_losses']:.3f}, "
@@ -64,22 +66,24 @@ def train(job: Job, template: Artifact) -> Result:
     return Result(line, done)
 
 
-def _train_with_what_fits(job: Job, work: dict[str, Any]) -> dict[str, Any]:
+def _train_with_what_fits(context: StageContext, work: dict[str, Any]) -> dict[str, Any]:
     """Train; after running out of memory go on from the last checkpoint with half the micro-batch, which the next tries
     keep. The effective batch stays the recipe's.
     """
-    recipe, kept, checkpoints = job.recipe, job.out / SMALLER, StoredCheckpoint(job)
+    recipe, kept, checkpoints = context.recipe, context.out / OOM_EVENTS, StoredCheckpoint(context)
     checkpoints.fetch()
     batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps // recipe.num_processes
     events: list[dict[str, Any]] = orjson.loads(kept.read_bytes()) if kept.exists() else []
     while True:
         most = {"micro_batch": events[-1]["micro_batch"]} if events else {}
         try:
-            done = supervise.run("train", {**work, **most}, job.out, job.say, recipe.hang_timeout, checkpoints.keep)
+            done = supervise.run(
+                "train", {**work, **most}, context.out, context.say, recipe.hang_timeout, checkpoints.keep
+            )
             checkpoints.drop()
             return {**done, "out_of_memory": events}
         except OutOfMemory as error:
-            micro = orjson.loads((job.out / PLAN).read_bytes())["micro_batch"]
+            micro = orjson.loads((context.out / PLAN).read_bytes())["micro_batch"]
             smaller = max((n for n in range(1, micro // 2 + 1) if batch % n == 0), default=0)
             if not smaller:
                 raise BadRecipe(
@@ -87,8 +91,8 @@ def _train_with_what_fits(job: Job, work: dict[str, Any]) -> dict[str, Any]:
                     "Lower max_seq_length or r, or train on a larger device",
                 ) from error
             events.append({"what": error.what, "micro_batch": smaller})
-            write_aside(kept, to_json(events))
-            job.say(f"{error.what}: going on with {smaller} x {batch // smaller}")
+            atomic_write(kept, to_json(events))
+            context.say(f"{error.what}: going on with {smaller} x {batch // smaller}")
 
 
 class StoredCheckpoint:
@@ -96,9 +100,9 @@ class StoredCheckpoint:
     training's log. A retry on another machine goes on from it.
     """
 
-    def __init__(self, job: Job):
-        self._job, self._folder = job, job.out / CHECKPOINTS
-        self._stored = job.store.path(job.recipe.name, "train", f"{job.out.name}.{CHECKPOINTS}")
+    def __init__(self, context: StageContext):
+        self._job, self._folder = context, context.out / CHECKPOINTS
+        self._stored = context.store.path(context.recipe.name, "train", f"{context.out.name}.{CHECKPOINTS}")
 
     def fetch(self) -> None:
         """Bring it here, unless this machine has a newer one.
@@ -109,14 +113,16 @@ class StoredCheckpoint:
         if self._job.store.is_local:
             return
         with self._job.store.reading():
-            paths = [self._stored / name / MANIFEST for name in entries(self._stored) if name.startswith("checkpoint-")]
+            paths = [
+                self._stored / name / MANIFEST for name in list_dir(self._stored) if name.startswith("checkpoint-")
+            ]
             manifests = {path.parent: orjson.loads(content) for path, content in read_all(paths).items()}
             newest = max(manifests, key=_step, default=None)
             here = newest_checkpoint(self._folder)
             if newest is None or (here and _step(here) >= _step(newest)):
                 return
-            for name, content in read_all(self._stored / name for name in BESIDE).items():
-                write_aside(self._job.out / name.name, content)
+            for name, content in read_all(self._stored / name for name in RESUME_FILES).items():
+                atomic_write(self._job.out / name.name, content)
             download(newest, [*manifests[newest]["files"], MANIFEST], self._folder / newest.name)
         self._job.say(f"fetched {newest.name} from the store")
 
@@ -146,9 +152,9 @@ class StoredCheckpoint:
         out = self._job.out
         with self._job.store.writing():
             upload(held, files, target)
-            upload(out, (name for name in BESIDE if (out / name).exists()), self._stored)
-            write_aside(target / MANIFEST, (held / MANIFEST).read_bytes())
-            for older in entries(self._stored):
+            upload(out, (name for name in RESUME_FILES if (out / name).exists()), self._stored)
+            atomic_write(target / MANIFEST, (held / MANIFEST).read_bytes())
+            for older in list_dir(self._stored):
                 if older.startswith("checkpoint-") and older != target.name:
                     remove(self._stored / older)
 

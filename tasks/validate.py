@@ -9,36 +9,36 @@ from typing import Any
 
 import orjson
 
-from include.chat import renders_tools, template_source
+from include.base_model import fetch_base
+from include.chat.chat_format import renders_tools, template_source
+from include.data.expectations import PAIRS, RAW_ROWS, TOOL_RULES, Findings, Suite
+from include.data.parallel import in_order
+from include.data.profile import RowFacts, profile
+from include.data.sharegpt import FEATURES, read, read_all
+from include.data.tables import write_table
 from include.errors import BadData
-from include.expectations import PAIRS, RAW_ROWS, TOOL_RULES, Findings, Suite
-from include.parallel import in_order
-from include.profile import RowFacts, profile
+from include.pipeline.stage import Result, StageContext, stage
 from include.recipe import Recipe
-from include.rows import write_table
-from include.sharegpt import FEATURES, read, read_all
-from include.sources import fetch_base
-from include.stage import Job, Result, stage
-from include.store import Artifact
+from include.storage.artifacts import Artifact
 from tasks.download import ROWS
 
 READINGS, GOOD, QUARANTINE, REPAIRED = "readings", "good.parquet", "quarantine.jsonl", "repaired.jsonl"
 DOCS = "data_docs"
 
 
-def _tools_rendered(job: Job, **_: Artifact) -> bool:
-    recipe = job.recipe
+def _tools_rendered(context: StageContext, **_: Artifact) -> bool:
+    recipe = context.recipe
     own = recipe.chat_template == "tokenizer"
-    folder = fetch_base(recipe, job.store, tokenizer_only=True) if own else Path()
+    folder = fetch_base(recipe, context.store, tokenizer_only=True) if own else Path()
     return renders_tools(template_source(folder, recipe))
 
 
 @stage(
     version=3,
-    uses=("method", "dataset_format", "merge_turns", "max_refused_share", "check_limits"),
-    facts=_tools_rendered,
+    recipe_fields=("method", "dataset_format", "merge_turns", "max_refused_share", "check_limits"),
+    external_inputs=_tools_rendered,
 )
-def validate(job: Job, download: Artifact) -> Result:
+def validate(context: StageContext, download: Artifact) -> Result:
     """Read the raw rows and judge them with Great Expectations.
 
     Leaves `readings/` (an Arrow file for each row group: `row`, `digest`, and the conversation's columns, see
@@ -49,13 +49,13 @@ def validate(job: Job, download: Artifact) -> Result:
     Raises:
         BadData: no row is usable, or more rows are refused than `max_refused_share` or `check_limits` allow.
     """
-    tools = _tools_rendered(job)
-    pairs = job.recipe.method == "dpo"
+    tools = _tools_rendered(context)
+    pairs = context.recipe.method == "dpo"
     rules = [rule for rule in (*RAW_ROWS, *(PAIRS if pairs else ())) if not (tools and rule.column in TOOL_RULES)]
     source = download.local() / ROWS
-    (job.out / READINGS).mkdir(exist_ok=True)
+    (context.out / READINGS).mkdir(exist_ok=True)
     with Suite(
-        "preference_rows" if pairs else "sharegpt_rows", rules, job.recipe.check_limits, job.out / DOCS
+        "preference_rows" if pairs else "sharegpt_rows", rules, context.recipe.check_limits, context.out / DOCS
     ) as suite:
         import numpy as np
         import pandas as pd
@@ -63,7 +63,7 @@ def validate(job: Job, download: Artifact) -> Result:
         import pyarrow.parquet as pq
 
         groups = range(pq.ParquetFile(source).num_row_groups)
-        parts = list(in_order(lambda index: _read_group(source, index, job.out, job.recipe), groups))
+        parts = list(in_order(lambda index: _read_group(source, index, context.out, context.recipe), groups))
         counts = {name: np.concatenate([part.counts[name] for part in parts]) for name in parts[0].counts}
         critical = [rule.column for rule in rules if rule.severity == "critical"]
         faulty = np.logical_or.reduce([counts[name] > 0 for name in critical])
@@ -74,10 +74,10 @@ def validate(job: Job, download: Artifact) -> Result:
     for name in critical:
         refused[findings.failed[name]] = True
     good = ~refused & (originals < 0)
-    pq.write_table(pa.table({"row": np.flatnonzero(good)}), job.out / GOOD)
+    pq.write_table(pa.table({"row": np.flatnonzero(good)}), context.out / GOOD)
     verdicts = _Verdicts(source, findings, parts, originals, refused, good)
-    reasons = verdicts.write(job.out)
-    verdicts.judge(job, reasons)
+    reasons = verdicts.write(context.out)
+    verdicts.judge(context, reasons)
     repairs: Counter[str] = Counter(repair for part in parts for made in part.repairs.values() for repair in made)
     copies = int((originals >= 0).sum())
     line = (
@@ -188,13 +188,13 @@ class _Verdicts:
                 begin = end
         return dict(counts.most_common())
 
-    def judge(self, job: Job, reasons: dict[str, int]) -> None:
+    def judge(self, context: StageContext, reasons: dict[str, int]) -> None:
         """Raises BadData when the rows must not be trained on; the quarantine stays in the work folder."""
-        rows, refused, budget = len(self._good), int(self._refused.sum()), job.recipe.max_refused_share
-        where = f"every refused row and its reason: {job.out / QUARANTINE}"
+        rows, refused, budget = len(self._good), int(self._refused.sum()), context.recipe.max_refused_share
+        where = f"every refused row and its reason: {context.out / QUARANTINE}"
         hint = ""
         columns = [set(names) for part in self._parts for names in part.columns]
-        if job.recipe.dataset_format != "alpaca" and any({"instruction", "output"} <= names for names in columns):
+        if context.recipe.dataset_format != "alpaca" and any({"instruction", "output"} <= names for names in columns):
             hint = "; the rows look like Alpaca's: set dataset_format: alpaca"
         if any({"chosen", "rejected"} <= names for names in columns):
             hint = "; the rows look like preference pairs: set method: dpo"

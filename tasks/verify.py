@@ -8,13 +8,14 @@ from typing import Any
 
 import orjson
 
-from include.chat import ChatFormat
+from include.base_model import fetch_base
+from include.chat.chat_format import ChatFormat
 from include.engine import supervise
 from include.errors import PermanentError
+from include.pipeline.stage import Result, StageContext, stage
 from include.registry import CARD, merged_uri, open_registry
-from include.sources import fetch_base
-from include.stage import Job, Result, stage
-from include.store import MANIFEST, Artifact, describe_files, file_digest, fingerprint
+from include.storage.artifacts import Artifact
+from include.storage.files import MANIFEST, describe_files, file_digest, fingerprint
 from tasks.smoke_test import messages
 from tasks.template import TOKENIZER
 from tasks.train import ADAPTER
@@ -23,34 +24,36 @@ MERGED_TOLERANCE = 0.05  # nats: room for weights rounded to 16 bits, none for a
 TOLERANCE = 1e-4  # of logits: the two copies are the same bytes, run by the same code
 
 
-def as_published(job: Job, publish: Artifact) -> str:
+def as_published(context: StageContext, publish: Artifact) -> str:
     """What the registry holds of the version now: a changed byte there means another proof."""
-    held = [open_registry(str(job.recipe.registry)).holds(publish.facts["revision"])]
-    if merged := publish.facts.get("merged"):
-        held.append(open_registry(merged_uri(str(job.recipe.registry))).holds(merged["revision"]))
+    held = [open_registry(str(context.recipe.registry)).file_digests(publish.metadata["revision"])]
+    if merged := publish.metadata.get("merged"):
+        held.append(open_registry(merged_uri(str(context.recipe.registry))).file_digests(merged["revision"]))
     return fingerprint(held)
 
 
 @stage(
     version=2,
-    uses=("base_model", "base_revision", "chat_template", "missing_special_tokens", "load_in_4bit", "prompts"),
-    facts=lambda job, publish, **_: as_published(job, publish),
+    recipe_fields=("base_model", "base_revision", "chat_template", "missing_special_tokens", "load_in_4bit", "prompts"),
+    external_inputs=lambda context, publish, **_: as_published(context, publish),
 )
-def verify(job: Job, template: Artifact, train: Artifact, publish: Artifact) -> Result:
+def verify(context: StageContext, template: Artifact, train: Artifact, publish: Artifact) -> Result:
     """Fetch the published version, compare its digests with its manifest and its logits with the tested adapter's.
 
     Raises:
         PermanentError: a file differs from its digest, or the two adapters answer differently.
     """
-    recipe, name = job.recipe, publish.facts["name"]
-    folder, files = fetched_whole(str(recipe.registry), publish.facts, job.out / "published")
+    recipe, name = context.recipe, publish.metadata["name"]
+    folder, files = fetched_whole(str(recipe.registry), publish.metadata, context.out / "published")
     chat = ChatFormat(template.local(TOKENIZER) / TOKENIZER, recipe)
     work = {
         "recipe": recipe.model_dump(mode="json"),
-        "base": fetch_base(recipe, job.store),
+        "base": fetch_base(recipe, context.store),
         "prompts": [chat.prompt(messages(prompt)) for prompt in recipe.prompts],
     }
-    compared = supervise.run("logits", {**work, "adapters": [train.local() / ADAPTER, folder]}, job.out, job.say)
+    compared = supervise.run(
+        "logits", {**work, "adapters": [train.local() / ADAPTER, folder]}, context.out, context.say
+    )
     if compared["largest_difference"] > TOLERANCE or not compared["same_tokens"]:
         raise PermanentError(
             f"the published {name} answers differently from what was tested (logits differ by "
@@ -58,9 +61,11 @@ def verify(job: Job, template: Artifact, train: Artifact, publish: Artifact) -> 
             "Do not use that version; compare the packages of this worker with those in its manifest",
         )
     line = f"{name}: {files} files whole, logits differ by {compared['largest_difference']:.1g} at most"
-    if merged := publish.facts.get("merged"):
-        whole, files = fetched_whole(merged_uri(str(recipe.registry)), merged, job.out / "merged")
-        distance = supervise.run("merged_logits", {**work, "adapter": folder, "merged": whole}, job.out, job.say)
+    if merged := publish.metadata.get("merged"):
+        whole, files = fetched_whole(merged_uri(str(recipe.registry)), merged, context.out / "merged")
+        distance = supervise.run(
+            "merged_logits", {**work, "adapter": folder, "merged": whole}, context.out, context.say
+        )
         if distance["kl"] > MERGED_TOLERANCE:
             raise PermanentError(
                 f"the merged {merged['name']} answers differently from base and adapter (KL {distance['kl']:.2g} nats)",
@@ -69,7 +74,7 @@ def verify(job: Job, template: Artifact, train: Artifact, publish: Artifact) -> 
         line += f"; merged: {files} files whole, KL to base and adapter {distance['kl']:.1g} nats"
         compared["merged"] = distance
     for download in ("published", "merged"):
-        shutil.rmtree(job.out / download, ignore_errors=True)
+        shutil.rmtree(context.out / download, ignore_errors=True)
     return Result(line, compared)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.s3 import S3
+from tests.services.s3 import S3
 
 PROJECT = Path(__file__).resolve().parent.parent
 MATERIAL = PROJECT.parent / "shared" / "material"
@@ -66,7 +66,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        [(PROJECT / "include" / "world.py").read_text(encoding="utf-8")],
+        [(PROJECT / "include" / "demo" / "village.py").read_text(encoding="utf-8")],
         trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     bpe.post_processor = processors.TemplateProcessing(
@@ -131,7 +131,7 @@ def small_recipe(write_recipe: Callable[..., Path], dataset: Path, tiny_base: Pa
 
 @pytest.fixture
 def pipeline() -> Callable[..., dict[str, str]]:
-    """Runs the stages in this process, without Airflow, up to one of them; returns the trail."""
+    """Runs the stages in this process, without Airflow, up to one of them; returns the lineage."""
     from tasks.__main__ import run
 
     return lambda recipe, until="verify", run_id="test", **values: run(recipe.stem, values, run_id, until)
@@ -139,11 +139,11 @@ def pipeline() -> Callable[..., dict[str, str]]:
 
 @pytest.fixture
 def artifact() -> Callable[[dict[str, str]], Any]:
-    """The artifact of the newest stage on a trail, or of a named one."""
-    from include.stage import artifact_of
-    from include.store import Store
+    """The artifact of the newest stage on a lineage, or of a named one."""
+    from include.pipeline.stage import artifact_of
+    from include.storage.artifacts import Store
 
-    return lambda trail, name=None: artifact_of(Store(), trail, name or list(trail)[-1])
+    return lambda lineage, name=None: artifact_of(Store(), lineage, name or list(lineage)[-1])
 
 
 @pytest.fixture

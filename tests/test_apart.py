@@ -14,33 +14,34 @@ from pathlib import Path
 import pytest
 import yaml
 
-from include.errors import Overtaken
-from include.objects import at
+from include.data.sources import pin_dataset
+from include.errors import Conflict
 from include.registry import ObjectRegistry
-from include.sources import pin_dataset
-from include.store import MANIFEST, Store
+from include.storage.artifacts import Store
+from include.storage.files import MANIFEST
+from include.storage.object_store import open_path
 from tasks.maintain import maintain_store
 from tasks.report import report
 from tasks.rollback import rollback
 from tests.conftest import PROJECT
-from tests.include.test_engine import engines, log_of, wait_until
-from tests.s3 import S3
+from tests.include.engine.test_train import engines, log_of, wait_until
+from tests.services.s3 import S3
 
 GPU = ("train", "smoke_test", "evaluate")
 STAGE = """
 import importlib, json, logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-names, trail = sys.argv[1].split(","), json.loads(sys.argv[2])
+names, lineage = sys.argv[1].split(","), json.loads(sys.argv[2])
 for name in names:
     if name == "resolve":
         from tasks.resolve import resolve
-        trail = resolve(trail["recipe"], {}, trail["run"])
+        lineage = resolve(lineage["recipe"], {}, lineage["run"])
     elif name == "approve":
         from tasks.approve import approve
-        trail = approve(trail)
+        lineage = approve(lineage)
     else:
-        trail = getattr(importlib.import_module(f"tasks.{name}"), name)(trail)
-print(json.dumps(trail))
+        lineage = getattr(importlib.import_module(f"tasks.{name}"), name)(lineage)
+print(json.dumps(lineage))
 """
 
 
@@ -49,15 +50,15 @@ def apart(s3: S3, dataset: Path, small_recipe: Callable, monkeypatch: pytest.Mon
     """A recipe whose data, artifacts and versions are on the object store; fields by keyword."""
     monkeypatch.setenv("RETUNE_STORE", "s3://retune/store")
     monkeypatch.setenv("RETUNE_REGISTRY", "s3://retune/registry")
-    rows = at("s3://retune/data/rows.jsonl")
+    rows = open_path("s3://retune/data/rows.jsonl")
     rows.fs.put_file(str(dataset), rows.path)
     return lambda **fields: small_recipe(dataset="s3://retune/data/rows.jsonl", **fields)
 
 
-def start(stages: str, trail: dict[str, str], var: Path) -> subprocess.Popen[str]:
+def start(stages: str, lineage: dict[str, str], var: Path) -> subprocess.Popen[str]:
     """A worker of one's own, with a disk of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", STAGE, stages, json.dumps(trail)], cwd=PROJECT,
+        [sys.executable, "-c", STAGE, stages, json.dumps(lineage)], cwd=PROJECT,
         env={**os.environ, "RETUNE_VAR": str(var)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -70,12 +71,12 @@ def done(worker: subprocess.Popen[str]) -> dict[str, str]:
 
 def run(name: str, run_id: str, disks: Path) -> dict[str, str]:
     """All stages, those of the GPU on another machine; every disk is empty at first."""
-    trail = {"recipe": name, "run": run_id}
+    lineage = {"recipe": name, "run": run_id}
     for number, stages in enumerate(
         ("resolve,download,validate", "standardize,template", ",".join(GPU), "approve,publish", "verify")
     ):
-        trail = done(start(stages, trail, disks / f"{run_id}-{number}"))
-    return trail
+        lineage = done(start(stages, lineage, disks / f"{run_id}-{number}"))
+    return lineage
 
 
 def test_a_run_in_separate_processes_with_separate_disks_is_published_reported_rolled_back_and_kept(
@@ -83,18 +84,18 @@ def test_a_run_in_separate_processes_with_separate_disks_is_published_reported_r
 ) -> None:
     recipe = apart(gate_margin=20, keep_days=1)
     disks = tmp_path / "disks"
-    trail = run("small", "first", disks)
+    lineage = run("small", "first", disks)
     summary = report("small", "first")
     assert (summary["verdict"], summary["version"]) == ("published", "v1")
     assert summary["place"] == "s3://retune/registry/small/versions/v1"
     assert summary["report"] == "s3://retune/store/small/runs/first/report.html"
     page = (s3.folder / "retune/store/small/runs/first/report.html").read_text()
     assert "data:image/png;base64" in page, "the loss picture"
-    assert summary["stages"]["publish"]["line"] == "v1 is live: s3://retune/registry/small/versions/v1"
+    assert summary["stages"]["publish"]["summary"] == "v1 is live: s3://retune/registry/small/versions/v1"
     registry = ObjectRegistry("s3://retune/registry/small")
     (manifest,) = registry.manifests()
     assert manifest["dataset"]["name"] == "s3://retune/data/rows.jsonl"
-    assert manifest["fingerprints"]["train"] == trail["train"]
+    assert manifest["fingerprints"]["train"] == lineage["train"]
     assert not (var / "registry").exists() and not (var / "store").exists()
 
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "max_steps": 6}))
@@ -114,7 +115,7 @@ def test_a_run_in_separate_processes_with_separate_disks_is_published_reported_r
     assert re.match(r"removed \d+ artifacts of small, ", line), line
     kept = {
         f"{path.parent.parent.name}/{path.parent.name}"
-        for path in at("s3://retune/store/small").glob("*/*/" + MANIFEST)
+        for path in open_path("s3://retune/store/small").glob("*/*/" + MANIFEST)
     }
     assert published <= kept
     assert not any(name.startswith(("publish/", "verify/")) for name in kept)
@@ -125,14 +126,14 @@ def test_a_training_killed_on_one_machine_goes_on_on_another_from_the_newest_sto
 ) -> None:
     apart(max_steps=40, save_steps=4)
     disks = tmp_path / "disks"
-    trail = done(
+    lineage = done(
         start("resolve,download,validate,standardize,template", {"recipe": "small", "run": "killed"}, disks / "cpu")
     )
 
     def killed_on(machine: str, steps: int) -> int:
         """Trains until there are so many steps; returns the newest step that is stored."""
         work = disks / machine / "work" / "small" / "train"
-        worker = start("train", trail, disks / machine)
+        worker = start("train", lineage, disks / machine)
         wait_until(
             lambda: (
                 worker.poll() is not None
@@ -152,12 +153,12 @@ def test_a_training_killed_on_one_machine_goes_on_on_another_from_the_newest_sto
     first = killed_on("one", 6)
     second = killed_on("two", first + 6)
     assert second > first
-    trail = done(start("train", trail, disks / "one"))  # which has an older checkpoint of its own
-    found = Store().find("small", "train", trail["train"])
-    assert int(found.facts["resumed_from"].removeprefix("checkpoint-")) == second
+    lineage = done(start("train", lineage, disks / "one"))  # which has an older checkpoint of its own
+    found = Store().find("small", "train", lineage["train"])
+    assert int(found.metadata["resumed_from"].removeprefix("checkpoint-")) == second
     log = [
         json.loads(line)
-        for line in (s3.folder / "retune/store" / "small/train" / trail["train"] / "training_log.jsonl")
+        for line in (s3.folder / "retune/store" / "small/train" / lineage["train"] / "training_log.jsonl")
         .read_text()
         .splitlines()
     ]
@@ -171,13 +172,13 @@ def stored_steps(s3: S3) -> list[int]:
 
 
 def test_a_dataset_that_was_replaced_on_the_object_store_is_another_revision(apart: Callable, dataset: Path) -> None:
-    from include.recipe import find, load
+    from include.recipe import find_recipe, load_recipe
 
     apart()
-    recipe = load(find("small"))
+    recipe = load_recipe(find_recipe("small"))
     first = pin_dataset(recipe)
     assert pin_dataset(recipe, first) == first
-    rows = at("s3://retune/data/rows.jsonl")
+    rows = open_path("s3://retune/data/rows.jsonl")
     rows.fs.pipe_file(rows.path, dataset.read_bytes() + b"\n")
-    with pytest.raises(Overtaken, match="s3://retune/data/rows.jsonl has changed"):
+    with pytest.raises(Conflict, match="s3://retune/data/rows.jsonl has changed"):
         pin_dataset(recipe, first)

@@ -85,7 +85,7 @@ def test_the_dag_file_is_parsed_fast_and_without_the_heavy_libraries(tmp_path: P
 
 
 def test_the_demos_dataset_is_what_its_generator_writes(tmp_path: Path) -> None:
-    from include.world import write_dataset
+    from include.demo.village import write_dataset
 
     write_dataset(tmp_path / "demo.jsonl")
     assert (tmp_path / "demo.jsonl").read_bytes() == (PROJECT / "include" / "recipes" / "demo.jsonl").read_bytes()

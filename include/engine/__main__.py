@@ -17,12 +17,12 @@ from pathlib import Path
 
 import orjson
 
-from include.engine.processes import COUNT, RANK
+from include.engine.distributed import COUNT, RANK
 from include.errors import RetuneError
-from include.store import to_json
+from include.storage.files import to_json
 
 COMMANDS = {
-    "train": "train", "generate": "answer", "losses": "measure", "logits": "measure", "merge": "merge",
+    "train": "train", "generate": "generate", "losses": "losses", "logits": "losses", "merge": "merge",
     "merged_logits": "merge",
 }  # fmt: skip
 GO_ON = "Free some space and retry the task: it goes on from its last checkpoint"

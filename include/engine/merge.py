@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
+from include.engine.device_plan import make_plan
 from include.engine.model import load_adapter, load_base
-from include.engine.plan import make_plan
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*")
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from include.engine.plan import Plan
-from include.errors import BadRecipe, Missing
+from include.engine.device_plan import Plan
+from include.errors import BadRecipe, NotFound
 
 
 def load_base(base: str | Path, recipe: dict[str, Any], plan: Plan, dtype: str | None = None) -> Any:
@@ -19,7 +19,7 @@ def load_base(base: str | Path, recipe: dict[str, Any], plan: Plan, dtype: str |
         dtype: of weights that are not quantized, where it is not the plan's.
 
     Raises:
-        Missing: the folder holds no model that transformers can load.
+        NotFound: the folder holds no model that transformers can load.
     """
     import torch
 
@@ -51,7 +51,7 @@ def load_base(base: str | Path, recipe: dict[str, Any], plan: Plan, dtype: str |
         )  # fmt: skip
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())
-        raise Missing(f"field 'base_model': {base} cannot be loaded: {problem}", "Check the model's files") from error
+        raise NotFound(f"field 'base_model': {base} cannot be loaded: {problem}", "Check the model's files") from error
     for module in model.modules() if plan.device == "cpu" else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50 repacks weights for a bfloat16 kernel once a layer runs in eval mode: it rounds
@@ -89,10 +89,10 @@ def add_adapter(model: Any, recipe: dict[str, Any], plan: Plan) -> Any:
 
 
 def load_trainable(base: str, recipe: dict[str, Any], plan: Plan) -> Any:
-    """What is to be trained: a frozen base with a new adapter, or the whole model in 32 bits.
+    """What is to be trained: a pinned base with a new adapter, or the whole model in 32 bits.
 
     Raises:
-        Missing, BadRecipe: see `load_base` and `add_adapter`.
+        NotFound, BadRecipe: see `load_base` and `add_adapter`.
     """
     if recipe["full_finetuning"]:
         return load_base(base, recipe, plan, "float32")  # in 16 bits small updates would be lost
@@ -103,7 +103,7 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
     """The base with a saved adapter, as a user of the published adapter would load it.
 
     Raises:
-        Missing: the folder holds no adapter that fits the base.
+        NotFound: the folder holds no adapter that fits the base.
     """
     from peft import PeftModel
 
@@ -111,7 +111,7 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
         return PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError) as error:
         problem = " ".join(str(error).split())[:300]
-        raise Missing(f"the adapter in {folder} cannot be loaded: {problem}", "Train it again") from error
+        raise NotFound(f"the adapter in {folder} cannot be loaded: {problem}", "Train it again") from error
 
 
 def variants(
@@ -126,7 +126,7 @@ def variants(
         `base` or the name, and the model.
 
     Raises:
-        Missing: a folder holds nothing that fits the base.
+        NotFound: a folder holds nothing that fits the base.
     """
     model = load_base(base, recipe, plan).eval()
     yield "base", model

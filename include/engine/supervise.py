@@ -16,9 +16,9 @@ from typing import Any
 import orjson
 
 from include import errors
-from include.errors import Hung, ProcessLost, RetuneError
-from include.settings import PROJECT
-from include.store import to_json
+from include.errors import ProcessLost, ProcessTimeout, RetuneError
+from include.paths import PROJECT
+from include.storage.files import to_json
 
 LOG, JOB = "engine.log", "job.json"
 GRACE = 120.0  # seconds from asking the process to stop (it saves a checkpoint first) to killing it
@@ -43,7 +43,7 @@ def run(
         saved: called with each checkpoint that is whole.
 
     Raises:
-        Hung: it was silent for too long, and was killed.
+        ProcessTimeout: it was silent for too long, and was killed.
         RetuneError: what the process reported, of the class it reported.
         ProcessLost: it was killed or asked to stop; what it had saved is in its output folder.
     """
@@ -69,8 +69,8 @@ def run(
         for line in _lines(events, process, silence):
             event = orjson.loads(line)
             if event["event"] == "say":
-                if event["line"]:  # an empty one is a sign of life
-                    say(event["line"])
+                if event["summary"]:  # an empty one is a sign of life
+                    say(event["summary"])
                 if saved and "saved" in event:
                     saved(Path(event["saved"]))
             elif event["event"] == "result":
@@ -95,7 +95,7 @@ def _lines(events: Any, process: subprocess.Popen[bytes], silence: float) -> Ite
         ready, _, _ = select.select([events], [], [], silence)
         if not ready:
             process.kill()
-            raise Hung(
+            raise ProcessTimeout(
                 f"the process gave no sign of life for {silence:,.0f} s and was ended",
                 "Run again: it goes on from its last checkpoint; raise hang_timeout if it only takes long",
             )

@@ -13,13 +13,13 @@ from typing import Any
 
 import orjson
 
+from include.chat.tokenized import load_rows
 from include.engine.attention import use_varlen
+from include.engine.device_plan import PLAN, Plan, fit, free_memory, make_plan
+from include.engine.distributed import RANK, highest, join
 from include.engine.model import load_trainable
-from include.engine.plan import PLAN, Plan, fit, free_memory, make_plan
-from include.engine.processes import RANK, highest, join
 from include.errors import BadData, BadRecipe, OutOfMemory, ProcessLost
-from include.rows import load as load_rows
-from include.store import MANIFEST, describe_files, to_json, write_aside
+from include.storage.files import MANIFEST, atomic_write, describe_files, to_json
 
 ADAPTER, CHECKPOINTS, TRAINING_LOG = "adapter", "checkpoints", "training_log.jsonl"
 
@@ -29,7 +29,7 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
     of them return the result, and the first one writes.
 
     Args:
-        job: `recipe` (its fields), `base`, `tokenizer` (folders), `rows` (folder, see `include.rows`), `out` (folder),
+        job: `recipe` (its fields), `base`, `tokenizer` (folders), `rows` (folder, see `include.chat.tokenized`), `out` (folder),
             `base_name` and `base_revision` (what the adapter's config names as its base).
         say: takes a line for people.
 
@@ -60,7 +60,7 @@ def train(job: dict[str, Any], say: Any) -> dict[str, Any]:
         use_varlen(model if recipe["full_finetuning"] else model.get_base_model())
     settings = _settings(recipe, plan, out)
     if RANK == 0:
-        write_aside(out / PLAN, to_json(plan.as_dict()))
+        atomic_write(out / PLAN, to_json(plan.as_dict()))
         for note in plan.notes:
             say(note)
     types = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
@@ -302,7 +302,7 @@ def _journal_class() -> type:
             lines = self.path.read_bytes().splitlines() if self.path.exists() else []
             self.entries = [entry for line in lines if (entry := orjson.loads(line))["step"] <= step]
             if RANK == 0:
-                write_aside(self.path, b"".join(orjson.dumps(entry) + b"\n" for entry in self.entries))
+                atomic_write(self.path, b"".join(orjson.dumps(entry) + b"\n" for entry in self.entries))
             if self.entries:
                 self._earlier = self.entries[-1]
 
@@ -372,7 +372,7 @@ def _journal_class() -> type:
             highest(0, self.device)  # the other processes' random states are in the folder, too
             if RANK == 0:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_aside(folder / MANIFEST, to_json({"step": state.global_step, "files": describe_files(folder)}))
+                atomic_write(folder / MANIFEST, to_json({"step": state.global_step, "files": describe_files(folder)}))
                 self.say("", saved=str(folder))
 
     return Journal

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from include.errors import Overtaken, PermanentError, Rejected, Unanswered
-from include.gate import judge
-from include.recipe import check
-from include.report import question_page
-from include.store import Store, to_json
+from include.errors import ApprovalTimeout, Conflict, PermanentError, Rejected
+from include.evaluation.gate import judge
+from include.recipe import validate_recipe
+from include.reporting.pages import approval_page
+from include.storage.artifacts import Store
+from include.storage.files import to_json
 from tasks.approve import Answer, approve, ask, refuse_where_nobody_asks, regressions
 from tasks.report import report
 
@@ -23,8 +24,8 @@ WORSE = [0.012 + 0.001 * i for i in range(12)]
 
 
 def answers(required: tuple[str, ...] = (), **seen: str) -> dict[str, Any]:
-    answer = {"prompt": "Who?", "system": None, "answer": "Alma.", "base": "Who who", "seen": seen}
-    good = {**answer, "prompt": "Where?", "seen": {}}
+    answer = {"prompt": "Who?", "system": None, "answer": "Alma.", "base": "Who who", "failures": seen}
+    good = {**answer, "prompt": "Where?", "failures": {}}
     return {"answers": [good, answer], "required": list(required), "failed": [], "passed": 2}
 
 
@@ -58,8 +59,8 @@ def test_each_regression_is_a_sentence() -> None:
 def test_what_models_say_is_text_in_the_question() -> None:
     said = answers(as_expected="no match for x in '<b>|'")
     said["answers"][1] |= {"answer": "| [click](http://x) <img src=x> {{ 7 * 7 }} `code`\n\n# Head", "base": "b " * 400}
-    recipe = check({"name": "small", "registry": "hf://me/adapter"}, "here")
-    page = question_page(
+    recipe = validate_recipe({"name": "small", "registry": "hf://me/adapter"}, "here")
+    page = approval_page(
         recipe, said, measured(WORSE, margin=0.1), ["the *loss*"], "/retune/report/small/1", "rows@1, base@2"
     )
     lines = page.splitlines()
@@ -78,27 +79,34 @@ def test_what_models_say_is_text_in_the_question() -> None:
 
 @pytest.mark.parametrize("mode", ["always", "on_regression"])
 def test_a_run_that_nobody_can_be_asked_in_says_what_to_do(mode: str) -> None:
-    refuse_where_nobody_asks(check({"name": "small"}, "here"))
+    refuse_where_nobody_asks(validate_recipe({"name": "small"}, "here"))
     with pytest.raises(PermanentError, match=rf"small says approve: {mode}.*make up.* --set approve=never"):
-        refuse_where_nobody_asks(check({"name": "small", "approve": mode}, "here"))
+        refuse_where_nobody_asks(validate_recipe({"name": "small", "approve": mode}, "here"))
 
 
 @pytest.fixture
 def judged(var: Path, write_recipe: Callable) -> Callable[..., dict[str, str]]:
-    """The trail of a run up to `evaluate`, whose stages left these facts."""
+    """The lineage of a run up to `evaluate`, whose stages left these facts."""
 
     def leave(evaluate: dict[str, Any], smoke_test: dict[str, Any], **fields: Any) -> dict[str, str]:
         write_recipe(**fields)
         store = Store()
         registry = f"file://{var}/registry/small"
-        frozen = check({"name": "small", "registry": registry, **fields}, "here").model_dump(mode="json")
+        pinned = validate_recipe({"name": "small", "registry": registry, **fields}, "here").model_dump(mode="json")
         facts = {"resolve": {}, "train": {}, "smoke_test": smoke_test, "evaluate": evaluate}
         for stage in facts:
             out = var / "work" / stage
             out.mkdir(parents=True)
-            (out / "recipe.json").write_bytes(to_json(frozen))
-            store.commit(out, "small", stage, stage, line=stage, facts=facts[stage], seconds=1.0)
-            record = {"stage": stage, "state": "done", "line": stage, "seconds": 1.0, "fingerprint": stage, "own": True}
+            (out / "recipe.json").write_bytes(to_json(pinned))
+            store.commit(out, "small", stage, stage, summary=stage, metadata=facts[stage], seconds=1.0)
+            record = {
+                "stage": stage,
+                "state": "done",
+                "summary": stage,
+                "seconds": 1.0,
+                "fingerprint": stage,
+                "from_recipe_file": True,
+            }
             store.record("small", "one", stage, {**record, "folder": "here"})
         return {"recipe": "small", "run": "one"} | {stage: stage for stage in facts}
 
@@ -107,38 +115,38 @@ def judged(var: Path, write_recipe: Callable) -> Callable[..., dict[str, str]]:
 
 def test_the_question_and_the_answers(var: Path, judged: Callable, artifact: Callable) -> None:
     noted = measured(questions=([0.1] * 12, [0.1] * 12))
-    trail = judged(noted, answers(), approve="on_regression", approve_within_hours=2)
-    question = ask(trail, "/retune/report/small/one")
+    lineage = judged(noted, answers(), approve="on_regression", approve_within_hours=2)
+    question = ask(lineage, "/retune/report/small/one")
     assert question and (question.subject, question.hours) == ("May this candidate of small go live? evaluate", 2)
     assert "it does not heed the question" in question.body
     page = (Store().run_folder("small", "one") / "report.html").read_text()
     assert 'class="verdict waiting"' in page and "A person's approval: waiting for an answer until" in page
     assert not (var / "last_run.json").exists(), "it is for runs that have ended"
 
-    with pytest.raises(Unanswered, match=r"^small says approve: on_regression, and"):
-        approve(trail)
-    with pytest.raises(Unanswered, match=r"^nobody answered within 2 h\. Nothing is published"):
-        approve(trail, Answer(False, None, MONDAY))
+    with pytest.raises(ApprovalTimeout, match=r"^small says approve: on_regression, and"):
+        approve(lineage)
+    with pytest.raises(ApprovalTimeout, match=r"^nobody answered within 2 h\. Nothing is published"):
+        approve(lineage, Answer(False, None, MONDAY))
     assert report("small", "one")["verdict"] == "failed"
     with pytest.raises(Rejected, match=r"^rejected by Ada at 2026-11-23 09:30 UTC\."):
-        approve(trail, Answer(False, "Ada", MONDAY))
+        approve(lineage, Answer(False, "Ada", MONDAY))
     assert report("small", "one")["verdict"] == "rejected"
-    facts = artifact(approve(trail, Answer(True, "Ada", MONDAY))).facts
+    facts = artifact(approve(lineage, Answer(True, "Ada", MONDAY))).metadata
     assert (facts["asked"], facts["by"], facts["at"]) == (True, "Ada", "2026-11-23T09:30:00+00:00")
     assert facts["regressions"] == noted["verdict"]["notes"]
 
 
 def test_another_question_in_the_same_run_is_refused(var: Path, judged: Callable) -> None:
-    trail = judged(measured(), answers(), approve="always")
-    question = ask(trail, "")
-    assert ask(trail, "") == question, "cleared, the same is asked again"
+    lineage = judged(measured(), answers(), approve="always")
+    question = ask(lineage, "")
+    assert ask(lineage, "") == question, "cleared, the same is asked again"
     with pytest.raises(Rejected):
-        approve(trail, Answer(False, "Ada", MONDAY))
-    assert ask(trail, "") == question
+        approve(lineage, Answer(False, "Ada", MONDAY))
+    assert ask(lineage, "") == question
     manifest = var / "store" / "small" / "evaluate" / "evaluate" / "manifest.json"
-    manifest.write_bytes(to_json({**json.loads(manifest.read_text()), "facts": measured(live=None)}))
-    with pytest.raises(Overtaken, match="the numbers are not those .* Start a new run"):
-        ask(trail, "")
+    manifest.write_bytes(to_json({**json.loads(manifest.read_text()), "metadata": measured(live=None)}))
+    with pytest.raises(Conflict, match="the numbers are not those .* Start a new run"):
+        ask(lineage, "")
 
 
 def test_a_run_that_was_stopped_while_it_waited_has_failed(judged: Callable) -> None:
@@ -159,6 +167,10 @@ def test_where_nobody_is_asked_the_trail_goes_on(
 ) -> None:
     facts = measured()
     facts["verdict"]["publish"] = not refused
-    trail = judged(facts, answers(), approve=mode)
-    assert ask(trail, "") is None
-    assert artifact(approve(trail)).facts == {"asked": False, "regressions": [], "line": f"nobody was asked: {why}"}
+    lineage = judged(facts, answers(), approve=mode)
+    assert ask(lineage, "") is None
+    assert artifact(approve(lineage)).metadata == {
+        "asked": False,
+        "regressions": [],
+        "summary": f"nobody was asked: {why}",
+    }

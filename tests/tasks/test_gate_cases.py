@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from include.stage import Trail
+from include.pipeline.stage import Lineage
 from tasks.evaluate import evaluate
 from tasks.smoke_test import smoke_test
 from tests.conftest import conversation
@@ -112,9 +112,9 @@ def recipe(small_recipe: Callable, state: Path, base: Path, monkeypatch: pytest.
 
 
 @pytest.fixture
-def judged(artifact: Callable) -> Callable[[Trail], dict[str, Any]]:
-    """The gate's verdict on the adapter of a trail."""
-    return lambda trail: artifact(trail, "evaluate").facts["verdict"]
+def judged(artifact: Callable) -> Callable[[Lineage], dict[str, Any]]:
+    """The gate's verdict on the adapter of a lineage."""
+    return lambda lineage: artifact(lineage, "evaluate").metadata["verdict"]
 
 
 def test_a_good_one_passes(recipe: Callable, pipeline: Callable, judged: Callable) -> None:

@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 from huggingface_hub import snapshot_download
 
-from include.errors import Missing
+from include.errors import NotFound
 from include.registry import FolderRegistry, HubRegistry
-from include.store import MANIFEST, Store, to_json
+from include.storage.artifacts import Store
+from include.storage.files import MANIFEST, to_json
 from tasks.maintain import maintain_disk, maintain_store
 from tasks.report import report
 from tasks.rollback import rollback
 from tests.conftest import PROJECT
-from tests.hub import Hub
+from tests.services.hub import Hub
 
 TIMES = ("made_at", "started_at", "finished_at")
 LOCK = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.read()"
@@ -55,8 +56,10 @@ def artifacts(var: Path) -> set[str]:
     return {f"{folder.parent.name}/{folder.name}" for folder in found}
 
 
-def steps(*trails: dict[str, str]) -> set[str]:
-    return {f"{stage}/{mark}" for trail in trails for stage, mark in trail.items() if stage not in ("recipe", "run")}
+def steps(*lineages: dict[str, str]) -> set[str]:
+    return {
+        f"{stage}/{mark}" for lineage in lineages for stage, mark in lineage.items() if stage not in ("recipe", "run")
+    }
 
 
 def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
@@ -84,7 +87,7 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     assert snapshot(var) == before
     assert line.startswith("would remove 7 artifacts and 1 run of small, "), line
     listed = re.findall(r"would remove \S+/store/small/(\S+), ", caplog.text)
-    gone = {f"{stage}/{trail[stage]}" for trail in (first, second) for stage in ("resolve", "publish")}
+    gone = {f"{stage}/{lineage[stage]}" for lineage in (first, second) for stage in ("resolve", "publish")}
     gone |= {f"verify/{first['verify']}", f"resolve/{old['resolve']}", f"template/{old['template']}"}
     assert set(listed) == gone | {"runs/old"}
     assert "gone, there is no recipe of that name" in caplog.text
@@ -99,7 +102,7 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     assert "and there is no version in " in line
     elsewhere.rename(registry.root)
     assert snapshot(store).keys() == {path for path in before if path.startswith(str(store))}
-    with pytest.raises(Missing, match="there is no recipe 'smal'"):
+    with pytest.raises(NotFound, match="there is no recipe 'smal'"):
         maintain_store("smal")
 
     there = artifacts(var)
@@ -128,7 +131,7 @@ def commit(store: Store, tmp_path: Path, mark: str, stage: str = "train", files:
     work.mkdir()
     for number in range(files):
         (work / f"{number}.bin").write_bytes(b"x" * 100)
-    store.commit(work, "small", stage, mark, **{"line": "", "facts": {}, "inputs": {}, **facts})
+    store.commit(work, "small", stage, mark, **{"summary": "", "metadata": {}, "inputs": {}, **facts})
 
 
 def test_a_maintenance_that_is_killed_leaves_nothing_half_valid_and_two_at_once_finish_it(

@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from include.chat.tokenized import load_rows
+from include.data.sharegpt import read
 from include.errors import BadData
-from include.rows import load as load_rows
-from include.sharegpt import read
 
 
 def human(said: str) -> dict[str, str]:
@@ -96,7 +96,7 @@ def test_bad_pairs_are_refused_with_their_reasons(
     dataset = write_pairs([*GOOD, *(row for row, _ in BAD)])
     recipe = small_recipe(method="dpo", dataset=dataset, max_refused_share=0.2)
     validated = artifact(pipeline(recipe, "validate"))
-    assert (validated.facts["good"], validated.facts["refused"]) == (len(GOOD), len(BAD))
+    assert (validated.metadata["good"], validated.metadata["refused"]) == (len(GOOD), len(BAD))
     quarantine = (validated.local() / "quarantine.jsonl").read_text().splitlines()
     reasons = {entry["row"]: entry["reasons"] for entry in map(json.loads, quarantine)}
     for number, (row, reason) in enumerate(BAD, len(GOOD)):
@@ -117,8 +117,8 @@ def test_dpo_trains_on_the_templates_tokens_and_its_loss_is_the_papers(
     recipe = small_recipe(
         method="dpo", dataset=write_pairs(GOOD), max_steps=20, learning_rate=2e-3, beta=0.2, load_in_4bit=False
     )
-    trail = pipeline(recipe)
-    prepared = artifact(trail, "template").local()
+    lineage = pipeline(recipe)
+    prepared = artifact(lineage, "template").local()
     tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
     rows = load_rows(prepared / "holdout")
     for row in rows:
@@ -131,7 +131,7 @@ def test_dpo_trains_on_the_templates_tokens_and_its_loss_is_the_papers(
             assert row["prompt_ids"] + row[name] == whole
 
     adapted = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny_base), artifact(trail, "train").local() / "adapter"
+        AutoModelForCausalLM.from_pretrained(tiny_base), artifact(lineage, "train").local() / "adapter"
     )
 
     def likelihood(row: dict[str, Any], answer: str) -> float:
@@ -142,15 +142,15 @@ def test_dpo_trains_on_the_templates_tokens_and_its_loss_is_the_papers(
     def margin(row: dict[str, Any]) -> float:
         return likelihood(row, "chosen_ids") - likelihood(row, "rejected_ids")
 
-    measured = json.loads((artifact(trail, "evaluate").local() / "losses.json").read_text())["losses"]
+    measured = json.loads((artifact(lineage, "evaluate").local() / "losses.json").read_text())["losses"]
     assert measured["base"] == pytest.approx([math.log(2)] * len(rows))
     with torch.inference_mode():
         for row, loss in zip(rows, measured["candidate"], strict=True):
             with adapted.disable_adapter():
                 reference = margin(row)
             assert loss == pytest.approx(math.log1p(math.exp(-0.2 * (margin(row) - reference))), abs=2e-4)
-    log = [json.loads(line) for line in (artifact(trail, "train").local() / "training_log.jsonl").open()]
+    log = [json.loads(line) for line in (artifact(lineage, "train").local() / "training_log.jsonl").open()]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "no step has been made before the first"
     assert log[-1]["loss"] < 0.5
-    assert artifact(trail, "evaluate").facts["verdict"]["publish"]
-    assert artifact(trail, "verify").facts["largest_difference"] == 0
+    assert artifact(lineage, "evaluate").metadata["verdict"]["publish"]
+    assert artifact(lineage, "verify").metadata["largest_difference"] == 0

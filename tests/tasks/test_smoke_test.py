@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from include.evaluation.answer_checks import check_answer
 from include.recipe import Prompt
-from tasks.smoke_test import look
 
 QUESTION = "Where is the home of Ada?"
 GOOD = "The home of Ada is in Mill Lane."
@@ -15,7 +15,7 @@ PERSON = {"type": "object", "required": ["name"], "properties": {"name": {"type"
 
 
 def seen(answer: str, base: str = "something else", special: tuple[str, ...] = (), **asked: Any) -> dict[str, str]:
-    return look(Prompt.model_validate({"prompt": QUESTION, **asked}), answer, base, special)
+    return check_answer(Prompt.model_validate({"prompt": QUESTION, **asked}), answer, base, special)
 
 
 def test_a_good_answer_has_nothing_against_it() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from include.errors import BadRecipe, PermanentError
-from include.recipe import find, form, load
+from include.recipe import find_recipe, form, load_recipe
 from tasks.report import report
 from tests.conftest import last_run
 
@@ -31,9 +31,9 @@ def test_the_best_of_a_grid_is_published_and_the_rest_is_told(
     assert rows[GOOD[1]]["loss"] < rows[GOOD[0]]["loss"] < rows[GOOD[0]]["base"]
     failed = rows["max_steps=2 target_modules=no_proj"]
     assert failed["loss"] is None
-    assert "field 'target_modules'" in failed["line"]
-    assert summary["stages"]["train"]["line"].startswith("8 steps")
-    assert summary["stages"]["choose"]["line"].startswith(f"{GOOD[1]}, the best of 4: loss ")
+    assert "field 'target_modules'" in failed["summary"]
+    assert summary["stages"]["train"]["summary"].startswith("8 steps")
+    assert summary["stages"]["choose"]["summary"].startswith(f"{GOOD[1]}, the best of 4: loss ")
 
     data = [var / "store" / "small" / stage for stage in ("download", "validate", "standardize", "template")]
     assert [len(list(stage.iterdir())) for stage in data] == [1, 1, 1, 1], "the data is made once, for all"
@@ -65,15 +65,17 @@ def test_a_grid_of_which_none_comes_through_says_what_became_of_it(small_recipe:
 
 def test_the_form_offers_a_sweep_where_the_file_has_one(small_recipe: Callable) -> None:
     plain = small_recipe("plain")
-    assert "sweep" not in form(load(plain))
+    assert "sweep" not in form(load_recipe(plain))
     with pytest.raises(BadRecipe, match="field 'sweep': the file has none, so its DAG trains one candidate"):
-        load(plain, {"sweep": {"r": [4, 8]}})
-    swept = load(small_recipe("swept", sweep={"r": [4, 8]}), {"sweep": {"learning_rate": ["1e-4", 0.01, 0.0001]}})
-    assert find("swept")
+        load_recipe(plain, {"sweep": {"r": [4, 8]}})
+    swept = load_recipe(
+        small_recipe("swept", sweep={"r": [4, 8]}), {"sweep": {"learning_rate": ["1e-4", 0.01, 0.0001]}}
+    )
+    assert find_recipe("swept")
     assert [*swept.candidates()] == ["learning_rate=0.0001", "learning_rate=0.01"], "the same only once"
     with pytest.raises(BadRecipe, match=r"sweep: field 'r': input should be greater than or equal to 1, got 0"):
-        load(find("swept"), {"sweep": {"r": [8, 0]}})
-    assert [*load(find("swept"), {"sweep": {}}).candidates()] == ["as written"]
+        load_recipe(find_recipe("swept"), {"sweep": {"r": [8, 0]}})
+    assert [*load_recipe(find_recipe("swept"), {"sweep": {}}).candidates()] == ["as written"]
 
 
 def test_airflow_maps_the_grid_and_a_failed_candidate_does_not_fail_the_run(

@@ -1,0 +1,1 @@
+"""Chat: conversations to token ids and loss masks."""

@@ -1,0 +1,1 @@
+"""Data: sources of rows, reading ShareGPT, expectations, deduplication, profile."""

@@ -1,0 +1,222 @@
+"""The checks on a ShareGPT dataset, as Great Expectations suites over one flat row of counts per conversation.
+
+Great Expectations sees counts, never the texts: twenty expectations over 100,000 rows take under a second that way.
+Each rule carries the sentence that a person reads in the log, the quarantine, the Data Docs and the report.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from include.data.parallel import forked, no_collection
+from include.data.sharegpt import LONG_TURN
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Severity = Literal["critical", "warning", "info"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One expectation on a column that counts faults: none is expected in any row.
+
+    Attributes:
+        column: of the frame; the name under which a recipe sets a limit for the rule (`check_limits`).
+        says: what a row that fails it did wrong.
+        severity: `critical`: such a row is refused and counts against `max_refused_share`; `warning`: dropped, does
+            not count; `info`: only counted.
+        limit: share of rows that may fail before the run fails; None: only what the severity says.
+    """
+
+    column: str
+    says: str
+    severity: Severity = "critical"
+    limit: float | None = None
+
+
+RAW_ROWS = (
+    Rule("unreadable", "the row cannot be read as a conversation"),
+    Rule("no_turns", "the conversation is empty"),
+    Rule("malformed_turns", "a turn is not an object with a speaker and a text"),
+    Rule("unknown_roles", "a turn has an unknown role"),
+    Rule("tool_turns", "a turn has a tool role, which the chat template does not render"),
+    Rule("tool_lists", "the row lists tools, which the chat template does not render"),
+    Rule("bad_tool_lists", "the tools column is not a list of objects"),
+    Rule("tool_calls", "a turn calls tools under tool_calls; write the call as the text of a function_call turn"),
+    Rule("non_text_values", "a turn's value is missing or is not a text"),
+    Rule("empty_values", "a turn's text is empty"),
+    Rule("no_assistant", "no assistant turn to learn from"),
+    Rule("first_speaker", "the first turn is neither the system's nor the user's"),
+    Rule("last_speaker", "the last turn is not the assistant's"),
+    Rule("order_errors", "the turns do not alternate as [system] user assistant user assistant ..."),
+    Rule("copy", "an exact copy of an earlier row", "warning"),
+    Rule("special_token_text", "the text looks like a special token (see special_tokens_in_text)", "info"),
+    Rule("broken_characters", "the text has replacement characters (U+FFFD) of a wrong decoding", "info"),
+    Rule("control_characters", "the text has control characters", "info"),
+    Rule("long_turns", f"a turn has more than {LONG_TURN:,} characters", "info"),
+    Rule("unknown_keys", "a turn has keys besides speaker and text; they are left out", "info"),
+)
+PAIRS = (  # what is asked of preference rows besides
+    Rule("unpaired_answers", "chosen and rejected are not one answer each to the same prompt"),
+    Rule("same_answers", "the chosen and the rejected answer are the same"),
+)
+TOOL_RULES = ("tool_turns", "tool_lists")  # only where the chat template renders no tools
+
+PREPARED_ROWS = (
+    Rule("tokens_over", "the conversation is longer than max_seq_length: on_too_long decides", "warning"),
+    Rule("untrained", "no token is trained on", limit=0),
+    Rule("bos_errors", "the beginning-of-text token is not where the template writes it, once", limit=0),
+    Rule("unended_turns", "an assistant turn does not end with a trained end-of-turn token", limit=0),
+    Rule("mask_errors", "the trained stretches are not the assistant turns, one each", limit=0),
+    Rule("kept_over", "what is kept of the conversation is longer than max_seq_length", limit=0),
+    Rule("cut", "the conversation is truncated although on_too_long does not say so", limit=0),
+)
+PREPARED_PAIRS = (Rule("prompt_errors", "the tokens before the two answers differ", limit=0),)
+DATA_CHECKS = tuple(rule.column for rule in (*RAW_ROWS, *PAIRS, *PREPARED_ROWS, *PREPARED_PAIRS))
+
+
+@dataclass
+class Findings:
+    """What a suite found.
+
+    Attributes:
+        failed: for each rule's column the rows that fail it (int64).
+        table: one entry per rule, for the report: check, says, severity, rows that fail, limit, whether it holds.
+        page: the page of the Data Docs that has the results.
+        broken: for each rule that more rows fail than may, or that could not be computed, a sentence.
+    """
+
+    failed: dict[str, Any] = field(default_factory=dict)
+    table: list[dict[str, Any]] = field(default_factory=list)
+    page: str = ""
+    broken: list[str] = field(default_factory=list)
+
+
+class Suite:
+    """A Great Expectations suite in a process of its own, so that its imports (seconds) go on beside other work.
+
+    Args:
+        rules: what is expected of every row.
+        limits: for some of the rules, by column, the share of rows that may fail them, in place of the rule's own.
+        docs: the folder of the Data Docs.
+    """
+
+    def __init__(self, name: str, rules: Iterable[Rule], limits: Mapping[str, float], docs: Path):
+        self._name, self._docs = name, docs
+        self._rules = tuple(replace(rule, limit=limits.get(rule.column, rule.limit)) for rule in rules)
+        self._process = forked(1)
+        self._process.submit(_import_great_expectations)
+
+    def __enter__(self) -> Suite:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.shutdown(wait=False, cancel_futures=True)
+
+    def validate(self, frame: pd.DataFrame) -> Findings:
+        """Run the rules over a frame with a `row` column and one column for each rule, and write the Data Docs."""
+        return self._process.submit(_validate, frame, self._rules, self._name, self._docs).result()
+
+
+def _import_great_expectations() -> None:
+    spec = importlib.util.find_spec("scipy.stats")  # a third of the import, for expectations that are not used here
+    if spec and spec.loader and "scipy.stats" not in sys.modules:
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        sys.modules["scipy.stats"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["scipy.stats"])
+    with no_collection():
+        import great_expectations  # noqa: F401
+
+    gc.freeze()
+
+
+def _validate(frame: pd.DataFrame, rules: tuple[Rule, ...], name: str, docs: Path) -> Findings:
+    import great_expectations as gx
+    from great_expectations.data_context.types.base import DataContextConfig, InMemoryStoreBackendDefaults
+
+    logging.getLogger("great_expectations").setLevel(logging.WARNING)
+    site = {
+        "class_name": "SiteBuilder",
+        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs)},
+        "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+    }
+    context = gx.get_context(  # type: ignore[call-overload]
+        mode="ephemeral",
+        project_config=DataContextConfig(
+            data_docs_sites={"local": site},
+            progress_bars={"globally": False, "metric_calculations": False},  # type: ignore[arg-type]
+            store_backend_defaults=InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
+        ),
+    )
+    suite = gx.ExpectationSuite(name=name)
+    for rule in rules:
+        suite.add_expectation(
+            gx.expectations.ExpectColumnValuesToBeBetween(
+                column=rule.column,
+                max_value=0,
+                mostly=1 - (1 if rule.limit is None else rule.limit),
+                severity=rule.severity,  # type: ignore[arg-type]
+                description=f"In no row: {rule.says} ({rule.severity}).",
+            )
+        )
+    batch = (
+        context.data_sources.add_pandas("rows").add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
+    )
+    definition = context.validation_definitions.add(
+        gx.ValidationDefinition(name=name, data=batch, suite=context.suites.add(suite))
+    )
+    checkpoint = context.checkpoints.add(
+        gx.Checkpoint(
+            name=name,
+            validation_definitions=[definition],
+            actions=[gx.checkpoint.UpdateDataDocsAction(name="docs", site_names=["local"])],
+            result_format={
+                "result_format": "COMPLETE",
+                "unexpected_index_column_names": ["row"],
+                "exclude_unexpected_values": True,
+                "partial_unexpected_count": 10,
+            },
+        )
+    )
+    outcome = checkpoint.run(batch_parameters={"dataframe": frame})
+    (result,) = outcome.run_results.values()
+    findings = _findings(rules, result.results)
+    (page,) = (docs / "validations").rglob("*.html")
+    findings.page = page.relative_to(docs).as_posix()
+    return findings
+
+
+def _findings(rules: tuple[Rule, ...], results: list[Any]) -> Findings:
+    import numpy as np
+
+    findings = Findings()
+    by_column = {result.expectation_config.kwargs["column"]: result for result in results}
+    for rule in rules:
+        result = by_column[rule.column]
+        entries = [np.atleast_1d(entry["row"]) for entry in result.result.get("unexpected_index_list") or ()]
+        rows = findings.failed[rule.column] = np.concatenate([np.zeros(0, np.int64), *entries]).astype(np.int64)
+        trouble = [e["exception_message"] for e in _exceptions(result.exception_info) if e.get("raised_exception")]
+        findings.table.append(
+            {"check": rule.column, "says": rule.says, "severity": rule.severity, "rows": len(rows),
+             "limit": rule.limit, "holds": bool(result.success)}
+        )  # fmt: skip
+        if trouble:
+            findings.broken.append(f"'{rule.column}' could not be checked: {trouble[0]}")
+        elif not result.success:
+            findings.broken.append(
+                f"{rule.says} ({len(rows):,} rows, the first is row {rows[0]}; check_limits allows '{rule.column}' "
+                f"{rule.limit:.1%})"
+            )
+    return findings
+
+
+def _exceptions(info: dict[str, Any]) -> list[dict[str, Any]]:
+    return [info] if "raised_exception" in info else list(info.values())

@@ -1,0 +1,1 @@
+"""The demo: the invented village that `make demo` trains on."""

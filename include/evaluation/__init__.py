@@ -1,0 +1,1 @@
+"""Evaluation: answer checks, the gate, the shuffled-prompt control."""

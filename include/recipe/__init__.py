@@ -1,0 +1,34 @@
+"""The recipe: one file that describes one model. Schema by topic, loading, trigger form, rules across fields."""
+
+from include.recipe.data import Data
+from include.recipe.evaluation import AnswerCheck, Gate, Prompt, SmokeTest
+from include.recipe.form import form
+from include.recipe.loading import find_recipe, load_recipe, parse_overrides, validate_recipe
+from include.recipe.model import Model
+from include.recipe.operations import TIMEOUT_HOURS, Operations
+from include.recipe.publishing import Publishing
+from include.recipe.schema import NAME, Recipe
+from include.recipe.training import MODULE_SETS, PROJECTIONS, Lora, Training
+
+__all__ = [
+    "MODULE_SETS",
+    "NAME",
+    "PROJECTIONS",
+    "TIMEOUT_HOURS",
+    "AnswerCheck",
+    "Data",
+    "Gate",
+    "Lora",
+    "Model",
+    "Operations",
+    "Prompt",
+    "Publishing",
+    "Recipe",
+    "SmokeTest",
+    "Training",
+    "find_recipe",
+    "form",
+    "load_recipe",
+    "parse_overrides",
+    "validate_recipe",
+]

@@ -1,0 +1,1 @@
+"""Reporting: model card, pages, plots."""

@@ -1,0 +1,1 @@
+"""Storage: artifacts, files, object stores, locks, the Hub's client."""

@@ -1,0 +1,111 @@
+"""The recipe's checks: every wrong field is named, with what is expected there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from include.errors import BadRecipe, NotFound
+from include.paths import recipe_files
+from include.recipe import Operations, Recipe, find_recipe, form, load_recipe, validate_recipe
+from include.recipe.schema import SECTIONS
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_rank": 8}, "unknown field 'lora_rank'"),
+        ({"learning_rat": 1e-4}, "did you mean 'learning_rate'?"),
+        ({"r": "sixteen"}, "field 'r': input should be a valid integer"),
+        ({"r": 0}, "field 'r': input should be greater than or equal to 1, got 0"),
+        ({"lora_dropout": 1.0}, "field 'lora_dropout': input should be less than 1"),
+        ({"learning_rate": float("nan")}, "field 'learning_rate'"),
+        ({"chat_template": "lama"}, "field 'chat_template': input should be 'llama-3.1'"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"registry": "s3://bucket"}, "field 'registry'"),
+        ({"registry": "https://bucket/path"}, "field 'registry'"),
+        ({"prompts": [{"prompt": "hi", "expect": "("}]}, "not a regular expression"),
+        (
+            {"prompts": [{"prompt": "hi", "expect_json": {"type": "objekt"}}]},
+            "field 'prompts.0.expect_json': not a JSON schema: at $.type 'objekt' is not valid",
+        ),
+        (
+            {
+                "prompts": [
+                    {"prompt": "hi", "expect_json": {"properties": {"a": {"$ref": "http://127.0.0.1:9/a.json"}}}}
+                ]
+            },
+            "field 'prompts.0.expect_json': not a whole JSON schema: it refers to 'http://127.0.0.1:9/a.json'",
+        ),
+        ({"prompts": [{"prompt": "hi", "expect_json": {"$schema": 7}}]}, "not a JSON schema: its $schema is 7"),
+        ({"prompts": [{"prompt": "hi", "contains": ""}]}, "field 'prompts.0.contains'"),
+        ({"num_beams": 0}, "field 'num_beams'"),
+        ({"repetition_penalty": 0}, "field 'repetition_penalty'"),
+        ({"prompts": "hi"}, "field 'prompts': input should be a valid list"),
+        ({"required_checks": ["pretty"]}, "field 'required_checks.0'"),
+    ],
+)
+def test_wrong_values_are_named(values: dict, message: str) -> None:
+    with pytest.raises(BadRecipe) as caught:
+        validate_recipe({"name": "x", **values}, "x.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    with pytest.raises(BadRecipe) as caught:
+        validate_recipe({"name": "x", "r": -1, "seed": "a", "nonsense": 1}, "x.yaml")
+    assert all(f"'{name}'" in str(caught.value) for name in ("r", "seed", "nonsense"))
+
+
+def test_the_defaults_are_the_reference_recipe() -> None:
+    recipe = load_recipe(find_recipe("llama32_3b_finetome"))
+    assert (recipe.base_model, recipe.dataset) == ("unsloth/Llama-3.2-3B-Instruct", "mlabonne/FineTome-100k")
+    assert (recipe.r, recipe.lora_alpha, recipe.lora_dropout, len(recipe.target_modules)) == (16, 16, 0.0, 7)
+    assert (recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps) == (2, 4)
+    assert (recipe.warmup_steps, recipe.max_steps, recipe.learning_rate) == (5, 60, 2e-4)
+    assert (recipe.max_seq_length, recipe.load_in_4bit, recipe.chat_template) == (2048, True, "llama-3.1")
+    assert (recipe.temperature, recipe.min_p) == (1.5, 0.1)
+
+
+def test_what_the_reference_leaves_open_about_sampling_is_as_in_transformers() -> None:
+    from transformers import GenerationConfig
+
+    recipe, theirs = validate_recipe({"name": "x"}, "x.yaml"), GenerationConfig._get_default_generation_params()
+    for name in ("do_sample", "top_p", "top_k", "repetition_penalty", "no_repeat_ngram_size", "num_beams"):
+        assert getattr(recipe, name) == theirs[name], name
+
+
+@pytest.mark.parametrize("file", recipe_files(), ids=lambda file: file.stem)
+def test_shipped_recipes_load_and_their_values_fit_the_form(file: Path) -> None:
+    fields = form(load_recipe(file))
+    assert set(fields) == set(Recipe.model_fields) - {"name", "description", "sweep", *Operations.model_fields}
+    for field in fields.values():
+        jsonschema.validate(field["value"], field["schema"])
+        assert field["schema"]["description_md"]
+        assert "anyOf" not in field["schema"]
+        assert "$ref" not in str(field["schema"])
+
+
+def test_every_field_is_in_one_section() -> None:
+    names = [name for model in SECTIONS.values() for name in model.model_fields]
+    assert len(names) == len(set(names))
+
+
+def test_a_file_that_is_no_recipe_is_said_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    for content in ("a: [1", "- just\n- a list", ""):
+        path.write_text(content)
+        with pytest.raises(BadRecipe) as caught:
+            load_recipe(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_lists_those_there_are() -> None:
+    with pytest.raises(NotFound, match="demo, llama32_3b_finetome"):
+        find_recipe("dmeo")
+    with pytest.raises(NotFound, match="no recipe file"):
+        find_recipe("nowhere/dmeo.yaml")

@@ -1,0 +1,217 @@
+"""Who is told what: a real mail server, a real webhook server, an Airflow in which runs end well, badly and late."""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from email.message import EmailMessage
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiosmtpd.controller import Controller
+
+from plugins.alerts import ended, late
+from tasks.report import STAGES
+from tests.conftest import last_run
+from tests.services.airflow import eventually, up
+
+
+class Mails:
+    """A mail server's handler that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.got: list[EmailMessage] = []
+
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+        self.got.append(email.message_from_bytes(envelope.content, policy=email.policy.default))
+        return "250 OK"
+
+    def subjects(self) -> list[str]:
+        return [message["Subject"] for message in self.got]
+
+    def about(self, words: str) -> EmailMessage:
+        return next(message for message in self.got if words in message["Subject"])
+
+
+@pytest.fixture
+def mails(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mails]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mails = Mails()
+    controller = Controller(mails, hostname="127.0.0.1", port=port)
+    controller.start()
+    connection = {
+        "conn_type": "smtp", "host": "127.0.0.1", "port": port,
+        "extra": {"from_email": "retune@example.com", "disable_ssl": True, "disable_tls": True},
+    }  # fmt: skip
+    monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", json.dumps(connection))
+    yield mails
+    controller.stop()
+
+
+class Webhooks(ThreadingHTTPServer):
+    """Keeps the texts posted to each path; answers 503 to the paths that are `down`."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Hook)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.got: dict[str, list[str]] = {"/team": [], "/flaky": []}
+        self.down = {"/flaky"}
+
+
+class _Hook(BaseHTTPRequestHandler):
+    server: Webhooks
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        down = self.path in self.server.down
+        if not down:
+            self.server.got[self.path].append(body["text"])
+        self.send_response(503 if down else 200)
+        self.end_headers()
+        self.wfile.write(b"no" if down else b"ok")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def webhooks() -> Iterator[Webhooks]:
+    server = Webhooks()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
+    var: Path, small_recipe: Callable, mails: Mails, webhooks: Webhooks
+) -> None:
+    fields = {"alert_mail": ["ann@example.com"], "deadline_hours": 0.008}
+    lost = {"dataset": "/nowhere/rows<1>.jsonl", "alert_webhooks": ["team"], "alert_on": ["failed"]}
+    gone = small_recipe("gone", **fields, **lost)
+    small_recipe(alert_webhooks=["team", "flaky", "absent"], **fields)
+    os.environ["RETUNE_RECIPES"] += f":{gone}"
+    with up(var) as airflow:
+        for name in ("team", "flaky"):
+            hook = {"connection_id": name, "conn_type": "slackwebhook", "password": f"{webhooks.url}/{name}"}
+            airflow.call("POST", "/api/v2/connections", hook)
+        dags = eventually(
+            lambda: {"small", "gone"} <= {dag["dag_id"] for dag in airflow.call("GET", "/api/v2/dags")["dags"]}
+        )
+        assert dags and airflow.call("GET", "/api/v2/importErrors")["total_entries"] == 0
+
+        def start(dag: str, **conf: Any) -> str:
+            run = airflow.call("POST", f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})
+            return f"/api/v2/dags/{dag}/dagRuns/{run['dag_run_id']}"
+
+        def end(run: str) -> str:
+            return eventually(lambda: {"success", "failed"} & {airflow.call("GET", run)["state"]}).pop()
+
+        def state(run: str, task: str) -> str:
+            return airflow.call("GET", f"{run}/taskInstances/{task}")["state"]
+
+        # one that fails at once
+        failing, good = start("gone"), start("small")
+        assert end(failing) == "failed"
+        assert mails.subjects().count("Retune: gone failed in resolve") == 1
+        mail = mails.about("gone failed")
+        assert (mail["To"], mail["From"]) == ("ann@example.com", "retune@example.com")
+        text, page = mail.get_body(("plain",)).get_content(), mail.get_body(("html",)).get_content()
+        assert "there is no file /nowhere/rows<1>.jsonl" in text
+        assert "/nowhere/rows&lt;1&gt;.jsonl" in page
+        link = f"{airflow.url}/dags/gone/runs/manual__"
+        assert link in text and link in page and str(var / "store" / "gone" / "runs") in text
+        (post,) = (post for post in webhooks.got["/team"] if "gone" in post)
+        assert post.startswith("*Retune: gone failed in resolve*")
+        assert "/nowhere/rows&lt;1&gt;.jsonl" in post and f"<{link}" in post
+        assert state(failing, "alert") == "success"
+
+        # one that is late, and is published, with a webhook that is down and one that is not there
+        eventually(lambda: "Retune: small published v1" in mails.subjects())
+        eventually(lambda: len(webhooks.got["/team"]) == 3)
+        eventually(lambda: state(good, "alert") == "up_for_retry")
+        webhooks.down.clear()
+        assert end(good) == "success", "an alert that fails is no failure of the run"
+        assert state(good, "alert") == "failed", "but it is seen"
+        said = str(airflow.call("GET", f"{good}/taskInstances/alert/logs/2")["content"])
+        assert "webhook flaky was sent" in said and "mail to" not in said
+        assert "webhook absent was not sent: The conn_id `absent` isn't defined" in said
+        assert "alert failed: not sent: webhook absent. Look at these under Admin > Connections" in said
+        summary = last_run(var)
+        news = mails.about("small published").get_body(("plain",)).get_content()
+        assert summary["stages"]["evaluate"]["summary"] in news and summary["place"] in news
+        assert len([post for post in webhooks.got["/flaky"] if post.startswith("*Retune: small published v1*")]) == 1
+        assert mails.subjects().count("Retune: small published v1") == 1
+        (news,) = (mail for mail in mails.got if "small is late" in mail["Subject"])
+        assert news["Subject"].endswith((*STAGES, "before its first stage")), "which, is the machine's speed"
+        assert "it should have ended by 20" in news.get_body(("plain",)).get_content()
+
+        # one that is skipped is told to nobody
+        assert end(start("small")) == "success"
+        assert last_run(var)["verdict"] == "skipped"
+    told = [subject for subject in mails.subjects() if "late" not in subject]
+    assert told == ["Retune: gone failed in resolve", "Retune: small published v1"]
+
+
+def test_a_headless_run_with_a_deadline_runs_and_tells_where_its_report_is(
+    var: Path, small_recipe: Callable, mails: Mails, retune: Callable
+) -> None:
+    small_recipe(dataset="/nowhere/rows.jsonl", deadline_hours=0.0003, alert_mail=["ann@example.com"])
+    done = retune("run", "small")
+    assert "Failed after" in done.stdout
+    assert last_run(var)["verdict"] == "failed"
+    (mail,) = mails.got
+    text = mail.get_body(("plain",)).get_content()
+    assert mail["Subject"] == "Retune: small failed in resolve"
+    assert last_run(var)["report"].removeprefix("file://") in text
+    assert "http" not in text, "there is no UI to look at"
+
+
+def test_a_run_that_failed_in_time_is_not_told_to_be_late() -> None:
+    run = {"dag_run_id": "run", "end_date": "2026-01-01T10:00:00Z"}
+    assert late("small", run, "2026-01-01T10:00:01+00:00", {}) is None
+    assert (
+        late("small", run, "2026-01-01T09:59:59+00:00", {}).subject == "Retune: small is late, before its first stage"
+    )
+
+
+def test_where_a_run_is() -> None:
+    run = {"dag_run_id": "run", "end_date": None}
+    records: dict[str, Any] = {"download": {"state": "done", "summary": "60 rows"}}
+    assert late("small", run, "2026-01-01T10:00:00Z", records).subject == "Retune: small is late, after download"
+    records["train"] = {"state": "running", "summary": "step 5/60"}
+    message = late("small", run, "2026-01-01T10:00:00Z", records)
+    assert message.subject == "Retune: small is late, in train"
+    assert message.news["last seen"] == "step 5/60"
+
+
+def test_what_nobody_waits_for_and_what_cannot_be_summed_up() -> None:
+    assert ended("small", "run", {"verdict": "unchanged", "stages": {}}) is None
+    message = ended("small", "run", None)
+    assert (message.kind, message.subject) == ("failed", "Retune: small failed in report")
+
+
+def test_what_is_refused_comes_with_its_numbers() -> None:
+    stages = {"train": {"state": "done", "summary": "60 steps"}, "evaluate": {"state": "done", "summary": "loss 2 -> 1"},
+              "publish": {"state": "failed", "summary": "not better"}}  # fmt: skip
+    summary = {"verdict": "refused", "stages": stages, "report": "r", "error": {"what": "not better", "do": "Train on"}}
+    message = ended("small", "run", summary)
+    assert (message.subject, message.where["stage"]) == ("Retune: small refused", "publish")
+    assert message.news == {"reason": "not better", "what to do": "Train on", "result": "loss 2 -> 1"}
+
+
+def test_slack_reads_no_markup_out_of_a_reason() -> None:
+    error = {"what": "<!channel> & <http://evil|this>" + "x" * 2000, "do": ""}
+    stages = {"train": {"state": "failed", "summary": ""}}
+    text = ended("small", "run", {"verdict": "failed", "stages": stages, "error": error, "report": "r"}).slack()
+    assert "reason: &lt;!channel&gt; &amp; &lt;http://evil|this&gt;" in text
+    assert len(text) < 1700

@@ -1,0 +1,134 @@
+"""A person's approval and the report page, in a real Airflow."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from include.registry import FolderRegistry
+from tests.conftest import last_run
+from tests.services.airflow import Airflow, eventually, up
+
+
+@pytest.fixture
+def airflow(var: Path, small_recipe: Callable) -> Iterator[Airflow]:
+    small_recipe()
+    with up(var) as airflow:
+        yield airflow
+
+
+def start(airflow: Airflow, **values: Any) -> str:
+    """The path of a new run in the API."""
+    eventually(lambda: "small" in {dag["dag_id"] for dag in airflow.call("GET", "/api/v2/dags")["dags"]})
+    return f"/api/v2/dags/small/dagRuns/{airflow.trigger('small', **values)}"
+
+
+def states(airflow: Airflow, path: str) -> dict[str, str]:
+    tasks = airflow.call("GET", f"{path}/taskInstances")["task_instances"]
+    return {"run": airflow.call("GET", path)["state"]} | {task["task_id"]: task["state"] for task in tasks}
+
+
+def wait(airflow: Airflow, path: str, what: str, *wanted: str) -> dict[str, str]:
+    """Wait until the run, or a task of it, is in one of these states."""
+
+    def look() -> Any:
+        now = states(airflow, path)
+        assert what == "run" or now["run"] in ("queued", "running"), now
+        return now[what] in wanted and now
+
+    return eventually(look, 300)
+
+
+def answer(airflow: Airflow, path: str, option: str) -> None:
+    airflow.scheduler_has_looked()  # nobody reads the numbers in a second
+    airflow.call(
+        "PATCH", f"{path}/taskInstances/approve/-1/hitlDetails", {"chosen_options": [option], "params_input": {}}
+    )
+
+
+def get(url: str, **headers: str) -> tuple[int, str, Any]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as got:
+            return got.status, got.read().decode(), got.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(), error.headers
+
+
+def test_a_person_decides_what_is_published(airflow: Airflow, var: Path) -> None:
+    registry = FolderRegistry(var / "registry" / "small")
+    asked = start(airflow, approve="always")
+    wait(airflow, asked, "approve", "awaiting_input")
+    for pool in airflow.call("GET", "/api/v2/pools")["pools"]:
+        assert pool["occupied_slots"] == 0, "who waits for a person holds no worker"
+    question = airflow.call("GET", f"{asked}/taskInstances/approve/-1/hitlDetails")
+    assert question["subject"].startswith("May this candidate of small go live? loss ")
+    assert "| **candidate** | **" in question["body"] and "| base model | " in question["body"]
+    assert "| What is 2 plus 3? | " in question["body"]
+    assert not (var / "last_run.json").exists()
+
+    # the report, for those who may see the run, and nothing else
+    run_id = asked.rsplit("/", 1)[-1]
+    page = airflow.url + question["body"].split("[Open the report](")[1].split(")")[0]
+    assert page == f"{airflow.url}/retune/report/small/{quote(run_id)}"
+    assert [get(page)[0], get(page, Authorization="Bearer no")[0]] == [401, 403]
+    token = {"Authorization": f"Bearer {airflow.token}"}
+    for login in (token, {"Cookie": f"_token={airflow.token}"}):
+        status, text, headers = get(page, **login)
+        assert status == 200 and 'class="verdict waiting"' in text
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert headers["Cache-Control"] == "no-store"
+    (var / "store" / "report.html").write_text("outside")
+    (var / "store" / "small" / "report.html").write_text("outside")
+    for other in ("small/none", "small/..", "small/%2E%2E", "%2E%2E/%2E%2E", "small/..%2F..", "rollback/x", "small"):
+        status, text, _ = get(f"{airflow.url}/retune/report/{other}", **token)
+        assert status == 404 and "outside" not in text
+    assert "This run has no report." in get(f"{airflow.url}/retune/report/small/none", **token)[1]
+    assert get(f"{airflow.url}/retune/report/small/none")[0] == 401
+    (plugin,) = [p for p in airflow.call("GET", "/api/v2/plugins")["plugins"] if p["name"] == "retune_report_page"]
+    assert plugin["external_views"][0]["href"] == "/retune/report/{DAG_ID}/{RUN_ID}"
+
+    answer(airflow, asked, "Reject")
+    ended = wait(airflow, asked, "run", "success", "failed")
+    assert {name: ended[name] for name in ("run", "approve", "publish", "report")} == {
+        "run": "failed", "approve": "failed", "publish": "upstream_failed", "report": "success",
+    }  # fmt: skip
+    summary = last_run(var)
+    assert (summary["verdict"], summary["error"]["kind"], summary["run"]) == ("rejected", "Rejected", run_id)
+    assert summary["error"]["what"].startswith("rejected by admin at ")
+    assert airflow.call("GET", f"{asked}/taskInstances/approve")["try_number"] == 1, "and is not asked again"
+    assert "rejected by admin" in airflow.call("GET", asked)["note"]
+
+    unanswered = start(airflow, approve="always", approve_within_hours=1e-4)
+    assert wait(airflow, unanswered, "run", "success", "failed")["approve"] == "failed"
+    summary = last_run(var)
+    assert (summary["verdict"], summary["error"]["what"]) == ("failed", "nobody answered within 0.0001 h")
+    assert registry.live() is None
+
+    clear = {"dag_run_id": run_id, "task_ids": ["approve"], "include_downstream": True, "dry_run": False,
+             "only_failed": False}  # fmt: skip
+    airflow.call("POST", "/api/v2/dags/small/clearTaskInstances", clear)
+    wait(airflow, asked, "approve", "awaiting_input")
+    answer(airflow, asked, "Approve")
+    assert wait(airflow, asked, "run", "success", "failed")["run"] == "success"
+    assert (last_run(var)["verdict"], last_run(var)["version"]) == ("published", "v1")
+    manifest = json.loads((registry.fetch("v1") / "manifest.json").read_text())
+    assert (manifest["approval"]["asked"], manifest["approval"]["by"]) == (True, "admin")
+    assert "approved by admin at " in get(page, **token)[1]
+
+
+@pytest.mark.parametrize("arguments", [["run", "small"], ["run", "small", "--set", "approve=on_regression"]])
+def test_a_headless_run_that_would_wait_for_ever_says_so_at_once(
+    arguments: list[str], var: Path, small_recipe: Any, retune: Any
+) -> None:
+    small_recipe(approve="always")
+    done = retune(*arguments)
+    assert (done.returncode, len(done.stdout.splitlines())) == (1, 1)
+    assert "Run it in Airflow's UI (make up), or here without approval: --set approve=never" in done.stdout
+    assert not var.exists()

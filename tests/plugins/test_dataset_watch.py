@@ -1,0 +1,131 @@
+"""Runs that start by themselves: the dataset has a new revision, or the clock strikes. Real scheduler and triggerer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from include.data.sources import pin_dataset
+from include.errors import Conflict
+from include.recipe import load_recipe
+from include.storage.artifacts import Store
+from tasks.download import download
+from tasks.report import report
+from tasks.resolve import resolve
+from tests.conftest import conversation
+from tests.services.airflow import Airflow, eventually, up
+from tests.services.hub import Hub
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+ENDED_WELL = ("published", "refused")  # by the gate: which of them, is a matter of the numbers
+
+
+def rows(first: int) -> bytes:
+    made = [conversation(f"What is {i} plus {i + 1}?", f"It is {2 * i + 1}.") for i in range(first, first + 60)]
+    return "".join(json.dumps(row) + "\n" for row in made).encode()
+
+
+def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failure(
+    var: Path, small_recipe: Callable, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{next(iter(hub.tokens.values()))[0]}/rows"
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    small_recipe(dataset=name, watch=True, watch_every=2)
+
+    def put(first: int) -> str:
+        return hub.put(name, {"data/train.jsonl": rows(first)}, kind="dataset")
+
+    def run(airflow: Airflow, number: int) -> str:
+        found = eventually(lambda: len(airflow.runs("small")) >= number and airflow.runs("small"), 240)
+        assert found[number - 1]["run_type"] == "asset_triggered"
+        return found[number - 1]["dag_run_id"]
+
+    def records(run_id: str) -> dict[str, Any]:
+        return Store().records("small", run_id)
+
+    def looked_at_least(times: int) -> None:
+        before = len(hub.requests)
+        eventually(lambda: len([r for r in hub.requests[before:] if r[1].startswith("/api/datasets/")]) >= times)
+
+    first = put(0)
+    with up(var) as airflow:
+        one = run(airflow, 1)
+        assert airflow.ended("small", one) == "success"
+        assert records(one)["run"]["verdict"] == "published"
+        note = eventually(lambda: airflow.runs("small")[0]["note"])
+        assert f"**published** v1; dataset {name}@{first[:8]}, base tiny_base" in note
+        looked_at_least(3)
+        assert len(airflow.runs("small")) == 1, "a revision that was published is done"
+
+        hub.fail("GET|HEAD", "/datasets/.*/resolve/", status=403, times=1000)
+        second = put(1)
+        two = run(airflow, 2)
+        assert airflow.ended("small", two) == "failed"
+        assert airflow.tasks("small", two)["download"]["try_number"] == 1, "no retry is burnt on a lasting cause"
+        last_words = [line for line in airflow.log("small", two, "download") if not line.startswith("::")][-1]
+        assert last_words.startswith("download failed: field 'dataset': the Hub does not let Retune read the dataset")
+        assert "Put a token that may read it into the password" in last_words
+        assert last_words.endswith("It will not be tried again: a retry would fail in the same way.")
+        hub.faults.clear()
+
+        three = run(airflow, 3)
+        eventually(lambda: records(three).get("resolve", {}).get("state") == "done")
+        third = put(2)
+        airflow.ended("small", three)
+        assert records(three)["run"]["verdict"] in ENDED_WELL
+        assert f"@{second[:8]}" in records(three)["resolve"]["summary"], "not the newer one"
+
+        four = run(airflow, 4)
+        eventually(lambda: "download" in records(four))
+    with up(var) as airflow:
+        airflow.ended("small", four, 400)
+        assert records(four)["run"]["verdict"] in ENDED_WELL
+        assert f"@{third[:8]}" in records(four)["resolve"]["summary"]
+        looked_at_least(3)
+        assert [r["dag_run_id"] for r in airflow.runs("small")] == [one, two, three, four]
+        events = airflow.call("GET", "/api/v2/assets/events?order_by=timestamp")["asset_events"]
+        changes = [(event["extra"]["payload"]["old"], event["extra"]["payload"]["new"]) for event in events]
+        assert changes == [(None, first), (first, second), (first, second), (second, third)]
+
+
+def test_a_cron_day_without_anything_new_is_skipped_and_force_runs_it(
+    var: Path, small_recipe: Callable, pipeline: Callable
+) -> None:
+    pipeline(small_recipe(cron="* * * * *"), run_id="earlier")
+    report("small", "earlier")
+    with up(var) as airflow:
+        run = eventually(lambda: airflow.runs("small"))[0]
+        assert run["run_type"] == "scheduled"
+        assert airflow.ended("small", run["dag_run_id"]) == "success"
+        tasks = airflow.tasks("small", run["dag_run_id"])
+        assert {task["state"] for name, task in tasks.items() if name not in ("report", "alert")} == {"skipped"}
+        assert tasks["resolve"]["duration"] < 20
+        said = " ".join(airflow.log("small", run["dag_run_id"], "resolve"))
+        assert "nothing is new: rows.jsonl@" in said
+        assert "are those of the run earlier, whose candidate was published as v1. Switch on force" in said
+        forced = airflow.trigger("small", force=True)
+        assert airflow.ended("small", forced) == "success"
+        assert Store().records("small", forced)["run"]["verdict"] == "unchanged"
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_trained_on(
+    small_recipe: Callable, pipeline: Callable, dataset: Path
+) -> None:
+    recipe = small_recipe()
+    before = pin_dataset(load_recipe(recipe))
+    lineage = pipeline(recipe, "resolve")
+    dataset.write_bytes(rows(5))
+    with pytest.raises(Conflict, match="has changed, it was"):
+        download(lineage)
+    with pytest.raises(Conflict, match="has changed, it was"):  # a run that was started for the older one
+        resolve(recipe.stem, {}, "late", revision=before)
