@@ -69,8 +69,8 @@ def run(
         for line in _lines(events, process, silence):
             event = orjson.loads(line)
             if event["event"] == "say":
-                if event["summary"]:  # an empty one is a sign of life
-                    say(event["summary"])
+                if event["line"]:  # an empty one is a sign of life
+                    say(event["line"])
                 if saved and "saved" in event:
                     saved(Path(event["saved"]))
             elif event["event"] == "result":
