@@ -34,7 +34,7 @@ def smoke_test(context: StageContext, template: Artifact, train: Artifact) -> Re
     """
     recipe = context.recipe
     base = fetch_base(recipe, context.store)
-    chat = ChatFormat(template.local(TOKENIZER) / TOKENIZER, recipe)
+    chat = ChatFormat.from_recipe(template.local(TOKENIZER) / TOKENIZER, recipe)
     stop = template.metadata["stop_tokens"]
     said = supervise.run(
         "generate",
@@ -68,7 +68,7 @@ def smoke_test(context: StageContext, template: Artifact, train: Artifact) -> Re
         )
     (context.out / ANSWERS).write_bytes(to_json(answers))
     failed = _failed(answers, recipe.required_checks)
-    if (train.local() / ADAPTER / TEMPLATE).read_text("utf-8") != chat.template:
+    if (train.local() / ADAPTER / TEMPLATE).read_text("utf-8") != chat.template.source:
         failed.append(
             f"wrong template: the adapter was trained with another chat template than {recipe.chat_template} as it is "
             "now, with which it was tested"

@@ -45,7 +45,7 @@ def verify(context: StageContext, template: Artifact, train: Artifact, publish: 
     """
     recipe, name = context.recipe, publish.metadata["name"]
     folder, files = fetched_whole(str(recipe.registry), publish.metadata, context.out / "published")
-    chat = ChatFormat(template.local(TOKENIZER) / TOKENIZER, recipe)
+    chat = ChatFormat.from_recipe(template.local(TOKENIZER) / TOKENIZER, recipe)
     work = {
         "recipe": recipe.model_dump(mode="json"),
         "base": fetch_base(recipe, context.store),
