@@ -5,16 +5,16 @@ from include.recipe.evaluation import AnswerCheck, Gate, Prompt, SmokeTest
 from include.recipe.form import form
 from include.recipe.loading import find_recipe, load_recipe, parse_overrides, validate_recipe
 from include.recipe.model import Model
-from include.recipe.operations import TIMEOUT_HOURS, Operations
+from include.recipe.operations import Operations
 from include.recipe.publishing import Publishing
-from include.recipe.schema import NAME, Recipe
+from include.recipe.schema import NAME, TRAINING_INPUTS, Recipe
 from include.recipe.training import MODULE_SETS, PROJECTIONS, Lora, Training
 
 __all__ = [
     "MODULE_SETS",
     "NAME",
     "PROJECTIONS",
-    "TIMEOUT_HOURS",
+    "TRAINING_INPUTS",
     "AnswerCheck",
     "Data",
     "Gate",
