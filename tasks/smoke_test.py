@@ -1,4 +1,4 @@
-"""smoke_test: the saved adapter, loaded afresh, answers the recipe's prompts, and every answer is checked."""
+"""smoke_test: load the saved adapter anew, generate answers to the recipe's prompts, and check every answer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEMPLATE = "chat_template.jinja"
 def smoke_test(
     context: StageContext, template: Output[TemplateOutput], train: Output[TrainOutput]
 ) -> Result[SmokeTestOutput]:
-    """Generate with the adapter and with the bare base, and leave `answers.json`: answers and checks.
+    """Generate answers with the adapter and with the base model; write `answers.json`: answers and checks.
 
     A failed check does not fail the stage; the gate in `evaluate` decides with the recipe's `required_checks`.
     """
@@ -98,6 +98,6 @@ def _failed(answers: list[dict[str, Any]], required: Sequence[str]) -> list[str]
 
 
 def messages(prompt: Prompt) -> list[Message]:
-    """The conversation that the prompt opens."""
+    """Return the conversation that a prompt starts: the system message, if any, and the user's turn."""
     system = [{"role": "system", "content": prompt.system}] if prompt.system else []
     return [*system, {"role": "user", "content": prompt.prompt}]

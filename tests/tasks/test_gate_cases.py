@@ -129,9 +129,7 @@ def test_a_good_one_passes(recipe: Callable, pipeline: Callable, judged: Callabl
 def test_one_that_does_nothing_is_refused(recipe: Callable, pipeline: Callable, judged: Callable) -> None:
     verdict = judged(pipeline(recipe(rows(), learning_rate=1e-9, max_steps=20), "evaluate"))
     assert verdict.publish is False
-    assert (
-        "it does nothing: no holdout row's loss differs from the base's by 0.001 nats per token" in verdict.reasons
-    )
+    assert "it does nothing: no holdout row's loss differs from the base's by 0.001 nats per token" in verdict.reasons
 
 
 def test_one_of_shuffled_labels_is_refused(recipe: Callable, pipeline: Callable, judged: Callable) -> None:
