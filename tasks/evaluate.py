@@ -37,7 +37,7 @@ def live_version(context: StageContext, train: Artifact) -> Version | None:
 
 
 @stage(
-    version=2,
+    version=3,
     recipe_fields=(
         "method", "beta", "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length",
         "max_holdout_rows", *Gate.model_fields,
@@ -52,7 +52,7 @@ def evaluate(context: StageContext, template: Artifact, train: Artifact, smoke_t
     if live:
         adapters["live"] = registry.fetch(live.revision)
     rows, held_out = context.out / "rows", template.local(HOLDOUT) / HOLDOUT
-    count, swapped = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
+    count, shuffled = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
     names = ("base", *adapters)
     measured = supervise.run(
         "losses",
@@ -60,7 +60,7 @@ def evaluate(context: StageContext, template: Artifact, train: Artifact, smoke_t
             "recipe": recipe.model_dump(mode="json"),
             "base": fetch_base(recipe, context.store),
             "rows": rows,
-            "most": count + len(swapped),
+            "most": count + len(shuffled),
             "adapters": adapters,
         },
         context.out,
@@ -68,23 +68,23 @@ def evaluate(context: StageContext, template: Artifact, train: Artifact, smoke_t
     )
     shutil.rmtree(rows)
     losses = {name: measured["losses"][name][:count] for name in names}
-    other_question = {name: measured["losses"][name][count:] for name in names}
+    shuffled_prompts = {name: measured["losses"][name][count:] for name in names}
     (context.out / LOSSES).write_bytes(
         to_json(
             {
                 "row": measured["row"][:count],
                 "tokens": measured["tokens"][:count],
                 "losses": losses,
-                "other_question": {"row": measured["row"][count:], "losses": other_question},
+                "shuffled_prompts": {"row": measured["row"][count:], "losses": shuffled_prompts},
                 "plan": measured["plan"],
             }
         )
     )
-    questions = None
-    if len(swapped) >= rows_needed(recipe.gate_confidence):
-        questions = [losses["candidate"][place] for place in swapped], other_question["candidate"]
+    prompt_control = None
+    if len(shuffled) >= rows_needed(recipe.gate_confidence):
+        prompt_control = [losses["candidate"][place] for place in shuffled], shuffled_prompts["candidate"]
     verdict = judge(
-        losses, smoke_test.metadata["failed"], recipe.gate_confidence, recipe.gate_margin, questions,
+        losses, smoke_test.metadata["failed"], recipe.gate_confidence, recipe.gate_margin, prompt_control,
         recipe.gate_questions_matter,
     )  # fmt: skip
     if live and _template_differs(adapters):
@@ -97,7 +97,7 @@ def evaluate(context: StageContext, template: Artifact, train: Artifact, smoke_t
     if live and verdict.against_live:
         line += f", live {live.name} {verdict.against_live.other:.3f}"
     for reason in verdict.reasons:
-        context.say(f"against it: {reason}")
+        context.say(f"reason against the candidate: {reason}")
     for note in verdict.notes:
         context.say(f"WARNING: {note}")
     line += f" on {count} holdout rows: "

@@ -102,7 +102,7 @@ def test_a_candidate_that_is_not_better_is_refused_and_what_was_live_stays(
     assert retune("run", "small", RETUNE_RECIPES=str(small_recipe())).returncode == 0
     worse = retune("run", "small", "--set", "max_steps=1", "--set", "learning_rate=1.0e-7")
     assert worse.returncode == 1
-    assert "not better than what is live" in worse.stdout
+    assert "not better than the live adapter" in worse.stdout
     summary = last_run(var)
     assert (summary["verdict"], summary["error"]["kind"]) == ("refused", "GateRefused")
     versions = var / "registry" / "small" / "versions"

@@ -49,11 +49,11 @@ def test_each_regression_is_a_sentence() -> None:
     (loss,) = regressions(answers(), measured(WORSE, margin=0.1))
     assert loss.startswith("its loss is above that of v1, which is live: 0.0175 against 0.0100 (difference +0.0")
     assert loss.endswith("allowed below +0.1000)")
-    assert regressions(answers(stops="it is not at its end after 8 tokens"), measured()) == [
-        "1 of 2 answers fail stops, which is not required: it is not at its end after 8 tokens"
+    assert regressions(answers(stops="no end-of-turn token after 8 tokens"), measured()) == [
+        "1 of 2 answers fail stops, which is not required: no end-of-turn token after 8 tokens"
     ]
-    deaf = measured(questions=([0.1] * 12, [0.1] * 12))
-    assert regressions(answers(), deaf) == deaf["verdict"]["notes"] != []
+    noted = measured(prompt_control=([0.1] * 12, [0.1] * 12))
+    assert regressions(answers(), noted) == noted["verdict"]["notes"] != []
 
 
 def test_what_models_say_is_text_in_the_question() -> None:
@@ -114,11 +114,11 @@ def judged(var: Path, write_recipe: Callable) -> Callable[..., dict[str, str]]:
 
 
 def test_the_question_and_the_answers(var: Path, judged: Callable, artifact: Callable) -> None:
-    noted = measured(questions=([0.1] * 12, [0.1] * 12))
+    noted = measured(prompt_control=([0.1] * 12, [0.1] * 12))
     lineage = judged(noted, answers(), approve="on_regression", approve_within_hours=2)
     question = ask(lineage, "/retune/report/small/one")
     assert question and (question.subject, question.hours) == ("May this candidate of small go live? evaluate", 2)
-    assert "it does not heed the question" in question.body
+    assert "the answers do not depend on the prompt" in question.body
     page = (Store().run_folder("small", "one") / "report.html").read_text()
     assert 'class="verdict waiting"' in page and "A person's approval: waiting for an answer until" in page
     assert not (var / "last_run.json").exists(), "it is for runs that have ended"
