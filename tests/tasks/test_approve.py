@@ -67,7 +67,7 @@ def test_what_models_say_is_text_in_the_question() -> None:
     assert "- the \\*loss\\*" in lines
     assert "| **candidate** | **0.0175** | | |" in lines
     assert any(line.startswith("| base model | 1.0550 | -1.0375 | -1.0") for line in lines)
-    assert any(line.startswith("| live, v1 | 0.0100 | +0.0075 | +0.0") for line in lines)
+    assert any(line.startswith("| live adapter, v1 | 0.0100 | +0.0075 | +0.0") for line in lines)
     assert "[Open the report](/retune/report/small/1)" in page
     row = next(line for line in lines if "click" in line)
     assert row.count("|") - row.count("\\|") == 5, "four cells"
