@@ -197,7 +197,7 @@ def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var
         os.kill(pid, signal.SIGKILL)
     said = eventually(lambda: [line for line in airflow.log("small", run, "train") if "tried" in line])
     assert said[-1].startswith("train failed: the train process was ended by SIGKILL")
-    assert said[-1].endswith("It will be tried again, it goes on from what was saved (try 2 of 7).")
+    assert said[-1].endswith("It will be tried again: training continues from the last checkpoint (try 2 of 7).")
     eventually(lambda: airflow.tasks("small", run)["train"]["try_number"] == 2)
     eventually(lambda: processes(var, "include.engine"))
     runs = "/api/v2/dags/rollback/dagRuns"
