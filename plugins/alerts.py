@@ -96,7 +96,9 @@ class Alert(BaseNotifier):
         """
         if not self.notified:
             log.log(LEVELS[message.event], "%s", message.text().rstrip())
-        missed, setups, missing_connections_only = [], {}, True
+        missed: list[str] = []
+        setups: dict[str, None] = {}  # in order, each once
+        missing_connections_only = True
         for channel in CHANNELS if message.event in self.on else ():
             for recipient in self.recipients[channel.recipe_field]:
                 label = channel.label.format(recipient)
