@@ -59,7 +59,7 @@ def evaluate(
     if live:
         adapters["live"] = registry.fetch(live.revision)
     rows, held_out = context.out / "rows", template.local(TemplateOutput.HOLDOUT) / TemplateOutput.HOLDOUT
-    count, swapped = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
+    count, shuffled = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
     names = ("base", *adapters)
     measured = supervise.run(
         "losses",
@@ -67,7 +67,7 @@ def evaluate(
             "recipe": recipe.to_json(),
             "base": fetch_base(recipe, context.store),
             "rows": rows,
-            "most": count + len(swapped),
+            "most": count + len(shuffled),
             "adapters": adapters,
         },
         context.out,
@@ -75,23 +75,23 @@ def evaluate(
     )
     shutil.rmtree(rows)
     losses = {name: measured["losses"][name][:count] for name in names}
-    other_question = {name: measured["losses"][name][count:] for name in names}
+    shuffled_prompts = {name: measured["losses"][name][count:] for name in names}
     (context.out / EvaluateOutput.LOSSES).write_bytes(
         to_json(
             {
                 "row": measured["row"][:count],
                 "tokens": measured["tokens"][:count],
                 "losses": losses,
-                "other_question": {"row": measured["row"][count:], "losses": other_question},
+                "shuffled_prompts": {"row": measured["row"][count:], "losses": shuffled_prompts},
                 "plan": measured["plan"],
             }
         )
     )
-    questions = None
-    if len(swapped) >= rows_needed(recipe.gate_confidence):
-        questions = [losses["candidate"][place] for place in swapped], other_question["candidate"]
+    prompt_control = None
+    if len(shuffled) >= rows_needed(recipe.gate_confidence):
+        prompt_control = [losses["candidate"][place] for place in shuffled], shuffled_prompts["candidate"]
     verdict = judge(
-        losses, smoke_test.metadata.failed, recipe.gate_confidence, recipe.gate_margin, questions,
+        losses, smoke_test.metadata.failed, recipe.gate_confidence, recipe.gate_margin, prompt_control,
         recipe.gate_questions_matter,
     )  # fmt: skip
     if live and _template_differs(adapters):
