@@ -182,7 +182,7 @@ def _signatures(table: Any) -> Any:
 
 
 def _words_said(table: Any) -> tuple[Any, Any]:
-    """Return the words of each row and their counts. System messages are left out: rows that share one would look alike."""
+    """Return the words of each row and their counts, without system messages, which would make rows alike."""
     import numpy as np
 
     contents = table["contents"].combine_chunks()

@@ -33,7 +33,7 @@ def candidates(lineage: Lineage) -> list[Lineage]:
 
 
 def choose(grid: list[Lineage], lineages: Iterable[Lineage]) -> Lineage:
-    """Return the lineage of the candidate with the lowest holdout loss among those that passed the gate, else among all.
+    """Return the lineage of the candidate with the lowest holdout loss of those that passed the gate, else of all.
 
     Its records become those of the run. The first of the grid wins a tie.
 
