@@ -9,6 +9,7 @@ from include.recipe.operations import TIMEOUT_HOURS, Operations
 from include.recipe.publishing import Publishing
 from include.recipe.schema import NAME, Recipe
 from include.recipe.training import MODULE_SETS, PROJECTIONS, Lora, Training
+from include.recipe.view import AnyRecipe, RecipeView, recipe_to_json
 
 __all__ = [
     "MODULE_SETS",
@@ -16,6 +17,7 @@ __all__ = [
     "PROJECTIONS",
     "TIMEOUT_HOURS",
     "AnswerCheck",
+    "AnyRecipe",
     "Data",
     "Gate",
     "Lora",
@@ -24,11 +26,13 @@ __all__ = [
     "Prompt",
     "Publishing",
     "Recipe",
+    "RecipeView",
     "SmokeTest",
     "Training",
     "find_recipe",
     "form",
     "load_recipe",
     "parse_overrides",
+    "recipe_to_json",
     "validate_recipe",
 ]
