@@ -7,6 +7,7 @@ from pathlib import Path
 
 from include.base_model import fetch_base
 from include.engine import supervise
+from include.engine.jobs import LossesJob
 from include.evaluation.gate import judge, rows_needed
 from include.evaluation.prompt_control import write_with_shuffled_prompts
 from include.pipeline.contracts import EvaluateOutput, LiveVersion, SmokeTestOutput, TemplateOutput, TrainOutput
@@ -38,10 +39,7 @@ def live_version(context: StageContext, train: Output[TrainOutput]) -> Version |
         "method", "beta", "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length",
         "max_holdout_rows", *Gate.model_fields,
     ),
-    other_fields=(  # the device plan reads them; the numbers do not depend on them
-        "engine", "per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "optim", "packing",
-        "full_finetuning", "registry",
-    ),
+    other_fields=("registry",),
     external_inputs=lambda context, train, **_: (live := live_version(context, train)) and [live.revision, live.content],
 )  # fmt: skip
 def evaluate(
@@ -59,29 +57,25 @@ def evaluate(
     rows, held_out = context.out / "rows", template.local(TemplateOutput.HOLDOUT) / TemplateOutput.HOLDOUT
     count, swapped = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
     names = ("base", *adapters)
-    measured = supervise.run(
-        "losses",
-        {
-            "recipe": recipe.to_json(),
-            "base": fetch_base(recipe, context.store),
-            "rows": rows,
-            "most": count + len(swapped),
-            "adapters": adapters,
-        },
-        context.out,
-        context.progress,
+    job = LossesJob(
+        recipe=recipe,
+        base=fetch_base(recipe, context.store),
+        rows=rows,
+        max_rows=count + len(swapped),
+        adapters=adapters,
     )
+    measured = supervise.run(job, context.out, context.progress)
     shutil.rmtree(rows)
-    losses = {name: measured["losses"][name][:count] for name in names}
-    other_question = {name: measured["losses"][name][count:] for name in names}
+    losses = {name: measured.losses[name][:count] for name in names}
+    other_question = {name: measured.losses[name][count:] for name in names}
     (context.out / EvaluateOutput.LOSSES).write_bytes(
         to_json(
             {
-                "row": measured["row"][:count],
-                "tokens": measured["tokens"][:count],
+                "row": measured.row[:count],
+                "tokens": measured.tokens[:count],
                 "losses": losses,
-                "other_question": {"row": measured["row"][count:], "losses": other_question},
-                "plan": measured["plan"],
+                "other_question": {"row": measured.row[count:], "losses": other_question},
+                "device": measured.device.as_dict(),
             }
         )
     )

@@ -80,7 +80,7 @@ def training_config(recipe: Recipe, plan: Plan, out: Path, run_name: str) -> Any
         raise _bad("training_arguments", " ".join(str(error).split())) from error
 
 
-def generation_config(recipe: Recipe, stop: list[int], pad: int) -> Any:
+def generation_config(recipe: Recipe, stop: list[int], pad: int | None) -> Any:
     """Return transformers' GenerationConfig.
 
     It holds every sampling field of the recipe: generate() takes an argument that it lacks from the base's own

@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import orjson
+from upath import UPath
 
 from include.storage.files import MANIFEST, atomic_write, describe_files, to_json
 
 ADAPTER, CHECKPOINTS, TRAINING_LOG = "adapter", "checkpoints", "training_log.jsonl"
 
 
-def checkpoint_step(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path | UPath) -> int:
     """Return the step after which a checkpoint was saved."""
     return int(checkpoint.name.rsplit("-", 1)[1])
 

@@ -130,7 +130,7 @@ class GenerateJob(Job[GenerateResult]):
         base, adapter: folders.
         prompts: token ids.
         stop: ids that end an answer.
-        pad: id of the padding token.
+        pad: id of the padding token, if the tokenizer has one.
     """
 
     command: ClassVar[str] = "generate"
@@ -139,7 +139,7 @@ class GenerateJob(Job[GenerateResult]):
     adapter: Path
     prompts: list[Ids]
     stop: list[int]
-    pad: int
+    pad: int | None
 
 
 @dataclass(frozen=True, config=CONFIG)
