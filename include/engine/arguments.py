@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+import warnings
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -77,7 +78,7 @@ def training_config(recipe: Recipe, plan: Plan, out: Path, run_name: str) -> Any
     except (TypeError, ValueError) as error:
         if not own:
             raise
-        raise _bad("training_arguments", " ".join(str(error).split())) from error
+        raise _bad("training_arguments", f"{', '.join(own)}: {' '.join(str(error).split())}") from error
 
 
 def generation_config(recipe: Recipe, stop: list[int], pad: int | None) -> Any:
@@ -107,7 +108,7 @@ def generation_config(recipe: Recipe, stop: list[int], pad: int | None) -> Any:
     except (TypeError, ValueError, AttributeError) as error:
         if not own:
             raise
-        raise _bad("generation_arguments", " ".join(str(error).split())) from error
+        raise _bad("generation_arguments", f"{', '.join(own)}: {' '.join(str(error).split())}") from error
     return config
 
 
@@ -128,9 +129,10 @@ def check_arguments(recipe: Recipe) -> None:
             training_config(candidate, plan, Path(), candidate.name)
     if recipe.generation_arguments:
         config = generation_config(recipe, stop=[1], pad=0)
-        config.max_new_tokens = 2
+        config.max_new_tokens = min(config.max_new_tokens, 16)
         try:
-            _generate_with_tiny_model(config)
+            with warnings.catch_warnings(action="ignore"):  # min_new_tokens may be larger than that
+                _generate_with_tiny_model(config)
         except Exception as error:  # of any class: each argument is used by other code
             problem = f"{', '.join(recipe.generation_arguments)}: {' '.join(str(error).split())}"
             raise _bad("generation_arguments", problem) from error

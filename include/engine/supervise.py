@@ -62,7 +62,7 @@ def run(
             stderr=log,
             pass_fds=(writer,),
             cwd=PROJECT,  # the checkout is on the process's path
-            env=_environment(),
+            env=environment(),
             start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor only, which passes it on
         )
     os.close(writer)
@@ -89,7 +89,7 @@ def run(
     return result
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the process's environment: offline, without bars, compiled kernels in the cache and not in the checkout.
 
     Unsloth writes `unsloth_compiled_cache` into the current directory unless UNSLOTH_COMPILE_LOCATION names another.
