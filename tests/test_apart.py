@@ -24,7 +24,7 @@ from tasks.maintain import maintain_store
 from tasks.report import report
 from tasks.rollback import rollback
 from tests.conftest import PROJECT
-from tests.include.engine.test_train import engines, log_of, wait_until
+from tests.services.engine import engines, log_of, wait_until
 from tests.services.s3 import S3
 
 GPU = ("train", "smoke_test", "evaluate")
@@ -155,7 +155,7 @@ def test_a_training_killed_on_one_machine_goes_on_on_another_from_the_newest_sto
     assert second > first
     lineage = done(start("train", lineage, disks / "one"))  # which has an older checkpoint of its own
     found = Store().find("small", "train", lineage["train"])
-    assert int(found.metadata["resumed_from"].removeprefix("checkpoint-")) == second
+    assert int(found.metadata.resumed_from.removeprefix("checkpoint-")) == second
     log = [
         json.loads(line)
         for line in (s3.folder / "retune/store" / "small/train" / lineage["train"] / "training_log.jsonl")

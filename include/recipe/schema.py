@@ -23,6 +23,7 @@ from include.recipe.operations import Operations
 from include.recipe.publishing import Publishing
 from include.recipe.training import MODULE_SETS, MOST_CANDIDATES, Lora, Training
 
+RENAMED = {"device_memory_gb": "device_memory_gib"}  # old names of fields
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # what Airflow, file systems and the Hub all take
 
 
@@ -98,14 +99,19 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operation
 
     @property
     def training_inputs(self) -> dict[str, Any]:
-        """Every field that decides what the model is made of, as plain JSON values; operations left out."""
-        return self.model_dump(mode="json", exclude=set(Operations.model_fields))
+        """Return every field that decides the model, as plain JSON values: all but those of `Operations`."""
+        return self.subset(TRAINING_INPUTS)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain JSON values."""
+        return self.model_dump(mode="json")
 
     def subset(self, fields: Iterable[str]) -> dict[str, Any]:
         """The named fields as plain JSON values: what a stage's fingerprint depends on."""
         return self.model_dump(mode="json", include=set(fields))
 
 
+TRAINING_INPUTS = tuple(name for name in Recipe.model_fields if name not in Operations.model_fields)
 SECTIONS: dict[str, type[BaseModel]] = {
     "Data": Data,
     "Model": Model,
@@ -121,6 +127,8 @@ def describe_error(error: Any) -> str:
     """Describe one of pydantic's errors in a sentence that names the field."""
     field = ".".join(str(part) for part in error["loc"]) or "recipe"
     if error["type"] == "extra_forbidden":
+        if field in RENAMED:
+            return f"unknown field '{field}': it is named '{RENAMED[field]}' now"
         near = next(iter(get_close_matches(field, Recipe.model_fields, n=1)), None)
         return f"unknown field '{field}'" + (f" (did you mean '{near}'?)" if near else "")
     message = error["msg"].removeprefix("Value error, ")
