@@ -66,8 +66,8 @@ def test_each_rule_of_the_token_contract_counts_the_rows_with_its_fault(
         check_limits={"bos_errors": 1, "unended_turns": 1, "mask_errors": 1},  # otherwise the first rule ends the run
     )
     made = artifact(pipeline(recipe, "template"))
-    assert made.metadata["proved_rows"] == len(rows), "the tokenizer's ids have the same faults"
-    found = {check["check"]: check["rows"] for check in made.metadata["checks"] if check["rows"]}
+    assert made.metadata.proved_rows == len(rows), "the tokenizer's ids have the same faults"
+    found = {check.check: check.rows for check in made.metadata.checks if check.rows}
     assert found == {"bos_errors": 3, "unended_turns": 5, "mask_errors": 7}
 
 
