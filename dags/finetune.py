@@ -237,7 +237,7 @@ lr {recipe.learning_rate:g} |{_sweep(recipe)}
 | gate | better than the base and than what is live; {len(recipe.prompts)} smoke-test prompts |
 | approval | {_APPROVAL[recipe.approve]} |
 | runs | {_times(recipe)} |
-| registry | `{registry_uri(recipe)}` |
+| registry | `{registry_uri(recipe.name, recipe.registry)}` |
 
 Press **Trigger** to run it, with other values if you like. A value given there holds for that run only.
 """

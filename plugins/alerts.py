@@ -244,7 +244,7 @@ def _at(stages: dict[str, dict[str, Any]]) -> tuple[str, str]:
 def _records(recipe: str, run_id: str) -> dict[str, dict[str, Any]]:
     """The stages' records in the order in which they began; none where the store does not answer."""
     try:
-        found = Store().records(recipe, run_id)
+        found = Store().read_records(recipe, run_id)
     except Exception as error:
         log.warning("the store was not read: %s", error)
         return {}

@@ -48,7 +48,7 @@ def _if_on(tell: Callable[..., None]) -> Callable[..., None]:
 def stage_done(stage: str, lineage: Lineage) -> None:
     """What a stage took and found, unless its output was there already. Gauges, since hours lie between two values."""
     store, recipe = Store(), lineage["recipe"]
-    records = store.records(recipe, lineage["run"]).values()
+    records = store.read_records(recipe, lineage["run"]).values()
     record = next(one for one in records if (one.get("stage"), one.get("fingerprint")) == (stage, lineage[stage]))
     if record["reused"]:
         return

@@ -189,7 +189,7 @@ def _where_nobody_asks(recipe: Recipe) -> str:
 @contextmanager
 def _case(lineage: Lineage) -> Iterator[_Case]:
     store = Store()
-    earlier = store.records(lineage["recipe"], lineage["run"]).get("approve", {})
+    earlier = store.read_records(lineage["recipe"], lineage["run"]).get("approve", {})
     with recorded(store, lineage["recipe"], lineage["run"], "approve") as record:
         if "question" in earlier:
             record.content["question"] = earlier["question"]

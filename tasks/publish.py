@@ -130,7 +130,7 @@ def build_manifest(context: StageContext, stages: dict[str, Artifact]) -> dict[s
         "smoke_test": facts["smoke_test"],
         "evaluation": facts["evaluate"],
         "approval": facts["approve"],
-        "sweep": sweep_of(context.store.records(recipe.name, context.run_id)),
+        "sweep": sweep_of(context.store.read_records(recipe.name, context.run_id)),
         "seconds": {name: artifact.manifest["seconds"] for name, artifact in stages.items()},
         "fingerprints": {name: artifact.fingerprint for name, artifact in stages.items()},
         "packages": {**installed_packages(), **stages["train"].manifest["packages"]},

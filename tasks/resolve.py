@@ -53,7 +53,7 @@ def resolve(
                 "dataset_revision": dataset,
                 "base_model": located(recipe.base_model),
                 "base_revision": base,
-                "registry": registry_uri(recipe),
+                "registry": registry_uri(recipe.name, recipe.registry),
             }
         )
         own = recipe == load_recipe(find_recipe(recipe_file))
@@ -86,7 +86,7 @@ def pin(store: Store, recipe: Recipe, line: str) -> tuple[Artifact, bool]:
         return artifact, True
     out = var() / "work" / recipe.name / "resolve" / mark
     shutil.rmtree(out, ignore_errors=True)
-    with store.writing():
+    with store.write_errors():
         atomic_write(out / "recipe.json", to_json(content))
     return store.commit(out, recipe.name, "resolve", mark, summary=line, metadata={}, inputs={}), False
 

@@ -112,7 +112,7 @@ class StoredCheckpoint:
         """
         if self._job.store.is_local:
             return
-        with self._job.store.reading():
+        with self._job.store.read_errors():
             paths = [
                 self._stored / name / MANIFEST for name in list_dir(self._stored) if name.startswith("checkpoint-")
             ]
@@ -150,7 +150,7 @@ class StoredCheckpoint:
 
     def _store(self, held: Path, files: dict[str, Any], target: UPath) -> None:
         out = self._job.out
-        with self._job.store.writing():
+        with self._job.store.write_errors():
             upload(held, files, target)
             upload(out, (name for name in RESUME_FILES if (out / name).exists()), self._stored)
             atomic_write(target / MANIFEST, (held / MANIFEST).read_bytes())
@@ -161,7 +161,7 @@ class StoredCheckpoint:
     def drop(self) -> None:
         """Remove it: the training is finished."""
         if not self._job.store.is_local:
-            with self._job.store.writing():
+            with self._job.store.write_errors():
                 remove(self._stored)
 
 

@@ -43,9 +43,10 @@ from include.pipeline.stage import (
     recorded,
 )
 from include.recipe import Recipe
-from include.storage.artifacts import FETCHED_AT_ONCE, Artifact, Store
+from include.storage.artifacts import PARALLEL_FETCHES, Artifact, Store
 from include.storage.files import MANIFEST, atomic_write, describe_files, installed_packages, now, remove, to_json
-from include.storage.object_store import is_local, upload
+from include.storage.locations import is_local
+from include.storage.object_store import upload
 
 PARTS = ".parts"  # in a stage's folder: what only its own steps read, and their records; removed in the end
 PLAN = f"{PARTS}/plan.json"
@@ -125,7 +126,7 @@ class ShardedContext(StageContext):
         """What is known of a step that several machines have shared, in the order of its shards."""
         plan = _read(self._folder, PLAN)
         shards = plan["shards"] if plan and step.mapped else [None]
-        with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+        with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
             found = list(pool.map(lambda shard: _read(self._folder, _record(step, shard)), shards))
         if plan is None or None in found:
             raise RetuneError(
@@ -185,7 +186,7 @@ class Sharded(Stage):
                 (context.folder / MANIFEST).unlink()  # a file of it is missing
             shards = _split(len(context.names), recipe.shard_rows, mark)
             began = _read(context.folder, PLAN) or {"began_at": now("milliseconds")}
-            with store.writing():
+            with store.write_errors():
                 atomic_write(context.folder / PLAN, to_json({**began, "shards": shards}))
             for step in self.ahead:
                 self._do(context, step, None, mark)
@@ -225,7 +226,7 @@ class Sharded(Stage):
             if plan := _read(context.folder, PLAN):
                 record.add_seconds((datetime.now(UTC) - datetime.fromisoformat(plan["began_at"])).total_seconds())
             self.run(context, inputs)
-            with store.writing():
+            with store.write_errors():
                 remove(context.folder / PARTS)
         return {**lineage, self.name: mark}
 
@@ -252,7 +253,7 @@ class Sharded(Stage):
             names = [context.names[shard["first"] : shard["end"]]] if shard else []
             result = step.work(context, *names, **context.inputs)
             files = describe_files(context.out)
-            with context.store.writing():
+            with context.store.write_errors():
                 _put(context.out, folder, files)
                 atomic_write(folder / name, to_json({"files": files, "result": result}))
             _empty(context)
@@ -275,7 +276,7 @@ class Sharded(Stage):
             "stage": self.name, "recipe": context.recipe.name, "fingerprint": mark, "made_at": now(),
             **facts, "packages": installed_packages(), "files": dict(sorted(files.items())),
         }  # fmt: skip
-        with context.store.writing():
+        with context.store.write_errors():
             _put(context.out, context.folder, own)
             atomic_write(context.folder / MANIFEST, to_json(manifest))
         _empty(context)
@@ -327,7 +328,7 @@ def _whole(folder: UPath, files: dict[str, Any]) -> bool:
         except FileNotFoundError:
             return -1
 
-    with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+    with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
         return list(pool.map(size, files)) == [file["bytes"] for file in files.values()]
 
 

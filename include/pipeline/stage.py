@@ -18,7 +18,7 @@ from filelock import FileLock
 from include.errors import RetuneError, TransientError, UpToDate
 from include.paths import var
 from include.recipe import Recipe
-from include.storage.artifacts import SETTING, Artifact, Store
+from include.storage.artifacts import STORE_SETTING, Artifact, Store
 from include.storage.files import fingerprint, now
 from include.storage.object_store import object_errors
 
@@ -93,7 +93,7 @@ class Record:
 
     def _write(self) -> None:
         if not self._quiet:
-            self._store.record(self._recipe, self._run_id, self._name, self.content)
+            self._store.write_record(self._recipe, self._run_id, self._name, self.content)
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def recorded(
     try:
         name = record_name(stage, lineage)
         record = Record(store, recipe, run_id, stage, name, lineage.get("candidate"), quiet=bool(part))
-        with object_errors(f"the store {store.uri}", SETTING):
+        with object_errors(f"the store {store.uri}", STORE_SETTING):
             yield record
     except UpToDate as error:
         if record:
@@ -257,5 +257,5 @@ def artifact_of(store: Store, lineage: Lineage, name: str) -> Artifact:
 def pinned_recipe(store: Store, lineage: Lineage) -> Recipe:
     """The full recipe of a run, with its revisions pinned, as `resolve` left it."""
     path = artifact_of(store, lineage, "resolve").folder / "recipe.json"
-    with store.reading():
+    with store.read_errors():
         return Recipe.model_validate(orjson.loads(path.fs.cat_file(path.path)))

@@ -13,7 +13,7 @@ import pytest
 from include.errors import BadRecipe, Conflict, GateRefused, NoPermission, NotFound, PermanentError, Unreachable
 from include.registry import FolderRegistry, HubRegistry, ObjectRegistry, Registry, content_digest, open_registry
 from include.storage.files import MANIFEST, describe_files, to_json
-from include.storage.hub import TRIES, hub_api, hub_errors
+from include.storage.hub import MAX_TRIES, hub_api, hub_errors
 from tests.services.hub import Hub
 
 ONE, TWO, THREE = b"one" * 100, b"two" * 100, b"three" * 100
@@ -28,7 +28,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-LAPSE = 6.0  # seconds: how long an object store's claim outlives its owner in these tests
+TTL = 6.0  # seconds: when the lease of a dead publisher expires in these tests
 
 
 @pytest.fixture(params=["folder", "objects", "hub"])
@@ -38,7 +38,7 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
         return FolderRegistry(tmp_path / "registry")
     if request.param == "objects":
         request.getfixturevalue("s3")
-        return ObjectRegistry("s3://retune/registry/small", LAPSE)
+        return ObjectRegistry("s3://retune/registry/small", TTL)
     request.getfixturevalue("hub")
     return HubRegistry("owner/adapter")
 
@@ -124,7 +124,7 @@ def test_an_older_version_goes_live_again_and_the_next_one_follows(registry: Reg
     assert (three.name, registry.live()) == ("v3", three)
     assert registry.promote("v2", "it was a mistake").name == "v2"
     assert weights(registry, registry.live().revision) == TWO
-    with pytest.raises(NotFound, match="v9 is not in .* Choose one of those that are: v1, v2, v3"):
+    with pytest.raises(NotFound, match="v9 is not in .* Choose one of these: v1, v2, v3"):
         registry.promote("v9", "why")
 
 
@@ -260,7 +260,7 @@ def test_a_hub_that_stays_away_is_one_clear_failure(hub: Hub, version: Callable)
         HubRegistry("owner/adapter").publish(version(ONE), None, True)
     repository = hub.repos["model:owner/adapter"]
     assert (len(repository.commits), repository.tags) == (1, {})
-    assert [status for _, path, status in hub.requests if "/commit/" in path] == [503] * TRIES
+    assert [status for _, path, status in hub.requests if "/commit/" in path] == [503] * MAX_TRIES
     hub.faults.clear()
     hub.fail("POST", "/commit/", 400)
     with pytest.raises(PermanentError, match="refused the repository owner/adapter .400."):

@@ -24,7 +24,7 @@ from include.registry import ObjectRegistry, content_digest
 from include.storage.artifacts import Store
 from include.storage.files import MANIFEST, describe_files, to_json
 from include.storage.lock import Lease, lock
-from include.storage.object_store import open_path
+from include.storage.locations import open_path
 from tests.conftest import PROJECT
 from tests.services.s3 import S3, Proxy, forget_clients
 
@@ -211,7 +211,7 @@ work.mkdir(parents=True)
 for number in range(3):
     (work / f"{number}.bin").write_bytes(sys.argv[2].encode())
 Store().commit(work, "small", "train", sys.argv[3], summary="", metadata={"by": sys.argv[2]}, inputs={})
-Store().record("small", "run", sys.argv[3], {"by": sys.argv[2]})
+Store().write_record("small", "run", sys.argv[3], {"by": sys.argv[2]})
 """
 
 
@@ -233,12 +233,12 @@ def test_what_another_worker_has_written_or_removed_is_seen_at_once(store: Store
     worked(store, tmp_path, "one", "a")
     assert store.find("small", "train", "a")
     assert store.find("small", "train", "b") is None
-    assert set(store.records("small", "run")) == {"a"}
+    assert set(store.read_records("small", "run")) == {"a"}
     folder = store.path("small", "train")
     assert sorted(path.name for path in folder.iterdir()) == ["a"]
     worked(store, tmp_path, "two", "b")
     assert store.find("small", "train", "b").metadata == {"by": "two"}
-    assert set(store.records("small", "run")) == {"a", "b"}
+    assert set(store.read_records("small", "run")) == {"a", "b"}
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
     worked(store, tmp_path, "three", "a")
     assert (store.find("small", "train", "a").local() / "0.bin").read_bytes() == b"three"
@@ -331,7 +331,7 @@ def test_what_fails_is_a_sentence_and_never_looks_like_nothing(
     calls: list[tuple[str, str, Callable[[], Any]]] = [
         ("store", "RETUNE_STORE", store.probe),
         ("store", "RETUNE_STORE", lambda: store.find("small", "train", "a")),
-        ("store", "RETUNE_STORE", lambda: store.records("small", "run")),
+        ("store", "RETUNE_STORE", lambda: store.read_records("small", "run")),
         ("registry", "RETUNE_REGISTRY", registry.check),
         ("registry", "RETUNE_REGISTRY", registry.live),
         ("registry", "RETUNE_REGISTRY", registry.manifests),
@@ -358,4 +358,4 @@ def test_a_stage_says_so_when_the_store_goes_away_under_it_and_a_line_that_is_lo
         record.say("step 1")
         (store.path("small") / "x").read_bytes()
     s3.start()
-    assert store.records("small", "run")["train"]["state"] == "running"
+    assert store.read_records("small", "run")["train"]["state"] == "running"

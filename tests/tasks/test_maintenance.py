@@ -22,7 +22,7 @@ from include.errors import NotFound
 from include.registry import FolderRegistry, HubRegistry
 from include.storage.artifacts import Store
 from include.storage.files import MANIFEST, to_json
-from tasks.maintain import maintain_disk, maintain_store
+from tasks.maintenance import maintain_disk, maintain_store
 from tasks.report import report
 from tasks.rollback import rollback
 from tests.conftest import PROJECT
@@ -90,7 +90,7 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     gone = {f"{stage}/{lineage[stage]}" for lineage in (first, second) for stage in ("resolve", "publish")}
     gone |= {f"verify/{first['verify']}", f"resolve/{old['resolve']}", f"template/{old['template']}"}
     assert set(listed) == gone | {"runs/old"}
-    assert "gone, there is no recipe of that name" in caplog.text
+    assert "gone: there is no recipe of that name" in caplog.text
 
     whole = shutil.copytree(registry.root / "versions" / "v1", var / "v1")
     (registry.root / "versions" / "v1" / MANIFEST).unlink()
@@ -99,7 +99,7 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     shutil.copy(whole / MANIFEST, registry.root / "versions" / "v1")
     elsewhere = registry.root.rename(var / "elsewhere")
     (line,) = maintain_store("small")
-    assert "and there is no version in " in line
+    assert "but there is no version in " in line
     elsewhere.rename(registry.root)
     assert snapshot(store).keys() == {path for path in before if path.startswith(str(store))}
     with pytest.raises(NotFound, match="there is no recipe 'smal'"):
@@ -145,7 +145,7 @@ def test_a_maintenance_that_is_killed_leaves_nothing_half_valid_and_two_at_once_
         shutil.copytree(stage / f"{0:016x}", stage / mark)
         (stage / mark / MANIFEST).write_text(made.replace(f"{0:016x}", mark))
     age(40, stage)
-    command = [sys.executable, "-c", "from tasks.maintain import *; maintain_store('small')"]
+    command = [sys.executable, "-c", "from tasks.maintenance import *; maintain_store('small')"]
     killed = subprocess.Popen(command, cwd=PROJECT)
     deadline = time.monotonic() + 60
     while len(list(stage.glob("0*"))) == 200:
