@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from include.errors import BadRecipe, Conflict, GateRefused, NoPermission, NotFound, PermanentError, Unreachable
-from include.registry import FolderRegistry, HubRegistry, ObjectRegistry, Registry, content_digest, open_registry
-from include.storage.files import MANIFEST, describe_files, to_json
+from include.registry import FolderRegistry, HubRegistry, ObjectRegistry, Registry, open_registry
+from include.storage.files import describe_files
 from include.storage.hub import MAX_TRIES, hub_api, hub_errors
 from tests.services.hub import Hub
 
@@ -43,25 +43,6 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
     return HubRegistry("owner/adapter")
 
 
-@pytest.fixture
-def version(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder as `publish` makes it."""
-
-    def make(weights: bytes, card: str = "card", extra: str = "", run: str = "run") -> Path:
-        folder = tmp_path / f"version-{len(list(tmp_path.glob('version-*')))}"
-        folder.mkdir()
-        (folder / "adapter_model.safetensors").write_bytes(weights)
-        (folder / "adapter_config.json").write_text("{}")
-        if extra:
-            (folder / extra).write_text("more")
-        files = describe_files(folder)
-        (folder / MANIFEST).write_bytes(to_json({"run": run, "content": content_digest(files), "files": files}))
-        (folder / "README.md").write_text(card)
-        return folder
-
-    return make
-
-
 def weights(registry: Registry, revision: str) -> bytes:
     return (registry.fetch(revision) / "adapter_model.safetensors").read_bytes()
 
@@ -76,13 +57,6 @@ def test_versions_are_immutable_and_live_moves(registry: Registry, version: Call
     assert registry.live() == two
     assert registry.versions() == [one, two]
     assert (weights(registry, one.revision), weights(registry, two.revision)) == (ONE, TWO)
-
-
-def test_a_version_in_a_folder_is_read_only_and_live_is_a_link(tmp_path: Path, version: Callable) -> None:
-    registry = FolderRegistry(tmp_path / "registry")
-    registry.publish(version(ONE), None, True)
-    assert (tmp_path / "registry" / "live" / "adapter_model.safetensors").read_bytes() == ONE
-    assert (registry.fetch("v1") / "adapter_model.safetensors").stat().st_mode & 0o222 == 0
 
 
 def test_the_same_content_is_one_version_whatever_its_card_says(registry: Registry, version: Callable) -> None:
@@ -277,29 +251,6 @@ def test_a_commit_without_its_tag_is_healed_by_the_next_try(hub: Hub, version: C
     repository.tags.clear()
     two = registry.publish(version(TWO), one.revision, True)
     assert repository.tags == {"v1": one.revision, "v2": two.revision}, "also by the run after it"
-
-
-def test_a_killed_try_leaves_a_version_in_the_folder_that_the_next_one_takes(tmp_path: Path, version: Callable) -> None:
-    registry = FolderRegistry(tmp_path / "registry")
-    registry.publish(version(ONE), None, True)
-    (tmp_path / "registry" / "live").unlink()
-    (tmp_path / "registry" / "history.jsonl").unlink()
-    assert registry.publish(version(ONE), None, True).name == "v1"
-    assert registry.live().name == "v1"
-
-
-def test_a_damaged_version_is_left_behind_and_its_number_stays_taken(tmp_path: Path, version: Callable) -> None:
-    registry = FolderRegistry(tmp_path / "registry")
-    one = registry.publish(version(ONE), None, True)
-    two = registry.publish(version(TWO), one.revision, True)
-    manifest = Path(two.place) / MANIFEST
-    manifest.chmod(0o644)
-    manifest.write_bytes(manifest.read_bytes()[:20])
-    with pytest.raises(NotFound, match="its manifest is damaged. Restore it, or make another version live"):
-        registry.live()
-    assert registry.promote("v1", "v2 is damaged") == one
-    assert (registry.live(), registry.versions()) == (one, [one])
-    assert registry.publish(version(THREE), one.revision, True).name == "v3"
 
 
 def test_of_two_runs_that_race_one_wins(registry: Registry, version: Callable) -> None:
