@@ -1,4 +1,4 @@
-"""What runs tell Airflow's own metrics (StatsD, Datadog or OpenTelemetry): nothing unless its `[metrics]` are on.
+"""Metrics of runs through Airflow's own metrics (StatsD, Datadog or OpenTelemetry); none if `[metrics]` is off.
 
 | metric | kind | tags |
 |---|---|---|
@@ -7,8 +7,8 @@
 | `retune.validate.rows_refused` | gauge | `recipe` |
 | `retune.runs` | counter | `recipe`, `verdict` |
 
-Plain StatsD has no tags. For it each metric is also sent with the tags' values at the end of its name, as Airflow does
-with its own as long as `[metrics] legacy_names_on` is true: `retune.stage.seconds.my_model.train`.
+Plain StatsD has no tags. If `[metrics] legacy_names_on` is true, each metric is also sent with the tags' values at the
+end of its name, like Airflow's own metrics: `retune.stage.seconds.my_model.train`.
 """
 
 from __future__ import annotations
@@ -20,47 +20,48 @@ from typing import Any
 from airflow.sdk.configuration import conf
 from airflow.sdk.observability import stats
 
-from include.pipeline.stage import Lineage, artifact_of, log
+from include.pipeline.contracts import TrainOutput, ValidateOutput
+from include.pipeline.records import Lineage, log
+from include.pipeline.stage import output_of
 from include.storage.artifacts import Store
 
 BACKENDS = ("statsd_on", "statsd_datadog_enabled", "otel_on")
-FACTS = {
-    "train": {"tokens_per_second": "tokens_per_second", "peak_memory_bytes": "peak_memory_bytes"},
-    "validate": {"refused": "rows_refused"},
-}  # which facts of a stage, and their metrics' names
 
 
-def _if_on(tell: Callable[..., None]) -> Callable[..., None]:
-    """Does nothing where nobody listens; what goes wrong is logged: no run fails for its metrics."""
+def _if_on(function: Callable[..., None]) -> Callable[..., None]:
+    """Call the function only if a metrics backend is on, and log its errors: metrics never fail a run."""
 
-    @functools.wraps(tell)
-    def told(*arguments: Any) -> None:
+    @functools.wraps(function)
+    def wrapper(*arguments: Any) -> None:
         try:
             if any(conf.getboolean("metrics", backend, fallback=False) for backend in BACKENDS):
-                tell(*arguments)
+                function(*arguments)
         except Exception as error:
             log.warning("metrics were not sent: %s: %s", type(error).__name__, error)
 
-    return told
+    return wrapper
 
 
 @_if_on
 def stage_done(stage: str, lineage: Lineage) -> None:
-    """What a stage took and found, unless its output was there already. Gauges, since hours lie between two values."""
+    """Send a stage's seconds and key numbers, unless its output was reused. Gauges, because values are hours apart."""
     store, recipe = Store(), lineage["recipe"]
     records = store.read_records(recipe, lineage["run"]).values()
     record = next(one for one in records if (one.get("stage"), one.get("fingerprint")) == (stage, lineage[stage]))
     if record["reused"]:
         return
     _send(stats.gauge, "retune.stage.seconds", record["seconds"], recipe=recipe, stage=stage)
-    facts = artifact_of(store, lineage, stage).metadata if stage in FACTS else {}
-    for fact, name in FACTS.get(stage, {}).items():
-        _send(stats.gauge, f"retune.{stage}.{name}", facts[fact], recipe=recipe)
+    metadata = output_of(store, lineage, stage).metadata
+    if isinstance(metadata, TrainOutput):
+        _send(stats.gauge, "retune.train.tokens_per_second", metadata.tokens_per_second, recipe=recipe)
+        _send(stats.gauge, "retune.train.peak_memory_bytes", metadata.peak_memory_bytes, recipe=recipe)
+    if isinstance(metadata, ValidateOutput):
+        _send(stats.gauge, "retune.validate.rows_refused", metadata.refused, recipe=recipe)
 
 
 @_if_on
 def run_ended(summary: dict[str, Any]) -> None:
-    """The verdict on a run."""
+    """Count a run by its verdict."""
     _send(stats.incr, "retune.runs", 1, recipe=summary["recipe"], verdict=summary["verdict"])
 
 

@@ -1,4 +1,4 @@
-"""evaluate: the candidate against the base and against what is live, row by row on the holdout, and the verdict."""
+"""evaluate: compare the candidate with the base and with the live adapter, row by row on the holdout."""
 
 from __future__ import annotations
 
@@ -9,112 +9,121 @@ from include.base_model import fetch_base
 from include.engine import supervise
 from include.evaluation.gate import judge, rows_needed
 from include.evaluation.prompt_control import write_with_shuffled_prompts
-from include.pipeline.stage import Result, StageContext, stage
+from include.pipeline.contracts import EvaluateOutput, LiveVersion, SmokeTestOutput, TemplateOutput, TrainOutput
+from include.pipeline.stage import Output, Result, StageContext, stage
 from include.recipe import Gate
 from include.registry import Version, content_digest, open_registry
-from include.storage.artifacts import Artifact
 from include.storage.files import to_json
 from tasks.smoke_test import TEMPLATE
-from tasks.template import HOLDOUT
-from tasks.train import ADAPTER
-
-LOSSES = "losses.json"
 
 
-def candidate_content(train: Artifact) -> str:
-    """The digest that the candidate would have as a published version."""
-    prefix = f"{ADAPTER}/"
+def candidate_content(train: Output[TrainOutput]) -> str:
+    """Return the content digest that the candidate would have as a published version."""
+    prefix = f"{TrainOutput.ADAPTER}/"
     files = {
         name.removeprefix(prefix): file for name, file in train.manifest["files"].items() if name.startswith(prefix)
     }
     return content_digest(files)
 
 
-def live_version(context: StageContext, train: Artifact) -> Version | None:
-    """What is live now, unless it is the candidate itself."""
+def live_version(context: StageContext, train: Output[TrainOutput]) -> Version | None:
+    """Return the live version; None where nothing is live, or the candidate itself is."""
     live = open_registry(str(context.recipe.registry)).live()
     return None if live is None or live.content == candidate_content(train) else live
 
 
 @stage(
-    version=2,
+    version=3,
     recipe_fields=(
         "method", "beta", "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length",
         "max_holdout_rows", *Gate.model_fields,
     ),
-    external_inputs=lambda context, train, **_: (live := live_version(context, train)) and [live.revision, live.content],
+    other_fields=(  # the device plan reads them; the numbers do not depend on them
+        "engine", "per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "optim", "packing",
+        "full_finetuning", "registry",
+    ),
+    external_inputs=lambda context, train, **_: [
+        [live.revision, live.content] for live in [live_version(context, train)] if live
+    ],
 )  # fmt: skip
-def evaluate(context: StageContext, template: Artifact, train: Artifact, smoke_test: Artifact) -> Result:
-    """Measure the loss of every holdout row for base, candidate and live adapter, and judge; leave `losses.json`."""
+def evaluate(
+    context: StageContext,
+    template: Output[TemplateOutput],
+    train: Output[TrainOutput],
+    smoke_test: Output[SmokeTestOutput],
+) -> Result[EvaluateOutput]:
+    """Measure every holdout row's loss for base, candidate and live adapter; write `losses.json` and the verdict."""
     recipe = context.recipe
     registry, live = open_registry(str(recipe.registry)), live_version(context, train)
-    adapters = {"candidate": train.local() / ADAPTER}
+    adapters = {"candidate": train.local() / TrainOutput.ADAPTER}
     if live:
         adapters["live"] = registry.fetch(live.revision)
-    rows, held_out = context.out / "rows", template.local(HOLDOUT) / HOLDOUT
-    count, swapped = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
+    rows, held_out = context.out / "rows", template.local(TemplateOutput.HOLDOUT) / TemplateOutput.HOLDOUT
+    count, shuffled = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
     names = ("base", *adapters)
     measured = supervise.run(
         "losses",
         {
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe.to_json(),
             "base": fetch_base(recipe, context.store),
             "rows": rows,
-            "most": count + len(swapped),
+            "most": count + len(shuffled),
             "adapters": adapters,
         },
         context.out,
-        context.say,
+        context.progress,
     )
     shutil.rmtree(rows)
     losses = {name: measured["losses"][name][:count] for name in names}
-    other_question = {name: measured["losses"][name][count:] for name in names}
-    (context.out / LOSSES).write_bytes(
+    shuffled_prompts = {name: measured["losses"][name][count:] for name in names}
+    (context.out / EvaluateOutput.LOSSES).write_bytes(
         to_json(
             {
                 "row": measured["row"][:count],
                 "tokens": measured["tokens"][:count],
                 "losses": losses,
-                "other_question": {"row": measured["row"][count:], "losses": other_question},
+                "shuffled_prompts": {"row": measured["row"][count:], "losses": shuffled_prompts},
                 "plan": measured["plan"],
             }
         )
     )
-    questions = None
-    if len(swapped) >= rows_needed(recipe.gate_confidence):
-        questions = [losses["candidate"][place] for place in swapped], other_question["candidate"]
+    prompt_control = None
+    if len(shuffled) >= rows_needed(recipe.gate_confidence):
+        prompt_control = [losses["candidate"][place] for place in shuffled], shuffled_prompts["candidate"]
     verdict = judge(
-        losses, smoke_test.metadata["failed"], recipe.gate_confidence, recipe.gate_margin, questions,
+        losses, smoke_test.metadata.failed, recipe.gate_confidence, recipe.gate_margin, prompt_control,
         recipe.gate_questions_matter,
     )  # fmt: skip
     if live and _template_differs(adapters):
         verdict.notes.append(
-            f"{live.name} was trained with another chat template; here it is measured with the candidate's, which puts "
-            "it at a disadvantage"
+            f"{live.name} was trained with another chat template. Both are measured with the candidate's template, "
+            f"which puts {live.name} at a disadvantage"
         )
     against = verdict.against_base
-    line = f"loss {against.other:.3f} (base) -> {against.candidate:.3f}"
+    summary = f"loss {against.other:.3f} (base) -> {against.candidate:.3f}"
     if live and verdict.against_live:
-        line += f", live {live.name} {verdict.against_live.other:.3f}"
+        summary += f", live {live.name} {verdict.against_live.other:.3f}"
     for reason in verdict.reasons:
-        context.say(f"against it: {reason}")
+        context.progress(f"reason against this candidate: {reason}")
     for note in verdict.notes:
-        context.say(f"WARNING: {note}")
-    line += f" on {count} holdout rows: "
-    line += (
+        context.progress(f"WARNING: {note}")
+    summary += f" on {count} holdout rows: "
+    summary += (
         "better" if verdict.publish else "refused: " + "; ".join(reason.partition(":")[0] for reason in verdict.reasons)
     )
-    facts = {
-        "verdict": verdict.as_dict(),
-        "confidence": recipe.gate_confidence,
-        "margin": recipe.gate_margin,
-        "holdout_rows": count,
-        "live": live and {"name": live.name, "revision": live.revision},
-    }
-    return Result(line, facts)
+    return Result(
+        summary,
+        EvaluateOutput(
+            verdict=verdict,
+            confidence=recipe.gate_confidence,
+            margin=recipe.gate_margin,
+            holdout_rows=count,
+            live=LiveVersion(name=live.name, revision=live.revision) if live else None,
+        ),
+    )
 
 
 def _template_differs(adapters: dict[str, Path]) -> bool:
-    """Whether the live adapter names another chat template than the candidate, with whose rows both are measured."""
+    """Return whether the live adapter was trained with another chat template than the candidate."""
     files = [folder / TEMPLATE for folder in adapters.values()]
     return all(file.is_file() for file in files) and len({file.read_text("utf-8") for file in files}) > 1

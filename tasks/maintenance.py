@@ -14,11 +14,12 @@ from upath import UPath
 
 from include.errors import RetuneError
 from include.paths import recipe_files, var
-from include.pipeline.retention import PublishedUnknown, Retention, folders, longest_try, oldest_kept, read_runs
-from include.pipeline.stage import log
+from include.pipeline.records import log
+from include.pipeline.retention import PublishedUnknown, Retention, folders, oldest_kept, read_runs
 from include.recipe import Recipe, find_recipe, load_recipe
 from include.storage.artifacts import Store
 from include.storage.cleanup import LONG_AGO, Removal, remove_caches, remove_work
+from tasks.stages import longest_try
 
 
 def maintain_store(recipe: str = "", dry_run: bool = False) -> list[str]:
@@ -49,7 +50,7 @@ def maintain_store(recipe: str = "", dry_run: bool = False) -> list[str]:
 
 
 def _maintain_recipe(store: Store, recipe: Recipe, dry_run: bool) -> str:
-    retention, removal = Retention(store, recipe), Removal(recipe.name, dry_run)
+    retention, removal = Retention(store, recipe, longest_try(recipe)), Removal(recipe.name, dry_run)
     try:
         for expired in retention.expired():
             removal.remove_folder(expired.folder, expired.kind, expired.size)
@@ -79,7 +80,7 @@ def maintain_disk(recipe: str = "", dry_run: bool = False) -> list[str]:
     lines = []
     for each in _recipes(UPath(var() / "work"), recipe):
         removal = Removal(f"{each.name} on this machine", dry_run)
-        any_active = any(run.active for run in read_runs(store, each))
+        any_active = any(run.active for run in read_runs(store, each, longest_try(each)))
         kept = remove_work(var() / "work" / each.name, LONG_AGO if any_active else oldest_kept(each), removal)
         lines.append(f"{removal.summary('work folder')}; kept {kept}")
         log.info("%s", lines[-1])

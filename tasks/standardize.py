@@ -1,4 +1,4 @@
-"""standardize: rows are compared with each other, and every row gets its side: training or holdout."""
+"""standardize: compare the rows with each other and put each row on its side, training or holdout."""
 
 from __future__ import annotations
 
@@ -12,43 +12,41 @@ from include.data.parallel import in_order
 from include.data.sources import absolute, read_prompts
 from include.data.tables import read_table, write_table
 from include.errors import BadData
+from include.pipeline.contracts import StandardizeOutput, ValidateOutput
 from include.pipeline.sharding import PARTS, ShardedContext, Step, sharded
-from include.pipeline.stage import Result, StageContext
-from include.storage.artifacts import Artifact
+from include.pipeline.stage import Output, Result, StageContext
 from include.storage.files import file_digest
-from tasks.validate import GOOD, READINGS
 
-MESSAGES, NEAR = "messages", "near_duplicates.jsonl"
 MARKS, SIDES = f"{PARTS}/marks", f"{PARTS}/sides"
 
 
-def _benchmark_digest(context: StageContext, **_: Artifact) -> str | None:
+def _benchmark_digest(context: StageContext, **_: Output[ValidateOutput]) -> str | None:
     place = context.recipe.decontaminate_against and absolute(context.recipe.decontaminate_against)
     return file_digest(Path(place)) if place and Path(place).is_file() else place
 
 
 @Step
-def compare(context: ShardedContext, names: list[str], validate: Artifact) -> list[None]:
-    """What the comparison of all rows needs of each good row: its number, its side, its MinHash signature, and whether
-    it holds a benchmark's prompt; 266 bytes a row, in a file for each of the readings.
+def compare(context: ShardedContext, names: list[str], validate: Output[ValidateOutput]) -> list[None]:
+    """Write the columns that comparing all rows needs: number, side, MinHash signature, whether the row holds a
+    benchmark's prompt. One file per file of readings, 266 bytes per good row.
     """
     import pyarrow as pa
 
-    recipe, source = context.recipe, context.fetched(validate, *(f"{READINGS}/{name}" for name in names))
+    recipe, source = context.recipe, context.fetch(validate, *(f"{ValidateOutput.READINGS}/{name}" for name in names))
     benchmark = None
     if recipe.decontaminate_against:
         benchmark = Benchmark(pa.array(read_prompts(recipe.decontaminate_against), pa.large_string()))
-    files = [source / READINGS / name for name in names]
+    files = [source / ValidateOutput.READINGS / name for name in names]
     good = _good(validate, read_table(files[0])["row"][0].as_py(), read_table(files[-1])["row"][-1].as_py())
     (context.out / MARKS).mkdir(parents=True)
     return list(in_order(lambda file: _compare(file, context.out, good, recipe.holdout_share, benchmark), files))
 
 
 @Step
-def decide(context: ShardedContext, validate: Artifact) -> dict[str, int]:
-    """The one comparison of all rows with each other: which of them stay, and the pairs of near-duplicates.
+def decide(context: ShardedContext, validate: Output[ValidateOutput]) -> dict[str, int]:
+    """Compare all rows with each other: decide which rows stay, and list the pairs of near-duplicates.
 
-    It holds 266 bytes a row in memory, and some 100 more while it sorts.
+    Memory: 266 bytes per row, and some 100 more while sorting.
 
     Raises:
         BadData: one of the two sides is empty, or most rows nearly equal a held-out one.
@@ -56,7 +54,7 @@ def decide(context: ShardedContext, validate: Artifact) -> dict[str, int]:
     import numpy as np
     import pyarrow as pa
 
-    recipe, folder = context.recipe, context.made(compare)
+    recipe, folder = context.recipe, context.files_of(compare)
     tables = [read_table(folder / MARKS / name) for name in context.names]
     rows, holdout, contaminated = (
         np.concatenate([table[name].to_numpy() for table in tables]) for name in ("row", "holdout", "contaminated")
@@ -78,7 +76,7 @@ def decide(context: ShardedContext, validate: Artifact) -> dict[str, int]:
             f"holdout_share={recipe.holdout_share}",
             "Change holdout_share, or use more rows",
         )
-    _write_pairs(context.out / NEAR, rows, earlier, held_out)
+    _write_pairs(context.out / StandardizeOutput.NEAR_DUPLICATES, rows, earlier, held_out)
     (context.out / SIDES).mkdir(parents=True)
     begin = 0
     for name, table in zip(context.names, tables, strict=True):
@@ -93,49 +91,55 @@ def decide(context: ShardedContext, validate: Artifact) -> dict[str, int]:
 
 
 @Step
-def write(context: ShardedContext, names: list[str], validate: Artifact) -> list[None]:
-    """The conversations of the rows that stay, each with its side."""
-    readings = context.fetched(validate, *(f"{READINGS}/{name}" for name in names)) / READINGS
-    sides = context.made(decide, *(f"{SIDES}/{name}" for name in names)) / SIDES
-    (context.out / MESSAGES).mkdir()
-    return list(in_order(lambda name: _write(readings / name, sides / name, context.out / MESSAGES / name), names))
+def write(context: ShardedContext, names: list[str], validate: Output[ValidateOutput]) -> list[None]:
+    """Write the conversations of the rows that stay, each with its side."""
+    readings = (
+        context.fetch(validate, *(f"{ValidateOutput.READINGS}/{name}" for name in names)) / ValidateOutput.READINGS
+    )
+    sides = context.files_of(decide, *(f"{SIDES}/{name}" for name in names)) / SIDES
+    (context.out / StandardizeOutput.MESSAGES).mkdir()
+    return list(
+        in_order(
+            lambda name: _write(readings / name, sides / name, context.out / StandardizeOutput.MESSAGES / name), names
+        )
+    )
 
 
 @sharded(
     version=4,
     recipe_fields=("holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against"),
     external_inputs=_benchmark_digest,
-    splits=READINGS,
+    split_folder=ValidateOutput.READINGS,
     steps=(compare, decide, write),
 )
-def standardize(context: ShardedContext, validate: Artifact) -> Result:
-    """Write `messages/` (an Arrow file for each of the readings: `row`, the conversation's columns and `holdout`) and
+def standardize(context: ShardedContext, validate: Output[ValidateOutput]) -> Result[StandardizeOutput]:
+    """Write `messages/` (one Arrow file per file of readings: `row`, the conversation's columns and `holdout`) and
     `near_duplicates.jsonl` (pairs of rows).
 
-    The side of a row follows from its content alone, so that it keeps it when the data around it changes. Rows that
-    nearly equal a held-out one, and rows that hold a benchmark's prompt, are left out.
+    A row's side depends on its content alone, so the row keeps its side when other rows change. Rows that nearly equal
+    a held-out row, and rows that hold a benchmark's prompt, are left out.
 
     Raises:
         BadData: see `decide`.
     """
-    facts = context.did(decide)
-    context.did(write)
+    made = StandardizeOutput.model_validate(context.result_of(decide))
+    context.result_of(write)
     dropped = " dropped" if context.recipe.near_duplicates == "drop" else ""
-    line = (
-        f"{facts['train']:,} rows to train on, {facts['holdout']:,} held out; {facts['near_duplicates']:,} "
-        f"near-duplicates{dropped}, {facts['leaking']:,} of held-out rows left out"
+    summary = (
+        f"{made.train:,} rows to train on, {made.holdout:,} held out; {made.near_duplicates:,} "
+        f"near-duplicates{dropped}, {made.leaking:,} of held-out rows left out"
     )
     if context.recipe.decontaminate_against:
-        line += f", {facts['contaminated']:,} hold a benchmark's prompt"
-    return Result(line, facts)
+        summary += f", {made.contaminated:,} hold a benchmark's prompt"
+    return Result(summary, made)
 
 
-def _good(validate: Artifact, first: int, last: int) -> Any:
-    """The numbers of the good rows from one row to another (int64); of a large file only the part that has them."""
+def _good(validate: Output[ValidateOutput], first: int, last: int) -> Any:
+    """Return the numbers of the good rows between two rows (int64); read only the row groups that can have them."""
     import numpy as np
     import pyarrow.parquet as pq
 
-    with (validate.folder / GOOD).open("rb") as content:
+    with (validate.folder / ValidateOutput.GOOD).open("rb") as content:
         file = pq.ParquetFile(content)
         found = [np.zeros(0, np.int64)]
         for group in range(file.num_row_groups):
@@ -167,7 +171,7 @@ def _compare(file: Path, out: Path, good: Any, holdout_share: float, benchmark: 
 
 
 def _signatures(table: Any) -> Any:
-    """The signatures of a file of `compare` (uint32, rows x SLOTS)."""
+    """Return the signatures in a file of `compare` (uint32, rows x SLOTS)."""
     import numpy as np
 
     found = [
@@ -178,7 +182,7 @@ def _signatures(table: Any) -> Any:
 
 
 def _words_said(table: Any) -> tuple[Any, Any]:
-    """The words of each row; without the system's, which many rows share and which would make them alike."""
+    """Return the words of each row and their counts, without system messages, which would make rows alike."""
     import numpy as np
 
     contents = table["contents"].combine_chunks()
@@ -210,5 +214,5 @@ def _write_pairs(target: Path, rows: Any, earlier: Any, held_out: Any) -> None:
 
 
 def is_holdout(digest: bytes, share: float) -> bool:
-    """The side of a row, from the first 64 bits of its content's sha256."""
+    """Return whether a row is held out: the first 64 bits of its content's sha256, as a number, are below the share."""
     return int.from_bytes(digest[:8]) < share * 2**64

@@ -1,4 +1,4 @@
-"""sweep: a candidate for each combination of the recipe's `sweep`, before training; the best of them, afterwards."""
+"""sweep: before training, one candidate per combination of the recipe's `sweep`; afterwards, the best of them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from include.errors import PermanentError
-from include.pipeline.stage import Lineage, artifact_of, log, pinned_recipe, record_name, recorded
+from include.pipeline.records import Lineage, log, record_name, recorded
+from include.pipeline.stage import output_of, pinned_recipe
 from include.storage.artifacts import Store
 from tasks.resolve import pin
+from tasks.stages import PIPELINE
 
-OF_A_CANDIDATE = ("train", "smoke_test", "evaluate")  # the stages that each runs for itself
+CANDIDATE_STAGES = tuple(stage.name for stage in PIPELINE if stage.per_candidate)
 
 
 def candidates(lineage: Lineage) -> list[Lineage]:
-    """A lineage for each combination of the sweep's values, in the grid's order, with a pinned recipe of its own."""
+    """Return one lineage per combination of the sweep's values, in the grid's order, each with a pinned recipe."""
     store = Store()
     with recorded(store, lineage["recipe"], lineage["run"], "candidates") as record:
         recipe = pinned_recipe(store, lineage)
@@ -31,7 +33,7 @@ def candidates(lineage: Lineage) -> list[Lineage]:
 
 
 def choose(grid: list[Lineage], lineages: Iterable[Lineage]) -> Lineage:
-    """The lineage of the best candidate: of those that the gate lets through, or else of all, the lowest holdout loss.
+    """Return the lineage of the candidate with the lowest holdout loss of those that passed the gate, else of all.
 
     Its records become those of the run. The first of the grid wins a tie.
 
@@ -40,7 +42,7 @@ def choose(grid: list[Lineage], lineages: Iterable[Lineage]) -> Lineage:
         lineages: of those that came through `evaluate`.
 
     Raises:
-        PermanentError: none came through; it says what became of the first.
+        PermanentError: every candidate failed; the message has the first one's failure.
     """
     store, recipe, run = Store(), grid[0]["recipe"], grid[0]["run"]
     with recorded(store, recipe, run, "choose") as record:
@@ -56,19 +58,19 @@ def choose(grid: list[Lineage], lineages: Iterable[Lineage]) -> Lineage:
         best = min(measured, key=lambda row: (not row["publish"], row["loss"]))
         best["chosen"] = True
         chosen = through[best["resolve"]]
-        for stage in OF_A_CANDIDATE:
+        for stage in CANDIDATE_STAGES:
             store.write_record(recipe, run, stage, records[record_name(stage, chosen)])
         failed = len(table) - len(measured)
         line = f"{best['candidate']}, the best of {len(grid)}: loss {best['loss']:.3f}"
         line += f"; {failed} failed" if failed else ""
         record.close("done", summary=line)
         log.info("%s", line)
-    return {name: mark for name, mark in chosen.items() if name != "candidate"}
+    return {name: value for name, value in chosen.items() if name != "candidate"}
 
 
 def _result(store: Store, records: dict[str, Any], lineage: Lineage, through: Lineage | None) -> dict[str, Any]:
-    """A candidate's row of the table: what was measured, or what it failed of."""
-    found = [records[name] for stage in OF_A_CANDIDATE if (name := record_name(stage, lineage)) in records]
+    """Return a candidate's row of the table: its losses and the verdict, or its failure."""
+    found = [records[name] for stage in CANDIDATE_STAGES if (name := record_name(stage, lineage)) in records]
     failures = [record["summary"] for record in found if record["state"] == "failed"]
     row: dict[str, Any] = {
         "candidate": lineage["candidate"], "resolve": lineage["resolve"], "chosen": False, "publish": False,
@@ -76,17 +78,17 @@ def _result(store: Store, records: dict[str, Any], lineage: Lineage, through: Li
         "seconds": round(sum(record.get("seconds", 0) for record in found), 2),
     }  # fmt: skip
     if through:
-        facts = artifact_of(store, through, "evaluate").metadata
-        verdict, base, live = facts["verdict"], facts["verdict"]["against_base"], facts["verdict"]["against_live"]
+        verdict = output_of(store, through, "evaluate").metadata.verdict
+        base, live = verdict.against_base, verdict.against_live
         row.update(
-            publish=verdict["publish"], summary="; ".join(verdict["reasons"]), loss=base["candidate"], base=base["other"],
-            live=live and live["other"],
+            publish=verdict.publish, summary="; ".join(verdict.reasons), loss=base.candidate, base=base.other,
+            live=live and live.other,
         )  # fmt: skip
     return row
 
 
 def sweep_of(records: dict[str, Any]) -> dict[str, Any] | None:
-    """What a published version says of the sweep that it was chosen in: grid, losses and verdicts, no texts."""
+    """Return the sweep for the manifest of the published version: grid, losses and verdicts, no texts."""
     if "choose" not in records:
         return None
     rows = [{name: row[name] for name in ("candidate", "loss", "publish", "chosen")}

@@ -1,4 +1,4 @@
-"""validate: every row is read and judged before anything is spent on it."""
+"""validate: read and check every row before anything is spent on it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ from include.data.profile import RowFacts, profile
 from include.data.sharegpt import FEATURES, read, read_all
 from include.data.tables import write_table
 from include.errors import BadData
-from include.pipeline.stage import Result, StageContext, stage
+from include.pipeline.contracts import DownloadOutput, ValidateOutput
+from include.pipeline.stage import Output, Result, StageContext, stage
 from include.recipe import Recipe
-from include.storage.artifacts import Artifact
-from tasks.download import ROWS
-
-READINGS, GOOD, QUARANTINE, REPAIRED = "readings", "good.parquet", "quarantine.jsonl", "repaired.jsonl"
-DOCS = "data_docs"
 
 
-def _tools_rendered(context: StageContext, **_: Artifact) -> bool:
+def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool:
     recipe = context.recipe
     own = recipe.chat_template == "tokenizer"
     folder = fetch_base(recipe, context.store, tokenizer_only=True) if own else Path()
@@ -36,15 +32,16 @@ def _tools_rendered(context: StageContext, **_: Artifact) -> bool:
 @stage(
     version=3,
     recipe_fields=("method", "dataset_format", "merge_turns", "max_refused_share", "check_limits"),
+    other_fields=("chat_template", "base_model", "base_revision"),  # `_tools_rendered` stands for them
     external_inputs=_tools_rendered,
 )
-def validate(context: StageContext, download: Artifact) -> Result:
-    """Read the raw rows and judge them with Great Expectations.
+def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[ValidateOutput]:
+    """Read the raw rows and check them with Great Expectations.
 
-    Leaves `readings/` (an Arrow file for each row group: `row`, `digest`, and the conversation's columns, see
-    `sharegpt.read_all`), `good.parquet` (the `row` numbers that may be trained on), `quarantine.jsonl` and
-    `repaired.jsonl` (every refused and every repaired row: its number, the reasons and its content) and `data_docs/`
-    (the suite's results as pages).
+    Write `readings/` (one Arrow file per row group: `row`, `digest`, and the conversation's columns, see
+    `include.data.sharegpt`), `good.parquet` (the numbers of the usable rows), `quarantine.jsonl` and `repaired.jsonl`
+    (every refused and every repaired row with its number, the reasons and its content) and `data_docs/` (the suite's
+    results as pages).
 
     Raises:
         BadData: no row is usable, or more rows are refused than `max_refused_share` or `check_limits` allow.
@@ -52,10 +49,13 @@ def validate(context: StageContext, download: Artifact) -> Result:
     tools = _tools_rendered(context)
     pairs = context.recipe.method == "dpo"
     rules = [rule for rule in (*RAW_ROWS, *(PAIRS if pairs else ())) if not (tools and rule.column in TOOL_RULES)]
-    source = download.local() / ROWS
-    (context.out / READINGS).mkdir(exist_ok=True)
+    source = download.local() / DownloadOutput.ROWS
+    (context.out / ValidateOutput.READINGS).mkdir(exist_ok=True)
     with Suite(
-        "preference_rows" if pairs else "sharegpt_rows", rules, context.recipe.check_limits, context.out / DOCS
+        "preference_rows" if pairs else "sharegpt_rows",
+        rules,
+        context.recipe.check_limits,
+        context.out / ValidateOutput.DOCS,
     ) as suite:
         import numpy as np
         import pandas as pd
@@ -74,35 +74,35 @@ def validate(context: StageContext, download: Artifact) -> Result:
     for name in critical:
         refused[findings.failed[name]] = True
     good = ~refused & (originals < 0)
-    pq.write_table(pa.table({"row": np.flatnonzero(good)}), context.out / GOOD)
+    pq.write_table(pa.table({"row": np.flatnonzero(good)}), context.out / ValidateOutput.GOOD)
     verdicts = _Verdicts(source, findings, parts, originals, refused, good)
     reasons = verdicts.write(context.out)
     verdicts.judge(context, reasons)
     repairs: Counter[str] = Counter(repair for part in parts for made in part.repairs.values() for repair in made)
     copies = int((originals >= 0).sum())
-    line = (
+    summary = (
         f"{good.sum():,} good, {refused.sum():,} refused, {copies:,} dropped as copies, "
         f"{sum(len(part.repairs) for part in parts):,} repaired"
     )
-    facts = {
+    metadata = ValidateOutput.model_validate({
         "rows": len(good), "good": int(good.sum()), "refused": int(refused.sum()), "copies": copies,
         "repairs": dict(repairs), "reasons": reasons, "checks": findings.table,
-        "docs": f"{DOCS}/{findings.page}", "tools_rendered": tools,
+        "docs": f"{ValidateOutput.DOCS}/{findings.page}", "tools_rendered": tools,
         "profile": profile([part.facts for part in parts], good, originals, verdicts.opening),
-    }  # fmt: skip
-    return Result(line, facts)
+    })  # fmt: skip
+    return Result(summary, metadata)
 
 
 @dataclass
 class _Part:
-    """A row group, read.
+    """One row group as it was read.
 
     Attributes:
-        counts: `row`, and for each of `FEATURES` how often it was seen in each row (int32).
+        counts: `row`, and for each feature its count in each row (int32, one per row).
         digests: the first 8 bytes of each conversation's digest (uint64); 0 where there is none.
         repairs, problems: by row, of those that have some (see `sharegpt.Reading`).
-        columns: of the first rows that could not be read.
-        facts: for the profile.
+        columns: column names of the first unreadable rows, for hints.
+        facts: numbers for the profile.
     """
 
     counts: dict[str, Any]
@@ -125,7 +125,7 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
     digests = [b"" if reading.features["unreadable"] else reading.conversation.digest for reading in readings]
     write_table(
         pa.table({"row": table["row"], "digest": pa.array(digests, pa.binary()), **columns}),
-        out / READINGS / f"{index:05d}.arrow",
+        out / ValidateOutput.READINGS / f"{index:05d}.arrow",
     )
     counts = np.array([[*reading.features.values()] for reading in readings], np.int32).reshape(-1, len(FEATURES))
     return _Part(
@@ -139,7 +139,7 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
 
 
 def _originals(digests: Any) -> Any:
-    """For each row the first one with the same digest, -1 for that one itself and where the digest is 0."""
+    """Return for each row the first row with the same digest (int64); -1 for the first row itself and for digest 0."""
     import numpy as np
 
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
@@ -148,7 +148,7 @@ def _originals(digests: Any) -> Any:
 
 
 class _Verdicts:
-    """What became of each row, for people."""
+    """The verdict on each row, for people: refused or repaired, and why."""
 
     def __init__(self, source: Path, findings: Findings, parts: list[_Part], originals: Any, refused: Any, good: Any):
         self._source, self._findings, self._parts = source, findings, parts
@@ -156,7 +156,7 @@ class _Verdicts:
         self._problems = {row: problem for part in parts for row, problem in part.problems.items()}
 
     def write(self, out: Path) -> dict[str, int]:
-        """Write the quarantine and the list of repaired rows; returns how often each first reason was given."""
+        """Write the quarantine and the list of repaired rows; return the number of rows by their first reason."""
         import numpy as np
         import pyarrow.parquet as pq
 
@@ -170,7 +170,10 @@ class _Verdicts:
         file, begin = pq.ParquetFile(self._source), 0
         wanted = np.zeros(len(self._good), bool)
         wanted[[*says, *repairs]] = True
-        with (out / QUARANTINE).open("wb") as refused, (out / REPAIRED).open("wb") as repaired:
+        with (
+            (out / ValidateOutput.QUARANTINE).open("wb") as refused,
+            (out / ValidateOutput.REPAIRED).open("wb") as repaired,
+        ):
             for group in range(file.num_row_groups):
                 end = begin + file.metadata.row_group(group).num_rows
                 if wanted[begin:end].any():
@@ -189,9 +192,9 @@ class _Verdicts:
         return dict(counts.most_common())
 
     def judge(self, context: StageContext, reasons: dict[str, int]) -> None:
-        """Raises BadData when the rows must not be trained on; the quarantine stays in the work folder."""
+        """Raise BadData if too many rows are refused. The quarantine stays in the work folder."""
         rows, refused, budget = len(self._good), int(self._refused.sum()), context.recipe.max_refused_share
-        where = f"every refused row and its reason: {context.out / QUARANTINE}"
+        where = f"every refused row and its reason: {context.out / ValidateOutput.QUARANTINE}"
         hint = ""
         columns = [set(names) for part in self._parts for names in part.columns]
         if context.recipe.dataset_format != "alpaca" and any({"instruction", "output"} <= names for names in columns):
@@ -211,7 +214,7 @@ class _Verdicts:
             )
 
     def opening(self, row: int) -> str:
-        """How a row begins, for the profile."""
+        """Return the first 120 characters of a row's first turn, for the profile."""
         import pyarrow.parquet as pq
 
         file = pq.ParquetFile(self._source)

@@ -25,7 +25,7 @@ from upath import UPath
 
 from include.errors import RetuneError
 from include.pipeline.outcomes import FOLDER as OUTCOMES
-from include.recipe import TIMEOUT_HOURS, Recipe
+from include.recipe import Recipe
 from include.registry import merged_uri, open_registry, registry_uri
 from include.storage.artifacts import RUNS, Store
 from include.storage.cleanup import LONG_AGO, folder_size, last_modified
@@ -67,11 +67,6 @@ class Run:
     active: bool
 
 
-def longest_try(recipe: Recipe) -> timedelta:
-    """Return the longest time that one try of a stage of the recipe may take."""
-    return timedelta(hours=max((TIMEOUT_HOURS | recipe.timeout_hours).values()))
-
-
 def oldest_kept(recipe: Recipe) -> datetime:
     """Return the time `keep_days` before now."""
     return datetime.now(UTC) - timedelta(days=recipe.keep_days)
@@ -82,9 +77,13 @@ def folders(parent: UPath) -> list[UPath]:
     return [parent / name for name, is_folder in sorted(list_dir(parent).items()) if is_folder]
 
 
-def read_runs(store: Store, recipe: Recipe) -> list[Run]:
-    """Return the recipe's runs, the newest last."""
-    given_up = timedelta(days=recipe.keep_days, hours=recipe.approve_within_hours) + longest_try(recipe)
+def read_runs(store: Store, recipe: Recipe, longest_try: timedelta) -> list[Run]:
+    """Return the recipe's runs, the newest last.
+
+    Args:
+        longest_try: the longest time that one try of a stage of the recipe can take.
+    """
+    given_up = timedelta(days=recipe.keep_days, hours=recipe.approve_within_hours) + longest_try
     runs = []
     for folder in folders(store.path(recipe.name, RUNS)):
         records = store.read_records(recipe.name, folder.name)
@@ -115,11 +114,14 @@ def _parse_time(text: Any) -> datetime:
 class Retention:
     """Decides which folders in a recipe's part of the store have expired.
 
+    Args:
+        longest_try: see `read_runs`.
+
     Attributes:
         kept: number of artifacts that are kept, by reason (published, in use); filled by `expired`.
     """
 
-    def __init__(self, store: Store, recipe: Recipe):
+    def __init__(self, store: Store, recipe: Recipe, longest_try: timedelta):
         self.kept: Counter[str] = Counter()
         self._store, self._recipe, self._oldest = store, recipe, oldest_kept(recipe)
         self._artifacts: dict[UPath, dict[str, Any]] = {}
@@ -134,7 +136,7 @@ class Retention:
                     else:
                         self._incomplete.append(folder)
         # read after the artifacts, so that a run that has just begun to use one of them is seen
-        self._runs = read_runs(store, recipe)
+        self._runs = read_runs(store, recipe, longest_try)
 
     def expired(self) -> Iterator[Expired]:
         """Yield each expired folder: artifacts, then incomplete folders, then runs.

@@ -8,7 +8,8 @@ import pytest
 
 from include.errors import GateRefused, Rejected, Unreachable, UpToDate
 from include.pipeline.outcomes import completed_revisions, find_outcome, record_outcome
-from include.pipeline.stage import pinned_recipe, recorded
+from include.pipeline.records import recorded
+from include.pipeline.stage import pinned_recipe
 from include.storage.artifacts import Store
 from tasks.report import report
 from tasks.resolve import resolve

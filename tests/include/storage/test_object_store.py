@@ -13,7 +13,7 @@ import pytest
 
 from include.errors import NoPermission, NotFound, Unreachable
 from include.paths import registry_root
-from include.pipeline.stage import recorded
+from include.pipeline.records import recorded
 from include.registry import ObjectRegistry
 from include.storage.artifacts import Store
 from tests.services.s3 import S3, Proxy, forget_clients
@@ -158,7 +158,7 @@ def test_a_stage_reports_a_store_that_stops_answering_and_a_lost_progress_line_i
         recorded(Store(), "small", "run", "train") as record,
     ):
         s3.stop()
-        record.say("step 1")
+        record.progress("step 1")
         (store.path("small") / "x").read_bytes()
     s3.start()
     assert store.read_records("small", "run")["train"]["state"] == "running"
