@@ -1,4 +1,4 @@
-"""Every kind of registry: immutable versions, one live, no silent overwriting, nothing half done after a fault."""
+"""All kinds of registries: immutable versions, one of them live, no lost updates, nothing incomplete after a fault."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ONE, TWO, THREE = b"one" * 100, b"two" * 100, b"three" * 100
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub, whose address and token are in the environment."""
+    """A Hub; the environment has its address and token."""
     with Hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", hub.write_token)
@@ -66,7 +66,7 @@ def test_the_same_content_is_one_version_whatever_its_card_says(registry: Regist
     assert registry.versions() == [one]
 
 
-def test_what_went_live_meanwhile_is_not_overwritten(registry: Registry, version: Callable) -> None:
+def test_a_version_that_went_live_since_the_comparison_is_not_replaced(registry: Registry, version: Callable) -> None:
     one = registry.publish(version(ONE), None, True)
     with pytest.raises(Conflict, match="v1 is live in .*, not nothing, which the candidate was compared with"):
         registry.publish(version(TWO), None, True)
@@ -77,13 +77,13 @@ def test_what_went_live_meanwhile_is_not_overwritten(registry: Registry, version
     assert registry.live() == two
 
 
-def test_an_older_version_goes_live_again_and_the_next_one_follows(registry: Registry, version: Callable) -> None:
+def test_an_older_version_is_promoted_and_the_next_version_follows_it(registry: Registry, version: Callable) -> None:
     one = registry.publish(version(ONE, card="card one"), None, True)
     two = registry.publish(version(TWO, card="card two", extra="more.json"), one.revision, True)
     again = registry.promote("v1", "v2 insults people,\nsays support")
     assert (again.name, again.content) == ("v1", one.content)
     assert registry.live() == again
-    assert registry.promote(one.revision, "once more") == again, "it is live already"
+    assert registry.promote(one.revision, "once more") == again, "v1 is already live"
     folder = registry.fetch(again.revision)
     assert (weights(registry, again.revision), (folder / "README.md").read_text()) == (ONE, "card one")
     assert not (folder / "more.json").exists(), "a file that only v2 had"
@@ -121,7 +121,7 @@ def test_reasons_are_recorded(tmp_path: Path, hub: Hub, version: Callable) -> No
     assert [path for _, path, _ in hub.requests if path.startswith("/lfs/")].__len__() == 2, "nothing is uploaded again"
 
 
-def test_what_people_change_in_a_repository_is_no_version(hub: Hub, version: Callable) -> None:
+def test_a_commit_of_a_person_is_not_a_version_and_its_files_are_kept(hub: Hub, version: Callable) -> None:
     registry = HubRegistry("owner/adapter")
     one = registry.publish(version(ONE, extra="old.json"), None, True)
     hub.put("owner/adapter", {"README.md": "edited by hand", "picture.png": b"x"})
@@ -135,15 +135,15 @@ def test_what_people_change_in_a_repository_is_no_version(hub: Hub, version: Cal
 def test_a_fetch_into_an_empty_folder_takes_nothing_from_the_cache(hub: Hub, tmp_path: Path, version: Callable) -> None:
     registry = HubRegistry("owner/adapter")
     one = registry.publish(version(ONE), None, True)
-    held = registry.file_digests(one.revision)
+    digests = registry.file_digests(one.revision)
     cached = registry.fetch(one.revision) / "adapter_model.safetensors"
     cached.resolve().write_bytes(b"damaged")
     fresh = registry.fetch(one.revision, into=tmp_path / "empty")
     assert (fresh / "adapter_model.safetensors").read_bytes() == ONE
-    assert held["adapter_model.safetensors"] == describe_files(fresh)["adapter_model.safetensors"]["sha256"]
+    assert digests["adapter_model.safetensors"] == describe_files(fresh)["adapter_model.safetensors"]["sha256"]
 
 
-def test_a_registry_that_cannot_be_written_or_understood_says_so(tmp_path: Path, version: Callable) -> None:
+def test_a_registry_that_cannot_be_written_or_has_a_bad_uri_is_a_clear_error(tmp_path: Path, version: Callable) -> None:
     (tmp_path / "file").write_text("")
     blocked = FolderRegistry(tmp_path / "file" / "registry")
     for call in (blocked.check, lambda: blocked.publish(version(ONE), None, True)):
@@ -155,39 +155,39 @@ def test_a_registry_that_cannot_be_written_or_understood_says_so(tmp_path: Path,
 
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize(
-    ("token", "said"),
+    ("token", "message"),
     [
         ("", "there is no token"),
         ("read", "the token that was given does not allow it"),
         ("hf_wrong", "does not allow it"),
     ],
 )
-def test_a_token_that_does_not_suffice_says_what_to_set(
-    exists: bool, token: str, said: str, hub: Hub, version: Callable, monkeypatch: pytest.MonkeyPatch
+def test_the_error_for_an_insufficient_token_names_the_setting(
+    exists: bool, token: str, message: str, hub: Hub, version: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if exists:
         hub.put("owner/adapter", {"README.md": "there"}, private=True)
     monkeypatch.setenv("HF_TOKEN", hub.read_token if token == "read" else token)
     registry = HubRegistry("owner/adapter")
     for call in (registry.check, lambda: registry.publish(version(ONE), None, True)):
-        with pytest.raises(NoPermission, match=said) as refused:
+        with pytest.raises(NoPermission, match=message) as refused:
             call()
         assert "Airflow connection huggingface_default, or into HF_TOKEN" in refused.value.do
         assert "a token of the type Write" in refused.value.do
     assert len(hub.repos) == int(exists)
 
 
-def test_a_namespace_of_somebody_else_is_refused_before_anything_is_made(hub: Hub) -> None:
+def test_the_namespace_of_another_account_is_refused_before_a_repository_is_created(hub: Hub) -> None:
     with pytest.raises(NoPermission, match="write to the repository stranger/adapter"):
         HubRegistry("stranger/adapter").check()
 
 
-# What the Hub or the network can do at each request of a publication; the client itself repeats some of them.
+# Faults of the Hub or the network at each request of a publication; the client itself repeats some of the requests.
 FAULTS: dict[str, Callable[[Hub, str], Any]] = {
     "create 503": lambda hub, name: hub.fail("POST", "/api/repos/create", 503),
     "create, answer lost": lambda hub, name: hub.cut("POST", "/api/repos/create"),
-    "look 500": lambda hub, name: hub.fail("GET", f"/{name}/refs", 500),
-    "look cut": lambda hub, name: hub.cut("GET", f"/{name}/refs", after_bytes=5),
+    "refs 500": lambda hub, name: hub.fail("GET", f"/{name}/refs", 500),
+    "refs cut": lambda hub, name: hub.cut("GET", f"/{name}/refs", after_bytes=5),
     "card check 502": lambda hub, name: hub.fail("POST", "/api/validate-yaml", 502),
     "preupload 429": lambda hub, name: hub.fail("POST", f"/{name}/preupload/", 429, retry_after=0),
     "lfs batch 500": lambda hub, name: hub.fail("POST", f"/{name}.git/info/lfs/objects/batch", 500),
@@ -209,7 +209,7 @@ def test_after_a_fault_there_is_one_commit_and_one_tag(fault: str, hub: Hub, ver
     FAULTS[fault](hub, "adapter")
     registry = HubRegistry("owner/adapter")
     done = registry.publish(version(ONE), None, True)
-    assert all(fault.times == 0 for fault in hub.faults), "it was met"
+    assert all(fault.times == 0 for fault in hub.faults), "the fault happened"
     repository = hub.repos["model:owner/adapter"]
     assert [commit.title for commit in repository.commits][1:] == ["v1: adapter published by Retune"]
     assert repository.tags == {"v1": repository.head.sha}
@@ -228,7 +228,7 @@ def test_after_a_fault_a_later_version_and_a_rollback_are_one_commit_each(hub: H
     assert (len(repository.commits), list(repository.tags)) == (4, ["v1", "v2"])
 
 
-def test_a_hub_that_stays_away_is_one_clear_failure(hub: Hub, version: Callable) -> None:
+def test_a_hub_that_never_answers_is_one_clear_error(hub: Hub, version: Callable) -> None:
     hub.fail("POST", "/commit/", 503, times=100, retry_after=0)
     with pytest.raises(Unreachable, match="the Hub answered 503 for the repository owner/adapter"):
         HubRegistry("owner/adapter").publish(version(ONE), None, True)
@@ -241,16 +241,16 @@ def test_a_hub_that_stays_away_is_one_clear_failure(hub: Hub, version: Callable)
         HubRegistry("owner/adapter").publish(version(ONE), None, True)
 
 
-def test_a_commit_without_its_tag_is_healed_by_the_next_try(hub: Hub, version: Callable) -> None:
+def test_the_next_try_sets_the_missing_tag_of_a_commit(hub: Hub, version: Callable) -> None:
     registry = HubRegistry("owner/adapter")
     one = registry.publish(version(ONE), None, True)
     repository = hub.repos["model:owner/adapter"]
     repository.tags.clear()
-    assert registry.publish(version(ONE), None, True) == one, "the same run once more"
+    assert registry.publish(version(ONE), None, True) == one, "by the same run"
     assert repository.tags == {"v1": one.revision}
     repository.tags.clear()
     two = registry.publish(version(TWO), one.revision, True)
-    assert repository.tags == {"v1": one.revision, "v2": two.revision}, "also by the run after it"
+    assert repository.tags == {"v1": one.revision, "v2": two.revision}, "by the next run"
 
 
 def test_of_two_runs_that_race_one_wins(registry: Registry, version: Callable) -> None:
@@ -271,7 +271,7 @@ def test_of_two_runs_that_race_one_wins(registry: Registry, version: Callable) -
     assert registry.versions() == [winner]
 
 
-def test_a_rival_who_commits_in_between_wins(hub: Hub, version: Callable) -> None:
+def test_of_two_commits_at_once_the_first_one_wins(hub: Hub, version: Callable) -> None:
     registry = HubRegistry("owner/adapter")
     one = registry.publish(version(ONE), None, True)
     rival = {path.name: path.read_bytes() for path in version(TWO).iterdir()}
@@ -280,11 +280,11 @@ def test_a_rival_who_commits_in_between_wins(hub: Hub, version: Callable) -> Non
         registry.publish(version(THREE), one.revision, True)
     assert registry.live().name == "v2"
     hub.before_commit(lambda: hub.put("owner/adapter", {"README.md": "edited"}))
-    assert registry.promote("v1", "a person's word stands").name == "v1"
+    assert registry.promote("v1", "a person decides").name == "v1"
     assert registry.live().name == "v1"
 
 
-def test_what_went_wrong_last_counts_not_what_was_handled_before(hub: Hub) -> None:
+def test_the_last_error_decides_and_not_an_earlier_one_that_was_handled(hub: Hub) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     hub.cut("GET", "/api/whoami-v2", times=10)
