@@ -7,6 +7,7 @@ from pathlib import Path
 
 from include.base_model import fetch_base
 from include.engine import supervise
+from include.engine.jobs import LossesJob
 from include.evaluation.gate import judge, rows_needed
 from include.evaluation.prompt_control import write_with_shuffled_prompts
 from include.pipeline.contracts import EvaluateOutput, LiveVersion, SmokeTestOutput, TemplateOutput, TrainOutput
@@ -38,10 +39,7 @@ def live_version(context: StageContext, train: Output[TrainOutput]) -> Version |
         "method", "beta", "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length",
         "max_holdout_rows", *Gate.model_fields,
     ),
-    other_fields=(  # the device plan reads them; the numbers do not depend on them
-        "engine", "per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "optim", "packing",
-        "full_finetuning", "registry",
-    ),
+    other_fields=("registry",),
     external_inputs=lambda context, train, **_: [
         [live.revision, live.content] for live in [live_version(context, train)] if live
     ],
@@ -61,29 +59,25 @@ def evaluate(
     rows, held_out = context.out / "rows", template.local(TemplateOutput.HOLDOUT) / TemplateOutput.HOLDOUT
     count, shuffled = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
     names = ("base", *adapters)
-    measured = supervise.run(
-        "losses",
-        {
-            "recipe": recipe.to_json(),
-            "base": fetch_base(recipe, context.store),
-            "rows": rows,
-            "most": count + len(shuffled),
-            "adapters": adapters,
-        },
-        context.out,
-        context.progress,
+    job = LossesJob(
+        recipe=recipe,
+        base=fetch_base(recipe, context.store),
+        rows=rows,
+        max_rows=count + len(shuffled),
+        adapters=adapters,
     )
+    measured = supervise.run(job, context.out, context.progress)
     shutil.rmtree(rows)
-    losses = {name: measured["losses"][name][:count] for name in names}
-    shuffled_prompts = {name: measured["losses"][name][count:] for name in names}
+    losses = {name: measured.losses[name][:count] for name in names}
+    shuffled_prompts = {name: measured.losses[name][count:] for name in names}
     (context.out / EvaluateOutput.LOSSES).write_bytes(
         to_json(
             {
-                "row": measured["row"][:count],
-                "tokens": measured["tokens"][:count],
+                "row": measured.row[:count],
+                "tokens": measured.tokens[:count],
                 "losses": losses,
-                "shuffled_prompts": {"row": measured["row"][count:], "losses": shuffled_prompts},
-                "plan": measured["plan"],
+                "shuffled_prompts": {"row": measured.row[count:], "losses": shuffled_prompts},
+                "device": measured.device.as_dict(),
             }
         )
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from include.base_model import base_license, fetch_base
 from include.engine import supervise
+from include.engine.jobs import MergeJob
 from include.errors import Conflict, GateRefused
 from include.pipeline.contracts import (
     ApproveOutput,
@@ -88,11 +89,8 @@ def publish_merged(context: StageContext, version: Version, adapter: Path, manif
         if known.content == version.content:
             return registry.promote(known.revision, f"the adapter's {version.name} is live")
     folder = context.out / "merged"
-    work = {
-        "recipe": recipe.to_json(), "base": fetch_base(recipe, context.store), "adapter": adapter,
-        "out": folder,
-    }  # fmt: skip
-    made = supervise.run("merge", work, context.out, context.progress)
+    job = MergeJob(base=fetch_base(recipe, context.store), adapter=adapter, out=folder)
+    made = supervise.run(job, context.out, context.progress)
     repository = str(recipe.registry).removeprefix("hf://") if str(recipe.registry).startswith("hf://") else None
     manifest = {
         "run": context.run_id,
@@ -101,7 +99,7 @@ def publish_merged(context: StageContext, version: Version, adapter: Path, manif
                     "repository": repository},
         "recipe": manifest["recipe"],
         "base": manifest["base"],
-        "dtype": made["dtype"],
+        "dtype": made.dtype,
         "packages": installed_packages(),
         "files": describe_files(folder),
     }  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 from include.base_model import pin_base
 from include.data.sources import is_hub_id, located, pin_dataset
+from include.engine.arguments import check_arguments
 from include.errors import UpToDate
 from include.paths import var
 from include.pipeline.contracts import ResolveOutput
@@ -48,6 +49,7 @@ def resolve(
     store, name = Store(), Path(recipe_file).stem
     with recorded(store, name, run_id, "resolve") as record:
         recipe = load_recipe(find_recipe(recipe_file), values)
+        check_arguments(recipe)
         longest_try(recipe)  # names the stages of timeout_hours that do not exist
         dataset, base = pin_dataset(recipe, revision), pin_base(recipe)
         pinned = recipe.model_copy(
