@@ -18,7 +18,7 @@ from include.recipe import validate_recipe
 from include.reporting.pages import approval_page
 from include.storage.artifacts import Store
 from include.storage.files import to_json
-from tasks.approve import Answer, approve, ask, refuse_where_nobody_asks, regressions
+from tasks.approve import Answer, approve, ask, refuse_if_approval_needed, regressions
 from tasks.report import report
 
 MONDAY = datetime(2026, 11, 23, 9, 30, tzinfo=UTC)
@@ -91,9 +91,9 @@ def test_what_models_say_is_text_in_the_question() -> None:
 
 @pytest.mark.parametrize("mode", ["always", "on_regression"])
 def test_a_run_that_nobody_can_be_asked_in_says_what_to_do(mode: str) -> None:
-    refuse_where_nobody_asks(validate_recipe({"name": "small"}, "here"))
+    refuse_if_approval_needed(validate_recipe({"name": "small"}, "here"))
     with pytest.raises(PermanentError, match=rf"small says approve: {mode}.*make up.* --set approve=never"):
-        refuse_where_nobody_asks(validate_recipe({"name": "small", "approve": mode}, "here"))
+        refuse_if_approval_needed(validate_recipe({"name": "small", "approve": mode}, "here"))
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_another_question_in_the_same_run_is_refused(var: Path, judged: Callable
     assert ask(lineage, "") == question
     manifest = var / "store" / "small" / "evaluate" / "evaluate" / "manifest.json"
     manifest.write_bytes(to_json({**json.loads(manifest.read_text()), "metadata": measured(live=None).to_json()}))
-    with pytest.raises(Conflict, match="the numbers are not those .* Start a new run"):
+    with pytest.raises(Conflict, match="the approval question has changed .* Start a new run"):
         ask(lineage, "")
 
 
@@ -175,8 +175,8 @@ def test_a_run_that_was_stopped_while_it_waited_has_failed(judged: Callable) -> 
     ("mode", "refused", "why"),
     [
         ("never", False, "the recipe asks for no approval"),
-        ("always", True, "the gate refuses the candidate"),
-        ("on_regression", False, "nothing of it is worse"),
+        ("always", True, "the gate refused the candidate"),
+        ("on_regression", False, "nothing regressed"),
     ],
 )
 def test_where_nobody_is_asked_the_trail_goes_on(
@@ -186,6 +186,4 @@ def test_where_nobody_is_asked_the_trail_goes_on(
     facts.verdict.publish = not refused
     lineage = judged(facts, answers(), approve=mode)
     assert ask(lineage, "") is None
-    assert artifact(approve(lineage)).metadata == ApproveOutput(
-        asked=False, regressions=[], summary=f"nobody was asked: {why}"
-    )
+    assert artifact(approve(lineage)).metadata == ApproveOutput(asked=False, regressions=[], summary=f"skipped: {why}")
