@@ -1,4 +1,4 @@
-"""train: the adapter, by QLoRA (or what else the recipe says), in a process of its own that survives retries."""
+"""train: train the adapter (or the whole model) in a process of its own, with checkpoints for retries."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ RESUME_FILES = (TRAINING_LOG, OOM_EVENTS)  # what a training goes on with, besid
     resumable=True,
 )  # fmt: skip
 def train(context: StageContext, template: Output[TemplateOutput]) -> Result[TrainOutput]:
-    """Train on the ids and masks of `template`; leave `adapter/` and `training_log.jsonl`.
+    """Train on the ids and masks of `template`; write `adapter/` and `training_log.jsonl`.
 
-    An earlier try's whole checkpoints are in the work folder, and training goes on from the newest of them.
+    Training resumes from the newest complete checkpoint of an earlier try, in the work folder or in the store.
 
     Raises:
-        ProcessLost: the process died or was stopped; a retry goes on.
-        BadRecipe, BadData: the settings do not fit the model or the device, or the loss is not a number any more.
+        ProcessLost: the process died or was stopped; a retry resumes.
+        BadRecipe, BadData: the settings do not fit the model or the device, or the loss is not a finite number.
     """
     recipe, prepared = context.recipe, template.local()
     on_hub = is_hub_id(recipe.base_model)
@@ -70,8 +70,8 @@ def train(context: StageContext, template: Output[TemplateOutput]) -> Result[Tra
 
 
 def _train_with_what_fits(context: StageContext, job: TrainJob) -> TrainOutput:
-    """Train; after running out of memory go on from the last checkpoint with half the micro-batch, which the next tries
-    keep. The effective batch stays the recipe's.
+    """Train. After running out of memory, resume from the last checkpoint with half the micro-batch and twice the
+    accumulation; later tries keep the smaller micro-batch. The effective batch stays the recipe's.
     """
     recipe, kept, checkpoints = context.recipe, context.out / OOM_EVENTS, StoredCheckpoint(context)
     checkpoints.fetch()
@@ -97,8 +97,8 @@ def _train_with_what_fits(context: StageContext, job: TrainJob) -> TrainOutput:
 
 
 class StoredCheckpoint:
-    """The newest whole checkpoint of an unfinished training, kept in a store that is not this machine's disk, with the
-    training's log. A retry on another machine goes on from it.
+    """The newest complete checkpoint of an unfinished training, with its log, in a store that is not on this machine.
+    A retry on another machine resumes from it.
     """
 
     def __init__(self, context: StageContext):
@@ -106,7 +106,7 @@ class StoredCheckpoint:
         self._stored = context.store.path(context.recipe.name, "train", f"{context.out.name}.{CHECKPOINTS}")
 
     def fetch(self) -> None:
-        """Bring it here, unless this machine has a newer one.
+        """Fetch the checkpoint, unless this machine has a newer one.
 
         Raises:
             NoPermission, TransientError: the store cannot be read, or does not answer.
@@ -128,9 +128,9 @@ class StoredCheckpoint:
         self._context.progress(f"fetched {newest.name} from the store")
 
     def keep(self, checkpoint: Path) -> None:
-        """Copy a checkpoint to the store, its manifest last, and remove the ones before it.
+        """Copy a checkpoint to the store, its manifest last, and remove earlier ones.
 
-        Hours of training do not end because a store did not take one: the next may be taken.
+        A store that does not take it only causes a warning: hours of training must not end for it.
         """
         if self._context.store.is_local:
             return
@@ -160,7 +160,7 @@ class StoredCheckpoint:
                     remove(self._stored / older)
 
     def drop(self) -> None:
-        """Remove it: the training is finished."""
+        """Remove the checkpoint from the store when the training is finished."""
         if not self._context.store.is_local:
             with self._context.store.writing():
                 remove(self._stored)

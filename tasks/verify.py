@@ -1,4 +1,4 @@
-"""verify: proof that what was published is whole, loads, and answers as what was tested."""
+"""verify: prove that the published version is complete, loads, and answers like the tested adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4  # of logits: the two copies are the same bytes, run by the sam
 
 
 def as_published(context: StageContext, publish: Output[PublishOutput]) -> str:
-    """What the registry holds of the version now: a changed byte there means another proof."""
+    """Return a digest of the version's files as they are in the registry now; a changed file needs a new proof."""
     held = [open_registry(str(context.recipe.registry)).file_digests(publish.metadata.revision)]
     if merged := publish.metadata.merged:
         held.append(open_registry(merged_uri(str(context.recipe.registry))).file_digests(merged.revision))
@@ -45,6 +45,7 @@ def as_published(context: StageContext, publish: Output[PublishOutput]) -> str:
         "base_revision",
         "chat_template",
         "missing_special_tokens",
+        "special_tokens_in_text",
         "load_in_4bit",
         "load_in_8bit",
         "prompts",
@@ -70,7 +71,7 @@ def verify(
     compared = supervise.run(logits, context.out, context.progress)
     if compared.largest_difference > TOLERANCE or not compared.same_tokens:
         raise PermanentError(
-            f"the published {name} answers differently from what was tested (logits differ by "
+            f"the published {name} answers differently from the tested adapter (logits differ by "
             f"{compared.largest_difference:.2g})",
             "Do not use that version; compare the packages of this worker with those in its manifest",
         )
@@ -93,7 +94,7 @@ def verify(
 
 
 def fetch_and_check(uri: str, version: PublishedVersion, empty: Path) -> tuple[Path, int]:
-    """Fetch a version into an empty folder, as a new user would; return the folder and the number of files in its manifest.
+    """Fetch a version into an empty folder, as a new user would; return the folder and the number of its files.
 
     Raises:
         PermanentError: a file differs from its digest in the manifest, or the manifest from its digest in the card.
