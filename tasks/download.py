@@ -8,6 +8,7 @@ from itertools import islice
 from include.data.sources import ROWS_PER_GROUP, pin_dataset, read_rows
 from include.errors import BadData
 from include.pipeline.stage import Result, StageContext, stage
+from include.recipe import dataset_ref
 
 ROWS = "rows.parquet"
 
@@ -27,13 +28,13 @@ def download(context: StageContext) -> Result:
     schema = pa.schema([("row", pa.int64()), ("content", pa.binary())])
     digest, count = hashlib.sha256(), 0
     with pq.ParquetWriter(context.out / ROWS, schema, compression="zstd") as writer:
-        rows = islice(read_rows(context.recipe), context.recipe.max_rows)
+        rows = islice(read_rows(dataset_ref(context.recipe)), context.recipe.max_rows)
         while group := list(islice(rows, ROWS_PER_GROUP)):
             for content in group:
                 digest.update(content + b"\n")
             writer.write_table(pa.table([range(count, count + len(group)), group], schema=schema))
             count += len(group)
-    pin_dataset(context.recipe, context.recipe.dataset_revision)
+    pin_dataset(dataset_ref(context.recipe), context.recipe.dataset_revision)
     if count == 0:
         raise BadData(f"field 'dataset': {context.recipe.dataset} holds no rows", "Check the file, or the split")
     return Result(f"{count:,} rows", {"rows": count, "sha256": digest.hexdigest()})

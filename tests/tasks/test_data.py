@@ -367,9 +367,9 @@ def test_real_alpaca_rows(material: Path, small_recipe: Callable, pipeline: Call
         ("a.json", b"[]", "holds no rows"),
         ("a.json", b"[1, 2", "cannot be read: not JSON"),
         ("a.jsonl.gz", gzip.compress(lines(ROWS))[:-20], "cannot be read"),
-        ("a.parquet", parquet(ROWS)[:-20], "no whole parquet file"),
-        ("a.parquet", b"PAR1", "no whole parquet file"),
-        ("a.parquet", b"PAR1" + b"\xff" * 400 + parquet(ROWS)[404:], "no whole parquet file"),
+        ("a.parquet", parquet(ROWS)[:-20], "not a complete parquet file"),
+        ("a.parquet", b"PAR1", "not a complete parquet file"),
+        ("a.parquet", b"PAR1" + b"\xff" * 400 + parquet(ROWS)[404:], "not a complete parquet file"),
     ],
 )
 def test_a_damaged_file_is_named(
