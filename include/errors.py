@@ -1,21 +1,18 @@
-"""Errors for people: what was wrong, where, and what to do.
+"""Errors for people: what is wrong, where, and what to do.
 
-A stage raises one of these. Whether a retry can help is a property of the class, so that one retry policy decides
-for every task (see `dags/finetune.py`).
+Every stage raises these errors. The class decides whether a retry can help (see `plugins/retry_policy.py`).
 """
 
 from __future__ import annotations
 
 
 class RetuneError(Exception):
-    """One clear sentence about a failure.
+    """A failure, described in one sentence, and what to do about it.
 
     Args:
-        what: what was wrong, with the value and the place.
+        what: what is wrong, with the value and the place.
         do: what the reader can do about it.
     """
-
-    retryable = False
 
     def __init__(self, what: str, do: str = ""):
         self.what, self.do = what.rstrip(". "), do.rstrip(". ")
@@ -30,9 +27,7 @@ class PermanentError(RetuneError):
 
 
 class TransientError(RetuneError):
-    """A retry may succeed: the network, a lost process, a device that went away."""
-
-    retryable = True
+    """A retry may succeed: network failure, lost process, missing device."""
 
 
 class BadRecipe(PermanentError):
@@ -52,28 +47,26 @@ class NoPermission(PermanentError):
 
 
 class GateRefused(PermanentError):
-    """The candidate may not go live: the gate did not let it through, or a person has taken it back."""
+    """The candidate may not go live: the gate refused it, or a person rolled the same version back."""
 
 
 class Rejected(PermanentError):
-    """A person was asked whether the candidate may go live, and said no."""
+    """A person refused to approve the candidate."""
 
 
 class ApprovalTimeout(PermanentError):
-    """A person was to be asked whether the candidate may go live, and nobody answered."""
+    """Nobody answered the approval question in time."""
 
 
 class Conflict(RetuneError):
-    """The world has moved on since an earlier stage looked: something else went live, a file has changed.
+    """The state that an earlier stage read has changed since: another version went live, or a file has changed.
 
-    A new run, or clearing that stage, looks again and may succeed; a retry of this one alone cannot.
+    A retry of this stage cannot succeed. A new run, or clearing the earlier stage, reads the new state and may succeed.
     """
-
-    retryable = True
 
 
 class UpToDate(RetuneError):
-    """Recipe, data and base are those of a run whose candidate was published or refused; there is nothing to do."""
+    """A run of the same recipe, data and base was already published or refused, so there is nothing to do."""
 
 
 class Unreachable(TransientError):
@@ -81,16 +74,16 @@ class Unreachable(TransientError):
 
 
 class NoSpace(TransientError):
-    """A disk is full; somebody may free some space before the next try."""
+    """A disk is full; space may be free before the next try."""
 
 
 class ProcessLost(TransientError):
-    """The training process died or was told to stop; the next try goes on from its last checkpoint."""
+    """The training process died or was stopped; the next try continues from the last checkpoint."""
 
 
 class ProcessTimeout(ProcessLost):
-    """The training process gave no sign of life for too long and was ended."""
+    """The training process made no progress for `hang_timeout` seconds and was ended."""
 
 
 class OutOfMemory(ProcessLost):
-    """The device's memory did not hold a micro-batch; the next try takes a smaller one."""
+    """A micro-batch did not fit into the device's memory; the next try uses a smaller one."""

@@ -61,7 +61,8 @@ class NewRevision(BaseEventTrigger):
         with _one_look_at_a_time, hub_account():
             recipe = load_recipe(find_recipe(self.recipe))
             new = pin_dataset(dataset_ref(recipe))
-        done = [entry["revision"] for entry in completed_revisions(Store(), self.recipe, absolute_source(recipe.dataset))]
+        outcomes = completed_revisions(Store(), self.recipe, absolute_source(recipe.dataset))
+        done = [entry["revision"] for entry in outcomes]
         if new in done or RuntimeTaskInstance.get_dr_count(self.recipe, states=["queued", "running"]):
             return None
         assert self.asset_state_store is not None

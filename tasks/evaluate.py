@@ -85,7 +85,7 @@ def evaluate(context: StageContext, template: Artifact, train: Artifact, smoke_t
         questions = [losses["candidate"][place] for place in swapped], other_question["candidate"]
     verdict = judge(
         losses, smoke_test.metadata["failed"], recipe.gate_confidence, recipe.gate_margin, questions,
-        recipe.gate_questions_matter,
+        recipe.gate_prompt_control,
     )  # fmt: skip
     if live and _template_differs(adapters):
         verdict.notes.append(

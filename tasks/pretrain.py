@@ -11,8 +11,8 @@ from include.pipeline.stage import Result, StageContext, stage
     fingerprint_fn=lambda context: str(context.recipe.base_revision),
 )
 def pretrain(context: StageContext) -> Result:
-    """Pretrain the little Llama of `include/demo/village.py` and keep it in the store under its revision."""
-    from include.demo.village import pretrain as train_little_llama
+    """Pretrain the base model of the demo and keep it in the store under its revision."""
+    from include.demo.pretraining import pretrain as train_little_llama
 
     facts = train_little_llama(context.out, context.say)
     line = f"{facts['parameters'] / 1e6:.1f} M parameters, loss {facts['first_loss']:.2f} -> {facts['last_loss']:.2f}"

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from include.chat.tokenized import load_rows
 from include.engine import supervise
-from include.errors import BadData, BadRecipe, NoSpace, NotFound, ProcessLost, ProcessTimeout
+from include.errors import BadData, BadRecipe, NoSpace, NotFound, ProcessLost, ProcessTimeout, TransientError
 from include.recipe import MODULE_SETS
 from tests.conftest import conversation
 
@@ -221,7 +221,7 @@ def test_a_full_disk_is_said_in_one_line_and_tried_again(job: Callable, tmp_path
     (out / "training_log.jsonl").symlink_to("/dev/full")  # takes nothing, as a full disk does
     with pytest.raises(NoSpace, match="the disk of the work folder is full. Free some space and retry") as caught:
         supervise.run("train", job(out), out, lambda _: None)
-    assert caught.value.retryable
+    assert isinstance(caught.value, TransientError)
 
 
 def test_packed_rows_do_not_see_each_other(job: Callable, tmp_path: Path, tiny_base: Path) -> None:
