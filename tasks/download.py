@@ -7,14 +7,13 @@ from itertools import islice
 
 from include.data.sources import ROWS_PER_GROUP, pin_dataset, read_rows
 from include.errors import BadData
+from include.pipeline.contracts import DownloadOutput
 from include.pipeline.stage import Result, StageContext, stage
 from include.recipe import dataset_ref
 
-ROWS = "rows.parquet"
-
 
 @stage(version=1, recipe_fields=("dataset", "dataset_config", "dataset_split", "dataset_revision", "max_rows"))
-def download(context: StageContext) -> Result:
+def download(context: StageContext) -> Result[DownloadOutput]:
     """Fetch the pinned dataset into `rows.parquet`: `row` (int64, from 0) and `content` (one JSON document, bytes).
 
     Raises:
@@ -27,7 +26,7 @@ def download(context: StageContext) -> Result:
 
     schema = pa.schema([("row", pa.int64()), ("content", pa.binary())])
     digest, count = hashlib.sha256(), 0
-    with pq.ParquetWriter(context.out / ROWS, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(context.out / DownloadOutput.ROWS, schema, compression="zstd") as writer:
         rows = islice(read_rows(dataset_ref(context.recipe)), context.recipe.max_rows)
         while group := list(islice(rows, ROWS_PER_GROUP)):
             for content in group:
@@ -37,4 +36,4 @@ def download(context: StageContext) -> Result:
     pin_dataset(dataset_ref(context.recipe), context.recipe.dataset_revision)
     if count == 0:
         raise BadData(f"field 'dataset': {context.recipe.dataset} holds no rows", "Check the file, or the split")
-    return Result(f"{count:,} rows", {"rows": count, "sha256": digest.hexdigest()})
+    return Result(f"{count:,} rows", DownloadOutput(rows=count, sha256=digest.hexdigest()))

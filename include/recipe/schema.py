@@ -83,13 +83,18 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operation
     @property
     def training_inputs(self) -> dict[str, Any]:
         """Return all fields that influence the model, as plain JSON values; that is, all except `Operations`."""
-        return self.model_dump(mode="json", exclude=set(Operations.model_fields))
+        return self.subset(TRAINING_INPUTS)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain JSON values."""
+        return self.model_dump(mode="json")
 
     def subset(self, fields: Iterable[str]) -> dict[str, Any]:
         """Return the named fields as plain JSON values."""
         return self.model_dump(mode="json", include=set(fields))
 
 
+TRAINING_INPUTS = tuple(name for name in Recipe.model_fields if name not in Operations.model_fields)
 SECTIONS: dict[str, type[BaseModel]] = {
     "Data": Data,
     "Model": Model,
