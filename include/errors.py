@@ -1,17 +1,17 @@
-"""Errors for people: what is wrong, where, and what to do.
+"""Errors that tell a person what is wrong and what to do.
 
-Every stage raises these errors. The class decides whether a retry can help (see `plugins/retry_policy.py`).
+Stages raise these classes only. The class decides whether Airflow retries the task: see `plugins/retry_policy.py`.
 """
 
 from __future__ import annotations
 
 
 class RetuneError(Exception):
-    """A failure, described in one sentence, and what to do about it.
+    """Base class of all errors: one clear sentence about the failure, and one about the remedy.
 
     Args:
         what: what is wrong, with the value and the place.
-        do: what the reader can do about it.
+        do: what the reader can do about it; empty if there is nothing to do.
     """
 
     def __init__(self, what: str, do: str = ""):
@@ -23,15 +23,15 @@ class RetuneError(Exception):
 
 
 class PermanentError(RetuneError):
-    """A retry would fail in the same way: bad recipe, bad data, refused by the gate, missing permission."""
+    """A retry would fail in the same way, for example with a bad recipe or a missing permission."""
 
 
 class TransientError(RetuneError):
-    """A retry may succeed: network failure, lost process, missing device."""
+    """A retry may succeed, for example after a network failure or a lost process."""
 
 
 class BadRecipe(PermanentError):
-    """A recipe file or a value given at trigger time is wrong; the message names the field."""
+    """A field of a recipe file, or a value given at trigger time, is wrong. The message names the field."""
 
 
 class UndeclaredField(PermanentError):
@@ -39,55 +39,55 @@ class UndeclaredField(PermanentError):
 
 
 class BadData(PermanentError):
-    """The dataset cannot be trained on."""
+    """The dataset cannot be used for training."""
 
 
 class NotFound(PermanentError):
-    """A file, folder, dataset, model or version that was named does not exist."""
+    """A file, folder, dataset, model or version does not exist."""
 
 
 class NoPermission(PermanentError):
-    """The account or the file system does not allow it."""
+    """The account or the file system does not permit the access."""
 
 
 class GateRefused(PermanentError):
-    """The candidate may not go live: the gate refused it, or a person rolled the same version back."""
+    """The candidate must not go live: the gate refused it, or the version was rolled back earlier."""
 
 
 class Rejected(PermanentError):
-    """A person refused to approve the candidate."""
+    """A person rejected the candidate."""
 
 
 class ApprovalTimeout(PermanentError):
-    """Nobody answered the approval question in time."""
+    """The candidate needs a person's approval, and nobody answered in time or nobody could be asked."""
 
 
 class Conflict(RetuneError):
-    """The state that an earlier stage read has changed since: another version went live, or a file has changed.
+    """Something changed after an earlier stage read it: another version went live, or a source file changed.
 
-    A retry of this stage cannot succeed. A new run, or clearing the earlier stage, reads the new state and may succeed.
+    A retry of the failed stage cannot succeed. A new run can, and so can clearing the earlier stage.
     """
 
 
 class UpToDate(RetuneError):
-    """A run of the same recipe, data and base was already published or refused, so there is nothing to do."""
+    """An earlier run with the same recipe, data and base was published or refused. There is nothing to do."""
 
 
 class Unreachable(TransientError):
-    """A service did not answer."""
+    """A service does not answer."""
 
 
 class NoSpace(TransientError):
-    """A disk is full; space may be free before the next try."""
+    """A disk is full. A retry may succeed after somebody has freed space."""
 
 
 class ProcessLost(TransientError):
-    """The training process died or was stopped; the next try continues from the last checkpoint."""
+    """The engine process died or was stopped. A retry continues from the last checkpoint."""
 
 
 class ProcessTimeout(ProcessLost):
-    """The training process made no progress for `hang_timeout` seconds and was ended."""
+    """The engine process sent no event for too long and was killed."""
 
 
 class OutOfMemory(ProcessLost):
-    """A micro-batch did not fit into the device's memory; the next try uses a smaller one."""
+    """The device's memory is too small for a micro-batch. A retry uses a smaller micro-batch."""

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from include.recipe import json_schema
 from include.recipe.data import Share
+from include.recipe.reserved import GENERATION_DECIDED, GENERATION_INSTEAD, refuse_reserved
 
 AnswerCheck = Literal[
     "not_empty", "stops", "no_special_tokens", "no_repetition", "no_echo", "differs_from_base", "as_expected"
@@ -95,6 +96,17 @@ class SmokeTest(BaseModel):
         0, ge=0, description="No sequence of this number of tokens occurs twice in prompt and answer. 0: no such rule."
     )
     num_beams: int = Field(1, ge=1, le=64, description="Number of beams of the beam search. 1: no beam search.")
+    generation_arguments: dict[str, Any] = Field(
+        {},
+        description="Any other argument of transformers' GenerationConfig, for example `{min_new_tokens: 16}`. An "
+        "argument that has a field here, or that Retune decides, is refused.",
+    )
+
+    @field_validator("generation_arguments")
+    @classmethod
+    def _no_reserved_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        refuse_reserved(arguments, cls.model_fields, GENERATION_INSTEAD, GENERATION_DECIDED)
+        return arguments
 
     @field_validator("prompts", mode="before")
     @classmethod

@@ -24,7 +24,8 @@ from include.recipe.publishing import Publishing
 from include.recipe.rules import check_rules
 from include.recipe.training import MODULE_SETS, Lora, Training
 
-RENAMED = {"gate_questions_matter": "gate_prompt_control"}  # old names of fields, by which an error gives the new one
+# old names of fields, by which an error gives the new one
+RENAMED = {"device_memory_gb": "device_memory_gib", "gate_questions_matter": "gate_prompt_control"}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # valid for Airflow, file systems and the Hub
 
 
@@ -111,7 +112,7 @@ def describe_error(error: Any) -> str:
     field = ".".join(str(part) for part in error["loc"]) or "recipe"
     if error["type"] == "extra_forbidden":
         if field in RENAMED:
-            return f"unknown field '{field}': its name is now '{RENAMED[field]}'"
+            return f"unknown field '{field}': it is named '{RENAMED[field]}' now"
         near = next(iter(get_close_matches(field, Recipe.model_fields, n=1)), None)
         return f"unknown field '{field}'" + (f" (did you mean '{near}'?)" if near else "")
     message = error["msg"].removeprefix("Value error, ")

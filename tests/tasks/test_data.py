@@ -20,6 +20,7 @@ from include.chat.tokenized import load_rows
 from include.data.sharegpt import Conversation, conversations_in
 from include.data.tables import read_table
 from include.errors import BadData, NotFound
+from include.pipeline.contracts import CopiedRow
 from tests.conftest import conversation
 
 ROWS = [conversation(f"Question {i}?", f"Answer {i}.") for i in range(40)]
@@ -315,11 +316,11 @@ def test_the_profile_tells_what_the_data_is_like(
     }
     path.write_bytes(lines([*ROWS, russian, chinese, ROWS[0], ROWS[0]]) + b"{cut")
     profile = artifact(pipeline(small_recipe(dataset=str(path)), "validate")).metadata.profile
-    assert profile["turns"] == {"2": 41, "3": 1}
-    assert profile["roles"] == {"user": 42, "assistant": 42, "system": 1}
-    assert profile["scripts"] == {"Latin": 40, "Cyrillic": 1, "Han": 1}
-    assert profile["top_duplicates"] == [{"row": 0, "copies": 2, "begins": "Question 0?"}]
-    assert sum(bar["rows"] for bar in profile["characters"]) == 42
+    assert profile.turns == {"2": 41, "3": 1}
+    assert profile.roles == {"user": 42, "assistant": 42, "system": 1}
+    assert profile.scripts == {"Latin": 40, "Cyrillic": 1, "Han": 1}
+    assert profile.top_duplicates == [CopiedRow(row=0, copies=2, begins="Question 0?")]
+    assert sum(bar.rows for bar in profile.characters) == 42
 
 
 def test_too_many_bad_rows_end_the_run_and_the_quarantine_stays(
@@ -358,9 +359,9 @@ def test_alpaca_rows_become_conversations_when_the_recipe_says_so(
 def test_real_alpaca_rows(material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable) -> None:
     recipe = small_recipe(dataset=str(material / "datasets" / "gpteacher_roleplay.json"), dataset_format="alpaca")
     facts = artifact(pipeline(recipe, "validate")).metadata
-    assert facts["rows"] == 1923
-    assert facts["good"] + facts["refused"] + facts["copies"] == 1923
-    assert facts["good"] > 1800
+    assert facts.rows == 1923
+    assert facts.good + facts.refused + facts.copies == 1923
+    assert facts.good > 1800
 
 
 @pytest.mark.parametrize(

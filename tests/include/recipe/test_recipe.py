@@ -35,7 +35,7 @@ from include.recipe.schema import SECTIONS
         ({"name": "my recipe"}, "field 'name': not a name: use up to 100 letters"),
         (
             {"gate_questions_matter": True},
-            "unknown field 'gate_questions_matter': its name is now 'gate_prompt_control'",
+            "unknown field 'gate_questions_matter': it is named 'gate_prompt_control' now",
         ),
         ({"prompts": [{"prompt": "hi", "expect": "("}]}, "not a regular expression"),
         (
