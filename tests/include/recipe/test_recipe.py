@@ -136,15 +136,17 @@ def test_the_name_of_a_dag_of_retune_is_refused(name: str, write_recipe: Callabl
 
 
 def test_a_recipe_is_called_like_its_file(write_recipe: Callable) -> None:
-    file = write_recipe("nested", name="other_name")
+    file = write_recipe("nested")
+    with pytest.raises(BadRecipe, match="got 'third'"):
+        load_recipe(file, {"name": "third"})
+    file.write_text("name: other_name")
     message = "field 'name': a recipe is called like its file, 'nested', got 'other_name'. Remove the field, or rename"
     with pytest.raises(BadRecipe, match=message):
         load_recipe(file)
     assert message in str(load_all()["nested"])
     assert "other_name" not in load_all()
-    with pytest.raises(BadRecipe, match="got 'third'"):
-        load_recipe(write_recipe("nested"), {"name": "third"})
-    assert load_recipe(write_recipe("nested", name="nested")).name == "nested"
+    file.write_text("name: nested")
+    assert load_recipe(file).name == "nested"
 
 
 def test_two_files_of_one_name_are_both_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
