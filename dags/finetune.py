@@ -7,14 +7,12 @@ what a sweep adds, and the report and the alerts that follow a failure, too.
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from airflow.sdk import DAG, Asset, AssetOrTimeSchedule, AssetWatcher, CronTriggerTimetable, Param, task, task_group
 
 from include.errors import RetuneError
-from include.paths import recipe_files
-from include.recipe import Recipe, form, load_recipe
+from include.recipe import Recipe, form, load_all
 from plugins.alerts import Alert, deadline
 from plugins.dag_doc import dag_doc
 from plugins.dataset_watch import NewRevision
@@ -83,22 +81,17 @@ def schedule(recipe: Recipe) -> Any:
     return AssetOrTimeSchedule(timetable=clock, assets=[dataset]) if clock else [dataset]
 
 
-def _broken(file: Path, error: RetuneError) -> DAG:
+def _broken(dag_id: str, error: RetuneError) -> DAG:
     """Return a DAG that stands for an unreadable recipe and says why it cannot be read."""
-    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in file.stem)
-    with DAG(name, description=str(error), doc_md=f"**This recipe cannot be read.** {error}", tags=["broken"]) as dag:
+    with DAG(dag_id, description=str(error), doc_md=f"**This recipe cannot be read.** {error}", tags=["broken"]) as dag:
 
         @task(task_id="resolve", retries=0)
         def fail() -> None:
-            load_recipe(file)
+            raise error
 
         fail()
     return dag
 
 
-for _file in recipe_files():
-    try:
-        _dag = finetune(load_recipe(_file))
-    except RetuneError as _error:
-        _dag = _broken(_file, _error)
-    globals()[f"dag_{_dag.dag_id}"] = _dag
+for _dag_id, _recipe in load_all().items():
+    globals()[f"dag_{_dag_id}"] = _broken(_dag_id, _recipe) if isinstance(_recipe, RetuneError) else finetune(_recipe)

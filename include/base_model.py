@@ -1,11 +1,14 @@
-"""Base models: pin one to a revision, fetch what was pinned."""
+"""Base models: pin one to a revision, and fetch the pinned one.
+
+A base model is a Hub id (`owner/name`), a local folder, or `demo://little-llama`, which the project pretrains itself.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from include.data.sources import absolute, is_hub_id
+from include.data.sources import absolute_path, is_hub_id
 from include.errors import NotFound
 from include.paths import PROJECT, var
 from include.recipe import Recipe
@@ -14,26 +17,29 @@ from include.storage.files import file_digest, fingerprint
 from include.storage.hub import hub_api, hub_errors
 
 DEMO_BASE = "demo://little-llama"
+DEMO_SOURCES = ("village.py", "pretraining.py")  # files of include/demo/ that decide the weights of the demo's base
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "config.json", "chat_template*", "generation_config.json"]
 
 
 def pin_base(recipe: Recipe) -> str:
-    """The revision of the recipe's base model as it is now.
+    """Return the current revision of the recipe's base model: a commit sha on the Hub, otherwise a digest of its files.
 
     Raises:
-        NotFound, NoPermission, Unreachable: it is not there, not readable, or the Hub does not answer.
+        NotFound: the model does not exist, or has no safetensors files.
+        NoPermission: it cannot be read with this account.
+        Unreachable: the Hub does not answer.
     """
     name = recipe.base_model
     if name == DEMO_BASE:
-        return file_digest(PROJECT / "include" / "demo" / "village.py")[:16]  # the model is what that file makes
+        return fingerprint([[name, file_digest(PROJECT / "include" / "demo" / name)] for name in DEMO_SOURCES])
     if is_hub_id(name):
         with hub_errors(f"the model {name}", "base_model"):
             info = hub_api().model_info(name, revision=recipe.base_revision)
         names = {file.rfilename for file in info.siblings or ()}
         if not any(file.endswith(".safetensors") for file in names):
-            raise NotFound(f"field 'base_model': {name} has no safetensors files", "Choose a model that has")
+            raise NotFound(f"field 'base_model': {name} has no safetensors files", "Choose a model that has them")
         return str(info.sha)
-    folder = Path(absolute(name))
+    folder = Path(absolute_path(name))
     files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors", ".jinja", ".model"))
     if not (folder / "config.json").is_file() or not any(p.suffix == ".safetensors" for p in files):
         raise NotFound(
@@ -44,7 +50,12 @@ def pin_base(recipe: Recipe) -> str:
 
 
 def fetch_base(recipe: Recipe, store: Store, tokenizer_only: bool = False) -> Path:
-    """The folder with the pinned base model on this machine; fetched once into its cache.
+    """Return the local folder of the pinned base model. A model of the Hub is fetched into the machine's cache once.
+
+    Args:
+        recipe: its `base_revision` is the pinned one.
+        store: the artifact store, which has the demo's base model.
+        tokenizer_only: fetch no weights from the Hub.
 
     Raises:
         NotFound, NoPermission, Unreachable: see `pin_base`.
@@ -66,13 +77,16 @@ def fetch_base(recipe: Recipe, store: Store, tokenizer_only: bool = False) -> Pa
                     cache_dir=var() / "cache" / "hub",
                 )
             )
-    return Path(absolute(recipe.base_model))
+    return Path(absolute_path(recipe.base_model))
 
 
 def base_license(recipe: Recipe) -> dict[str, str]:
-    """What the base model's card says of its licence: `license`, and `license_name` and `license_link` of its own kind.
+    """Return the licence fields of the base model's card: `license`, `license_name`, `license_link`.
 
-    Empty where the card says nothing, or there is none.
+    A field that the card does not have is left out. Without a card the result is empty.
+
+    Raises:
+        NotFound, NoPermission, Unreachable: see `pin_base`.
     """
     from huggingface_hub import ModelCard
 
@@ -81,7 +95,7 @@ def base_license(recipe: Recipe) -> dict[str, str]:
         with hub_errors(f"the model {recipe.base_model}", "base_model"):
             card = hub_api().model_info(recipe.base_model, revision=recipe.base_revision).card_data
     elif recipe.base_model != DEMO_BASE:
-        readme = Path(absolute(recipe.base_model)) / "README.md"
+        readme = Path(absolute_path(recipe.base_model)) / "README.md"
         card = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else None
     values = {name: card.get(name) for name in ("license", "license_name", "license_link")} if card else {}
     return {name: value for name, value in values.items() if isinstance(value, str)}

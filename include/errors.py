@@ -14,8 +14,6 @@ class RetuneError(Exception):
         do: what the reader can do about it; empty if there is nothing to do.
     """
 
-    retryable = False
-
     def __init__(self, what: str, do: str = ""):
         self.what, self.do = what.rstrip(". "), do.rstrip(". ")
         super().__init__(f"{self.what}. {self.do}." if self.do else f"{self.what}.")
@@ -30,8 +28,6 @@ class PermanentError(RetuneError):
 
 class TransientError(RetuneError):
     """A retry may succeed, for example after a network failure or a lost process."""
-
-    retryable = True
 
 
 class BadRecipe(PermanentError):
@@ -71,8 +67,6 @@ class Conflict(RetuneError):
 
     A retry of the failed stage cannot succeed. A new run can, and so can clearing the earlier stage.
     """
-
-    retryable = True
 
 
 class UpToDate(RetuneError):

@@ -11,10 +11,10 @@ from typing import Any
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseEventTrigger, TriggerEvent
 
-from include.data.sources import located, pin_dataset
+from include.data.sources import absolute_source, pin_dataset
 from include.errors import RetuneError
 from include.pipeline.outcomes import completed_revisions
-from include.recipe import find_recipe, load_recipe
+from include.recipe import dataset_ref, find_recipe, load_recipe
 from include.storage.artifacts import Store
 from plugins.credentials import hub_account
 
@@ -60,8 +60,9 @@ class NewRevision(BaseEventTrigger):
         """Return the event for the newest revision; None if no event is due."""
         with _environment_lock, hub_account():
             recipe = load_recipe(find_recipe(self.recipe))
-            new = pin_dataset(recipe)
-        done = [entry["revision"] for entry in completed_revisions(Store(), self.recipe, located(recipe.dataset))]
+            new = pin_dataset(dataset_ref(recipe))
+        outcomes = completed_revisions(Store(), self.recipe, absolute_source(recipe.dataset))
+        done = [entry["revision"] for entry in outcomes]
         if new in done or RuntimeTaskInstance.get_dr_count(self.recipe, states=["queued", "running"]):
             return None
         assert self.asset_state_store is not None

@@ -9,6 +9,7 @@ from include.data.sources import ROWS_PER_GROUP, pin_dataset, read_rows
 from include.errors import BadData
 from include.pipeline.contracts import DownloadOutput
 from include.pipeline.stage import Result, StageContext, stage
+from include.recipe import dataset_ref
 
 
 @stage(version=1, recipe_fields=("dataset", "dataset_config", "dataset_split", "dataset_revision", "max_rows"))
@@ -26,13 +27,13 @@ def download(context: StageContext) -> Result[DownloadOutput]:
     schema = pa.schema([("row", pa.int64()), ("content", pa.binary())])
     digest, count = hashlib.sha256(), 0
     with pq.ParquetWriter(context.out / DownloadOutput.ROWS, schema, compression="zstd") as writer:
-        rows = islice(read_rows(context.recipe), context.recipe.max_rows)
+        rows = islice(read_rows(dataset_ref(context.recipe)), context.recipe.max_rows)
         while group := list(islice(rows, ROWS_PER_GROUP)):
             for content in group:
                 digest.update(content + b"\n")
             writer.write_table(pa.table([range(count, count + len(group)), group], schema=schema))
             count += len(group)
-    pin_dataset(context.recipe, context.recipe.dataset_revision)
+    pin_dataset(dataset_ref(context.recipe), context.recipe.dataset_revision)
     if count == 0:
         raise BadData(f"field 'dataset': {context.recipe.dataset} holds no rows", "Check the file, or the split")
     return Result(f"{count:,} rows", DownloadOutput(rows=count, sha256=digest.hexdigest()))

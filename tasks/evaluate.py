@@ -86,7 +86,7 @@ def evaluate(
         prompt_control = [losses["candidate"][place] for place in shuffled], shuffled_prompts["candidate"]
     verdict = judge(
         losses, smoke_test.metadata.failed, recipe.gate_confidence, recipe.gate_margin, prompt_control,
-        recipe.gate_questions_matter,
+        recipe.gate_prompt_control,
     )  # fmt: skip
     if live and _template_differs(adapters):
         verdict.notes.append(

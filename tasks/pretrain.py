@@ -13,7 +13,7 @@ from include.pipeline.stage import Result, StageContext, stage
 )
 def pretrain(context: StageContext) -> Result[PretrainOutput]:
     """Pretrain the small Llama of `include/demo` and keep it in the store under its revision."""
-    from include.demo.village import pretrain as train_little_llama
+    from include.demo.pretraining import pretrain as train_little_llama
 
     made = PretrainOutput(**train_little_llama(context.out, context.progress))
     summary = f"{made.parameters / 1e6:.1f} M parameters, loss {made.first_loss:.2f} -> {made.last_loss:.2f}"

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from include.base_model import pin_base
-from include.data.sources import is_hub_id, located, pin_dataset
+from include.data.sources import absolute_source, is_hub_id, pin_dataset
 from include.engine.arguments import check_arguments
 from include.errors import UpToDate
 from include.paths import var
 from include.pipeline.contracts import ResolveOutput
 from include.pipeline.outcomes import find_outcome, record_outcome
 from include.pipeline.records import Lineage, log, recorded
-from include.recipe import Recipe, find_recipe, load_recipe
+from include.recipe import Recipe, dataset_ref, find_recipe, load_recipe
 from include.registry import merged_uri, open_registry, registry_uri
 from include.storage.artifacts import Artifact, Store
 from include.storage.files import atomic_write, fingerprint, to_json
@@ -51,12 +51,12 @@ def resolve(
         recipe = load_recipe(find_recipe(recipe_file), values)
         check_arguments(recipe)
         longest_try(recipe)  # names the stages of timeout_hours that do not exist
-        dataset, base = pin_dataset(recipe, revision), pin_base(recipe)
+        dataset, base = pin_dataset(dataset_ref(recipe), revision), pin_base(recipe)
         pinned = recipe.model_copy(
             update={
-                "dataset": located(recipe.dataset),
+                "dataset": absolute_source(recipe.dataset),
                 "dataset_revision": dataset,
-                "base_model": located(recipe.base_model),
+                "base_model": absolute_source(recipe.base_model),
                 "base_revision": base,
                 "registry": registry_uri(recipe.name, recipe.registry),
             }

@@ -7,9 +7,9 @@ from typing import Any
 
 import orjson
 
-from include.data.deduplication import SLOTS, Benchmark, near_duplicates, signatures, words
+from include.data.deduplication import SLOTS, Benchmark, hash_words, minhash_signatures, near_duplicates
 from include.data.parallel import in_order
-from include.data.sources import absolute, read_prompts
+from include.data.sources import absolute_path, read_prompts
 from include.data.tables import read_table, write_table
 from include.errors import BadData
 from include.pipeline.contracts import StandardizeOutput, ValidateOutput
@@ -21,7 +21,7 @@ MARKS, SIDES = f"{PARTS}/marks", f"{PARTS}/sides"
 
 
 def _benchmark_digest(context: StageContext, **_: Output[ValidateOutput]) -> str | None:
-    place = context.recipe.decontaminate_against and absolute(context.recipe.decontaminate_against)
+    place = context.recipe.decontaminate_against and absolute_path(context.recipe.decontaminate_against)
     return file_digest(Path(place)) if place and Path(place).is_file() else place
 
 
@@ -162,9 +162,9 @@ def _compare(file: Path, out: Path, good: Any, holdout_share: float, benchmark: 
     columns = {
         "row": table["row"].combine_chunks(),
         "holdout": pa.array([is_holdout(digest, holdout_share) for digest in table["digest"].to_pylist()], pa.bool_()),
-        "contaminated": pa.array(benchmark.within(numbers, counts) if benchmark else np.zeros(len(table), bool)),
+        "contaminated": pa.array(benchmark.contaminates(numbers, counts) if benchmark else np.zeros(len(table), bool)),
         "marks": pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(SLOTS * 4), len(table), [None, pa.py_buffer(signatures(numbers, counts).tobytes())]
+            pa.binary(SLOTS * 4), len(table), [None, pa.py_buffer(minhash_signatures(numbers, counts).tobytes())]
         ),
     }
     write_table(pa.table(columns), out / MARKS / file.name)
@@ -187,7 +187,7 @@ def _words_said(table: Any) -> tuple[Any, Any]:
 
     contents = table["contents"].combine_chunks()
     offsets = contents.offsets.to_numpy()
-    numbers, counts = words(contents.values)
+    numbers, counts = hash_words(contents.values)
     opens = np.array([roles.startswith("system") for roles in table["roles"].to_pylist()], bool)
     by_system = np.zeros(len(counts), bool)
     by_system[offsets[:-1][opens]] = True

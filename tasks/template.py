@@ -79,7 +79,7 @@ def encode(context: ShardedContext, names: list[str], standardize: Output[Standa
 
 
 @sharded(
-    version=5,
+    version=6,
     recipe_fields=(
         "method", "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
         "max_seq_length", "on_too_long", "check_limits",
@@ -107,8 +107,8 @@ def template(context: ShardedContext, standardize: Output[StandardizeOutput]) ->
         proof, groups = context.result_of(prove), context.result_of(encode)
         contract = _contract_of_all(context)
         findings = suite.validate(contract)
-    if findings.broken:
-        raise BadData(findings.broken[0], "If no limit of the recipe says so, it is a fault of the template or Retune")
+    if findings.errors:
+        raise BadData(findings.errors[0], "If no limit of the recipe says so, it is a fault of the template or Retune")
     train, holdout = (sum_up([group["sides"][side] for group in groups]) for side in (TRAIN, HOLDOUT))
     if not train["rows"] or not holdout["rows"]:
         raise BadData(
@@ -128,7 +128,7 @@ def template(context: ShardedContext, standardize: Output[StandardizeOutput]) ->
         "train": train, "holdout": holdout, "too_long": over, "left_out": left_out, **proof,
         "lengths": {f"p{share * 100:.0f}": int(tokens) for share, tokens in quantiles.items()},
         "histogram": histogram(contract["tokens"].to_numpy()), "samples": samples,
-        "checks": findings.table, "docs": f"{TemplateOutput.DOCS}/{findings.page}",
+        "checks": findings.checks, "docs": f"{TemplateOutput.DOCS}/{findings.page}",
     })  # fmt: skip
     return Result(summary, metadata)
 

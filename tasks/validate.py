@@ -11,10 +11,10 @@ import orjson
 
 from include.base_model import fetch_base
 from include.chat.template import renders_tools, template_source
-from include.data.expectations import PAIRS, RAW_ROWS, TOOL_RULES, Findings, Suite
+from include.data.expectations import PAIRS, RAW_ROWS, TOOL_RULES, Suite, ValidationResult
 from include.data.parallel import in_order
-from include.data.profile import RowFacts, profile
-from include.data.sharegpt import FEATURES, read, read_all
+from include.data.profile import RowStatistics, profile
+from include.data.sharegpt import FAULTS, parse_row, parse_rows
 from include.data.tables import write_table
 from include.errors import BadData
 from include.pipeline.contracts import DownloadOutput, ValidateOutput
@@ -30,7 +30,7 @@ def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool:
 
 
 @stage(
-    version=3,
+    version=4,
     recipe_fields=("method", "dataset_format", "merge_turns", "max_refused_share", "check_limits"),
     other_fields=("chat_template", "base_model", "base_revision"),  # `_tools_rendered` stands for them
     external_inputs=_tools_rendered,
@@ -72,7 +72,7 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
         findings = suite.validate(pd.DataFrame(counts))
     refused = np.zeros(len(originals), bool)
     for name in critical:
-        refused[findings.failed[name]] = True
+        refused[findings.failed_rows[name]] = True
     good = ~refused & (originals < 0)
     pq.write_table(pa.table({"row": np.flatnonzero(good)}), context.out / ValidateOutput.GOOD)
     verdicts = _Verdicts(source, findings, parts, originals, refused, good)
@@ -86,7 +86,7 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
     )
     metadata = ValidateOutput.model_validate({
         "rows": len(good), "good": int(good.sum()), "refused": int(refused.sum()), "copies": copies,
-        "repairs": dict(repairs), "reasons": reasons, "checks": findings.table,
+        "repairs": dict(repairs), "reasons": reasons, "checks": findings.checks,
         "docs": f"{ValidateOutput.DOCS}/{findings.page}", "tools_rendered": tools,
         "profile": profile([part.facts for part in parts], good, originals, verdicts.opening),
     })  # fmt: skip
@@ -98,9 +98,9 @@ class _Part:
     """One row group as it was read.
 
     Attributes:
-        counts: `row`, and for each feature its count in each row (int32, one per row).
+        counts: `row`, and for each of `FAULTS` its count in each row (int32, one per row).
         digests: the first 8 bytes of each conversation's digest (uint64); 0 where there is none.
-        repairs, problems: by row, of those that have some (see `sharegpt.Reading`).
+        repairs, problems: by row, of those that have some (see `sharegpt.ParsedRow`).
         columns: column names of the first unreadable rows, for hints.
         facts: numbers for the profile.
     """
@@ -110,7 +110,7 @@ class _Part:
     repairs: dict[int, list[str]]
     problems: dict[int, str]
     columns: list[tuple[str, ...]]
-    facts: RowFacts
+    facts: RowStatistics
 
 
 def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
@@ -121,20 +121,20 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
     table = pq.ParquetFile(source).read_row_group(index, use_threads=False)
     rows = table["row"].to_pylist()
     alpaca, pairs = recipe.dataset_format == "alpaca", recipe.method == "dpo"
-    readings, columns = read_all(table["content"].to_pylist(), alpaca, recipe.merge_turns, pairs)
-    digests = [b"" if reading.features["unreadable"] else reading.conversation.digest for reading in readings]
+    readings, columns = parse_rows(table["content"].to_pylist(), alpaca, recipe.merge_turns, pairs)
+    digests = [b"" if reading.faults["unreadable"] else reading.conversation.digest for reading in readings]
     write_table(
         pa.table({"row": table["row"], "digest": pa.array(digests, pa.binary()), **columns}),
         out / ValidateOutput.READINGS / f"{index:05d}.arrow",
     )
-    counts = np.array([[*reading.features.values()] for reading in readings], np.int32).reshape(-1, len(FEATURES))
+    counts = np.array([[*reading.faults.values()] for reading in readings], np.int32).reshape(-1, len(FAULTS))
     return _Part(
-        {"row": table["row"].to_numpy(), **{name: counts[:, i] for i, name in enumerate(FEATURES)}},
+        {"row": table["row"].to_numpy(), **{name: counts[:, i] for i, name in enumerate(FAULTS)}},
         np.array([int.from_bytes(digest[:8]) for digest in digests], np.uint64),
         {row: reading.repairs for row, reading in zip(rows, readings, strict=True) if reading.repairs},
-        {row: reading.problem for row, reading in zip(rows, readings, strict=True) if reading.problem},
+        {row: reading.detail for row, reading in zip(rows, readings, strict=True) if reading.detail},
         [reading.columns for reading in readings if reading.columns][:100],
-        RowFacts.of([reading.conversation for reading in readings]),
+        RowStatistics.of([reading.conversation for reading in readings]),
     )
 
 
@@ -150,7 +150,9 @@ def _originals(digests: Any) -> Any:
 class _Verdicts:
     """The verdict on each row, for people: refused or repaired, and why."""
 
-    def __init__(self, source: Path, findings: Findings, parts: list[_Part], originals: Any, refused: Any, good: Any):
+    def __init__(
+        self, source: Path, findings: ValidationResult, parts: list[_Part], originals: Any, refused: Any, good: Any
+    ):
         self._source, self._findings, self._parts = source, findings, parts
         self._originals, self._refused, self._good = originals, refused, good
         self._problems = {row: problem for part in parts for row, problem in part.problems.items()}
@@ -162,10 +164,10 @@ class _Verdicts:
 
         repairs = {row: made for part in self._parts for row, made in part.repairs.items()}
         says: dict[int, list[str]] = {}
-        for entry in self._findings.table:
+        for entry in self._findings.checks:
             if entry["severity"] != "info":
-                for row in self._findings.failed[entry["check"]].tolist():
-                    says.setdefault(row, []).append(entry["says"])
+                for row in self._findings.failed_rows[entry["check"]].tolist():
+                    says.setdefault(row, []).append(entry["message"])
         counts = Counter(reasons[0] for reasons in says.values())
         file, begin = pq.ParquetFile(self._source), 0
         wanted = np.zeros(len(self._good), bool)
@@ -204,8 +206,8 @@ class _Verdicts:
         often, count = next(iter(reasons.items()), ("", 0))
         if not self._good.any():
             raise BadData(f"none of the {rows:,} rows is usable: most often {often} ({count:,}){hint}", where)
-        if self._findings.broken:
-            raise BadData(self._findings.broken[0], f"Correct the data, or change check_limits in the recipe; {where}")
+        if self._findings.errors:
+            raise BadData(self._findings.errors[0], f"Correct the data, or change check_limits in the recipe; {where}")
         if refused > budget * rows:
             raise BadData(
                 f"{refused:,} of {rows:,} rows are refused ({refused / rows:.1%}, allowed {budget:.1%}): most often "
@@ -221,7 +223,7 @@ class _Verdicts:
         for group in range(file.num_row_groups):
             if row < (size := file.metadata.row_group(group).num_rows):
                 content = file.read_row_group(group, ["content"], use_threads=False)["content"][row].as_py()
-                found = read(content).conversation.contents
+                found = parse_row(content).conversation.contents
                 return (found[0] if found else content.decode("utf-8", "replace"))[:120]
             row -= size
         return ""

@@ -172,13 +172,13 @@ def stored_steps(s3: S3) -> list[int]:
 
 
 def test_a_dataset_that_was_replaced_on_the_object_store_is_another_revision(apart: Callable, dataset: Path) -> None:
-    from include.recipe import find_recipe, load_recipe
+    from include.recipe import dataset_ref, find_recipe, load_recipe
 
     apart()
     recipe = load_recipe(find_recipe("small"))
-    first = pin_dataset(recipe)
-    assert pin_dataset(recipe, first) == first
+    first = pin_dataset(dataset_ref(recipe))
+    assert pin_dataset(dataset_ref(recipe), first) == first
     rows = open_path("s3://retune/data/rows.jsonl")
     rows.fs.pipe_file(rows.path, dataset.read_bytes() + b"\n")
     with pytest.raises(Conflict, match="s3://retune/data/rows.jsonl has changed"):
-        pin_dataset(recipe, first)
+        pin_dataset(dataset_ref(recipe), first)

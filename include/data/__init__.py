@@ -1,1 +1,1 @@
-"""Data: sources of rows, reading ShareGPT, expectations, deduplication, profile."""
+"""Datasets: sources of rows, ShareGPT parsing, data checks, deduplication, profile. It does not know recipes."""

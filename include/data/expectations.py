@@ -1,7 +1,7 @@
-"""The checks on a ShareGPT dataset, as Great Expectations suites over one flat row of counts per conversation.
+"""Data checks, as Great Expectations suites over a table with one row of fault counts per conversation.
 
-Great Expectations sees counts, never the texts: twenty expectations over 100,000 rows take under a second that way.
-Each rule carries the sentence that a person reads in the log, the quarantine, the Data Docs and the report.
+Great Expectations gets counts, never texts, so that twenty expectations over 100,000 rows take less than a second.
+The message of each rule appears in the log, the quarantine, the Data Docs and the report.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Severity = Literal["critical", "warning", "info"]
 
 @dataclass(frozen=True)
 class Rule:
-    """One expectation on a column that counts faults: none is expected in any row.
+    """One expectation: a column of fault counts is zero in every row.
 
     Attributes:
-        column: of the frame; the name under which a recipe sets a limit for the rule (`check_limits`).
-        says: what a row that fails it did wrong.
-        severity: `critical`: such a row is refused and counts against `max_refused_share`; `warning`: dropped, does
-            not count; `info`: only counted.
-        limit: share of rows that may fail before the run fails; None: only what the severity says.
+        column: column of the frame; also the name of the check in the recipe (`check_limits`) and in the report.
+        message: what is wrong with a row that fails.
+        severity: `critical`: the row is refused and counts against `max_refused_share`; `warning`: the row is dropped
+            and does not count; `info`: the row is only counted.
+        limit: share of rows that may fail before the run fails. None: no limit.
     """
 
     column: str
-    says: str
+    message: str
     severity: Severity = "critical"
     limit: float | None = None
 
@@ -59,54 +59,60 @@ RAW_ROWS = (
     Rule("order_errors", "the turns do not alternate as [system] user assistant user assistant ..."),
     Rule("copy", "an exact copy of an earlier row", "warning"),
     Rule("special_token_text", "the text looks like a special token (see special_tokens_in_text)", "info"),
-    Rule("broken_characters", "the text has replacement characters (U+FFFD) of a wrong decoding", "info"),
+    Rule("broken_characters", "the text has replacement characters (U+FFFD), which come from wrong decoding", "info"),
     Rule("control_characters", "the text has control characters", "info"),
     Rule("long_turns", f"a turn has more than {LONG_TURN:,} characters", "info"),
-    Rule("unknown_keys", "a turn has keys besides speaker and text; they are left out", "info"),
+    Rule("unknown_keys", "a turn has keys besides speaker and text; they are not used", "info"),
 )
-PAIRS = (  # what is asked of preference rows besides
+PAIRS = (  # in addition, for preference rows
     Rule("unpaired_answers", "chosen and rejected are not one answer each to the same prompt"),
     Rule("same_answers", "the chosen and the rejected answer are the same"),
 )
-TOOL_RULES = ("tool_turns", "tool_lists")  # only where the chat template renders no tools
+TOOL_RULES = ("tool_turns", "tool_lists")  # they apply only if the chat template does not render tools
 
 PREPARED_ROWS = (
     Rule("tokens_over", "the conversation is longer than max_seq_length: on_too_long decides", "warning"),
     Rule("untrained", "no token is trained on", limit=0),
-    Rule("bos_errors", "the beginning-of-text token is not where the template writes it, once", limit=0),
+    Rule(
+        "bos_errors",
+        "beginning-of-text tokens are not as the template writes them (one at the start, or none)",
+        limit=0,
+    ),
     Rule("unended_turns", "an assistant turn does not end with a trained end-of-turn token", limit=0),
-    Rule("mask_errors", "the trained stretches are not the assistant turns, one each", limit=0),
-    Rule("kept_over", "what is kept of the conversation is longer than max_seq_length", limit=0),
-    Rule("cut", "the conversation is truncated although on_too_long does not say so", limit=0),
+    Rule("mask_errors", "the trained spans are not exactly the assistant turns", limit=0),
+    Rule("kept_over", "the part of the conversation that is kept is longer than max_seq_length", limit=0),
+    Rule("cut", "the conversation is truncated, but on_too_long is not truncate", limit=0),
 )
 PREPARED_PAIRS = (Rule("prompt_errors", "the tokens before the two answers differ", limit=0),)
 DATA_CHECKS = tuple(rule.column for rule in (*RAW_ROWS, *PAIRS, *PREPARED_ROWS, *PREPARED_PAIRS))
 
 
 @dataclass
-class Findings:
-    """What a suite found.
+class ValidationResult:
+    """The result of a suite.
 
     Attributes:
-        failed: for each rule's column the rows that fail it (int64).
-        table: one entry per rule, for the report: check, says, severity, rows that fail, limit, whether it holds.
-        page: the page of the Data Docs that has the results.
-        broken: for each rule that more rows fail than may, or that could not be computed, a sentence.
+        failed_rows: for each rule's column, the row numbers that fail (int64).
+        checks: one entry per rule, for the report: `check`, `message`, `severity`, `rows` (number that fail), `limit`,
+            `passed`.
+        page: path of the results' page, relative to the Data Docs folder.
+        errors: one sentence for each rule that more rows fail than its limit allows, or that could not be evaluated.
     """
 
-    failed: dict[str, Any] = field(default_factory=dict)
-    table: list[dict[str, Any]] = field(default_factory=list)
+    failed_rows: dict[str, Any] = field(default_factory=dict)
+    checks: list[dict[str, Any]] = field(default_factory=list)
     page: str = ""
-    broken: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
 
 class Suite:
-    """A Great Expectations suite in a process of its own, so that its imports (seconds) go on beside other work.
+    """A Great Expectations suite in a separate process, so that its import (seconds) runs while other work is done.
 
     Args:
-        rules: what is expected of every row.
-        limits: for some of the rules, by column, the share of rows that may fail them, in place of the rule's own.
-        docs: the folder of the Data Docs.
+        name: name of the suite in the Data Docs.
+        rules: the expectations.
+        limits: `Rule.limit` by column; overrides the limit of the rule.
+        docs: folder for the Data Docs.
     """
 
     def __init__(self, name: str, rules: Iterable[Rule], limits: Mapping[str, float], docs: Path):
@@ -121,13 +127,19 @@ class Suite:
     def __exit__(self, *_: object) -> None:
         self._process.shutdown(wait=False, cancel_futures=True)
 
-    def validate(self, frame: pd.DataFrame) -> Findings:
-        """Run the rules over a frame with a `row` column and one column for each rule, and write the Data Docs."""
+    def validate(self, frame: pd.DataFrame) -> ValidationResult:
+        """Evaluate the rules and write the Data Docs.
+
+        Args:
+            frame: a column `row` (row number), and for each rule its column of fault counts.
+        """
         return self._process.submit(_validate, frame, self._rules, self._name, self._docs).result()
 
 
 def _import_great_expectations() -> None:
-    spec = importlib.util.find_spec("scipy.stats")  # a third of the import, for expectations that are not used here
+    spec = importlib.util.find_spec(
+        "scipy.stats"
+    )  # a third of the import time, and only needed by expectations that are not used here
     if spec and spec.loader and "scipy.stats" not in sys.modules:
         spec.loader = importlib.util.LazyLoader(spec.loader)
         sys.modules["scipy.stats"] = importlib.util.module_from_spec(spec)
@@ -138,7 +150,7 @@ def _import_great_expectations() -> None:
     gc.freeze()
 
 
-def _validate(frame: pd.DataFrame, rules: tuple[Rule, ...], name: str, docs: Path) -> Findings:
+def _validate(frame: pd.DataFrame, rules: tuple[Rule, ...], name: str, docs: Path) -> ValidationResult:
     import great_expectations as gx
     from great_expectations.data_context.types.base import DataContextConfig, InMemoryStoreBackendDefaults
 
@@ -164,7 +176,7 @@ def _validate(frame: pd.DataFrame, rules: tuple[Rule, ...], name: str, docs: Pat
                 max_value=0,
                 mostly=1 - (1 if rule.limit is None else rule.limit),
                 severity=rule.severity,  # type: ignore[arg-type]
-                description=f"In no row: {rule.says} ({rule.severity}).",
+                description=f"In no row: {rule.message} ({rule.severity}).",
             )
         )
     batch = (
@@ -186,36 +198,36 @@ def _validate(frame: pd.DataFrame, rules: tuple[Rule, ...], name: str, docs: Pat
             },
         )
     )
-    outcome = checkpoint.run(batch_parameters={"dataframe": frame})
-    (result,) = outcome.run_results.values()
-    findings = _findings(rules, result.results)
+    checkpoint_result = checkpoint.run(batch_parameters={"dataframe": frame})
+    (suite_result,) = checkpoint_result.run_results.values()
+    result = _summarize(rules, suite_result.results)
     (page,) = (docs / "validations").rglob("*.html")
-    findings.page = page.relative_to(docs).as_posix()
-    return findings
+    result.page = page.relative_to(docs).as_posix()
+    return result
 
 
-def _findings(rules: tuple[Rule, ...], results: list[Any]) -> Findings:
+def _summarize(rules: tuple[Rule, ...], results: list[Any]) -> ValidationResult:
     import numpy as np
 
-    findings = Findings()
+    summary = ValidationResult()
     by_column = {result.expectation_config.kwargs["column"]: result for result in results}
     for rule in rules:
         result = by_column[rule.column]
         entries = [np.atleast_1d(entry["row"]) for entry in result.result.get("unexpected_index_list") or ()]
-        rows = findings.failed[rule.column] = np.concatenate([np.zeros(0, np.int64), *entries]).astype(np.int64)
-        trouble = [e["exception_message"] for e in _exceptions(result.exception_info) if e.get("raised_exception")]
-        findings.table.append(
-            {"check": rule.column, "says": rule.says, "severity": rule.severity, "rows": len(rows),
-             "limit": rule.limit, "holds": bool(result.success)}
+        rows = summary.failed_rows[rule.column] = np.concatenate([np.zeros(0, np.int64), *entries]).astype(np.int64)
+        exceptions = [e["exception_message"] for e in _exceptions(result.exception_info) if e.get("raised_exception")]
+        summary.checks.append(
+            {"check": rule.column, "message": rule.message, "severity": rule.severity, "rows": len(rows),
+             "limit": rule.limit, "passed": bool(result.success)}
         )  # fmt: skip
-        if trouble:
-            findings.broken.append(f"'{rule.column}' could not be checked: {trouble[0]}")
+        if exceptions:
+            summary.errors.append(f"the check '{rule.column}' could not be evaluated: {exceptions[0]}")
         elif not result.success:
-            findings.broken.append(
-                f"{rule.says} ({len(rows):,} rows, the first is row {rows[0]}; check_limits allows '{rule.column}' "
+            summary.errors.append(
+                f"{rule.message} ({len(rows):,} rows, the first is row {rows[0]}; check_limits allows '{rule.column}' "
                 f"{rule.limit:.1%})"
             )
-    return findings
+    return summary
 
 
 def _exceptions(info: dict[str, Any]) -> list[dict[str, Any]]:

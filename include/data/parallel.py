@@ -1,4 +1,4 @@
-"""Work on many parts of a dataset at once: forked processes, results in order, a bounded number of them in memory."""
+"""Parallel work on the parts of a dataset: forked processes, results in order, a bounded number of them in memory."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from typing import Any, TypeVar
 from include.errors import ProcessLost
 
 Part = TypeVar("Part")
-Outcome = TypeVar("Outcome")
+Output = TypeVar("Output")
 
-_work: Callable[[Any], Any]  # set before the processes fork, so that they have it with all that it refers to
+_work: Callable[[Any], Any]  # set before the fork, so that the child processes inherit the function and its data
 
 
-def in_order(work: Callable[[Part], Outcome], parts: Sequence[Part]) -> Iterator[Outcome]:
-    """`map(work, parts)` on all cores that this process may use.
+def in_order(work: Callable[[Part], Output], parts: Sequence[Part]) -> Iterator[Output]:
+    """Yield `work(part)` for each part, in order, computed on all cores that this process may use.
 
-    `work` may be a closure, its outcomes must be picklable.
+    Forked processes share the objects of the caller (a vocabulary, for example) at no cost. The calling process itself
+    never runs `work`, not even for a single part: a library that starts threads there could leave a lock held, and a
+    later fork would wait for it for ever.
 
-    Forked processes share what the caller has built (a vocabulary, say) at no cost. No part is done here, not even a
-    single one: libraries that start threads would leave locks that a later fork waits for in vain.
+    Args:
+        work: a function, which may be a closure. Its results must be picklable.
 
     Raises:
         ProcessLost: a process was killed.
@@ -38,7 +40,7 @@ def in_order(work: Callable[[Part], Outcome], parts: Sequence[Part]) -> Iterator
     _work = work
     waiting: deque[Future[Any]] = deque()
     rest = iter(parts)
-    # a part makes many small objects, none of them in a cycle: looking for cycles would cost a fifth of the time
+    # the work makes many small objects without cycles: cycle collection would take a fifth of the time
     with forked(processes, gc.disable) as pool:
         try:
             while True:
@@ -48,12 +50,12 @@ def in_order(work: Callable[[Part], Outcome], parts: Sequence[Part]) -> Iterator
                     return
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise ProcessLost("a data process was killed, perhaps for want of memory", "Run again") from error
+            raise ProcessLost("a data process was killed, probably because memory was short", "Run again") from error
 
 
 def forked(processes: int, initializer: Callable[[], object] | None = None) -> ProcessPoolExecutor:
-    """Processes that share what the caller has built, also in a task of a Celery worker."""
-    # Celery marks its processes as ones that may have no children; the pool's end before they do
+    """Return a pool of forked processes, which share the caller's objects. It also works in a Celery worker's task."""
+    # Celery runs tasks in daemonic processes, which may not have children; those of this pool end before their parent
     multiprocessing.current_process().daemon = False
     return ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), initializer=initializer)
 
@@ -64,7 +66,7 @@ def _call(part: Any) -> Any:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """No search for reference cycles while so much is made that stays: a large JSON document, an import."""
+    """Switch cycle collection off while many objects are made that stay: a large JSON document, an import."""
     gc.disable()
     try:
         yield

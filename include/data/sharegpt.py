@@ -1,9 +1,9 @@
-"""Reading a ShareGPT row: what it looks like (for the checks) and the conversation in it (for training).
+"""Parse ShareGPT rows: the conversation of each row for training, and its faults for the data checks.
 
-A row is one JSON document. Conversations stand under `conversations`, `messages` or `conversation`, turns are
-`from`/`value` or `role`/`content`, roles have aliases; preference rows have two answers. What can be read without
-guessing is repaired and counted; everything else stays visible in the features, and the suite in
-`include/data/expectations.py` decides.
+A row is one JSON document. The conversation is in the column `conversations`, `messages` or `conversation`; turns are
+`from`/`value` or `role`/`content`; roles have aliases; preference rows have two answers. The parser repairs a row only
+if no guess is needed, and names each repair. It counts every other fault, and the suite in
+`include/data/expectations.py` decides about the row.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from typing import Any
 import numpy as np
 import orjson
 
-COLUMNS = ("conversations", "messages", "conversation")
+CONVERSATION_COLUMNS = ("conversations", "messages", "conversation")
 ROLES = {
     "system": "system",
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
-    "function_call": "assistant",  # what the assistant writes to call a tool
+    "function_call": "assistant",  # the assistant calls a tool
     **dict.fromkeys(("tool", "function", "function_response", "observation", "ipython"), "tool"),
 }
 PLAIN_ROLES = {"system", "human", "gpt", "user", "assistant"}
 TOOL_ROLES = {role for role, name in ROLES.items() if name == "tool"} | {"function_call"}
 TURN_KEYS = {"from", "value", "role", "content"}
-LONG_TURN = 100_000  # characters; more is rather a dump than something a person said
-MAY_FOLLOW = {
+LONG_TURN = 100_000  # characters; a longer turn is probably not part of a conversation
+ALLOWED_NEXT = {  # by role, "" at the start
     "": {"system", "user"}, "system": {"user"}, "user": {"assistant"}, "assistant": {"user", "tool"},
     "tool": {"assistant"},
 }  # fmt: skip
 
-# what is counted in a row; 0 is good, and the rules in `include/data/expectations.py` say what more means
-FEATURES = (
+# counted in each row; `include/data/expectations.py` has one rule for each
+FAULTS = (
     "unreadable", "no_turns", "malformed_turns", "unknown_roles", "tool_turns", "tool_lists", "tool_calls",
     "bad_tool_lists", "non_text_values", "empty_values", "no_assistant", "first_speaker", "last_speaker",
     "order_errors", "long_turns", "unknown_keys", "special_token_text", "broken_characters", "control_characters",
@@ -48,9 +48,12 @@ Message = dict[str, str]  # {role: system | user | assistant | tool, content: te
 
 @dataclass(slots=True)
 class Conversation:
-    """Who says what, in turn; `tools` is a JSON list of what the assistant may call, or None.
+    """A conversation.
 
-    Of a preference row the last turn is the chosen answer, and `rejected` is what was liked less.
+    Attributes:
+        roles, contents: the role (system, user, assistant or tool) and the text of each turn.
+        tools: JSON list of the tools that the assistant may call, or None.
+        rejected: of a preference row the rejected answer; the last turn is then the chosen one. Otherwise None.
     """
 
     roles: tuple[str, ...] = ()
@@ -60,17 +63,17 @@ class Conversation:
 
     @classmethod
     def of(cls, messages: list[Message]) -> Conversation:
-        """A conversation of role/content messages."""
+        """Make a conversation from role/content messages."""
         return cls(tuple(m["role"] for m in messages), [m["content"] for m in messages])
 
     @property
     def messages(self) -> list[Message]:
-        """The turns as role/content messages."""
-        return [{"role": role, "content": said} for role, said in zip(self.roles, self.contents, strict=True)]
+        """Return the turns as role/content messages."""
+        return [{"role": role, "content": text} for role, text in zip(self.roles, self.contents, strict=True)]
 
     @property
     def digest(self) -> bytes:
-        """The first 16 bytes of the content's sha256."""
+        """Return the first 16 bytes of the content's sha256."""
         content: Any = self.messages if self.tools is None else [self.messages, self.tools]
         if self.rejected is not None:
             content = [content, self.rejected]
@@ -78,22 +81,22 @@ class Conversation:
 
 
 @dataclass(slots=True)
-class Reading:
-    """One row as it was read.
+class ParsedRow:
+    """One row after parsing.
 
     Attributes:
-        features: how often each of `FEATURES` was seen.
-        conversation: meaningful only for a row that passes the checks.
-        repairs: what was put right, by name.
-        problem: what exactly is wrong, as far as the features do not say it: why the row cannot be read at all, the
-            type of what should be a text; or "".
-        columns: the columns of a row that cannot be read, in order of their names; for hints.
+        faults: how often each of `FAULTS` occurs.
+        conversation: the conversation; only valid if the row passes the checks.
+        repairs: names of the repairs.
+        detail: text for people that adds to the faults: why the row is unreadable, the unknown role, the value that
+            is not a text; or "".
+        columns: the columns of an unreadable row, sorted by name; for hints about the format.
     """
 
-    features: dict[str, int]
-    conversation: Conversation
-    repairs: list[str]
-    problem: str = ""
+    faults: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAULTS, 0))
+    conversation: Conversation = field(default_factory=Conversation)
+    repairs: list[str] = field(default_factory=list)
+    detail: str = ""
     columns: tuple[str, ...] = ()
 
 
@@ -101,35 +104,37 @@ class _Unreadable(Exception):
     pass
 
 
-def read(raw: bytes, alpaca: bool = False, merge: bool = False, pairs: bool = False) -> Reading:
-    """Read one row, see `read_all`."""
-    (reading,), _ = read_all([raw], alpaca, merge, pairs)
-    return reading
+def parse_row(raw: bytes, alpaca: bool = False, merge_turns: bool = False, pairs: bool = False) -> ParsedRow:
+    """Parse one row, see `parse_rows`."""
+    (row,), _ = parse_rows([raw], alpaca, merge_turns, pairs)
+    return row
 
 
-def read_all(rows: list[bytes], alpaca: bool, merge: bool, pairs: bool = False) -> tuple[list[Reading], dict[str, Any]]:
-    """Read rows. Never raises: what is wrong with a row shows in its features.
+def parse_rows(
+    raw_rows: list[bytes], alpaca: bool, merge_turns: bool, pairs: bool = False
+) -> tuple[list[ParsedRow], dict[str, Any]]:
+    """Parse rows. Bad rows raise nothing: they have faults.
 
     Args:
-        rows: JSON documents, or what should be some.
-        alpaca: read instruction, input and output (or response) as a conversation of one exchange.
-        merge: join turns of one role that follow each other, with an empty line between them.
+        raw_rows: one JSON document per row; other bytes give the fault `unreadable`.
+        alpaca: read the columns instruction, input and output (or response) as a conversation of one exchange.
+        merge_turns: join consecutive turns of one role with an empty line between them.
         pairs: read preference rows: a prompt, a `chosen` and a `rejected` answer (see `_pair`).
 
     Returns:
-        The readings, and their conversations as Arrow columns: `roles` (joined by spaces), `contents` (list of texts),
-        `tools`, `rejected`.
+        The parsed rows, and their conversations as Arrow columns: `roles` (joined by spaces), `contents` (lists of
+        texts), `tools`, `rejected`.
     """
-    readings = [_read(raw, alpaca, merge, pairs) for raw in rows]
-    columns = _columns([reading.conversation for reading in readings])
-    _find_signs(columns["contents"], readings)
+    rows = [_parse(raw, alpaca, merge_turns, pairs) for raw in raw_rows]
+    columns = _columns([row.conversation for row in rows])
+    _count_suspicious_text(columns["contents"], rows)
     if pairs:
-        _find_signs(_listed(columns["rejected"]), readings)
-    return readings, columns
+        _count_suspicious_text(_as_lists(columns["rejected"]), rows)
+    return rows, columns
 
 
-def _read(raw: bytes, alpaca: bool, merge: bool, pairs: bool) -> Reading:
-    reading = Reading(dict.fromkeys(FEATURES, 0), Conversation(), [])
+def _parse(raw: bytes, alpaca: bool, merge_turns: bool, pairs: bool) -> ParsedRow:
+    parsed = ParsedRow()
     row = None
     try:
         try:
@@ -141,41 +146,41 @@ def _read(raw: bytes, alpaca: bool, merge: bool, pairs: bool) -> Reading:
         if not isinstance(row, dict):
             raise _Unreadable(f"not an object but {type(row).__name__}")
         if pairs:
-            turns, other_turns = _pair(row, reading)
+            turns, rejected_turns = _pair(row, parsed)
         else:
-            turns = _alpaca_turns(row) if alpaca else _turns(row, reading)
-    except _Unreadable as problem:
-        reading.features["unreadable"] = 1
-        reading.columns = tuple(sorted(map(str, row))) if isinstance(row, dict) else ()
-        reading.problem = str(problem)
-        return reading
-    _read_turns(turns, reading, merge)
+            turns = _alpaca_turns(row) if alpaca else _turns(row, parsed)
+    except _Unreadable as reason:
+        parsed.faults["unreadable"] = 1
+        parsed.columns = tuple(sorted(map(str, row))) if isinstance(row, dict) else ()
+        parsed.detail = str(reason)
+        return parsed
+    _read_turns(turns, parsed, merge_turns)
     if pairs:
-        _read_rejected(other_turns, reading, merge)
-    _read_tools(row.get("tools"), reading)
-    return reading
+        _read_rejected(rejected_turns, parsed, merge_turns)
+    _read_tools(row.get("tools"), parsed)
+    return parsed
 
 
-def _turns(row: dict[str, Any], reading: Reading) -> list[Any]:
-    turns = next((row[name] for name in COLUMNS if row.get(name) is not None), None)
+def _turns(row: dict[str, Any], parsed: ParsedRow) -> list[Any]:
+    turns = next((row[name] for name in CONVERSATION_COLUMNS if row.get(name) is not None), None)
     if turns is None:
         raise _Unreadable(f"no conversations column (it has: {', '.join(sorted(map(str, row)))})")
     if isinstance(turns, str):
         try:
             turns = orjson.loads(turns)
-            reading.repairs.append("conversation was a JSON string")
+            parsed.repairs.append("conversation was a JSON string")
         except orjson.JSONDecodeError:
             raise _Unreadable("the conversation is a text, not a list of turns") from None
     if isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], list):
         turns = turns[0]
-        reading.repairs.append("conversation was nested in a list")
+        parsed.repairs.append("conversation was nested in a list")
     if not isinstance(turns, list):
         raise _Unreadable(f"the conversation is {type(turns).__name__}, not a list of turns")
     return turns
 
 
 def _alpaca_turns(row: dict[str, Any]) -> list[Any]:
-    """Stanford Alpaca's columns as turns: the input, where there is one, stands below the instruction."""
+    """Return Stanford Alpaca's columns as turns. An input, if any, follows the instruction after an empty line."""
     answer = row.get("output", row.get("response"))
     if "instruction" not in row or answer is None:
         raise _Unreadable(f"no instruction and output columns (it has: {', '.join(sorted(map(str, row)))})")
@@ -186,11 +191,12 @@ def _alpaca_turns(row: dict[str, Any]) -> list[Any]:
     return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _pair(row: dict[str, Any], reading: Reading) -> tuple[list[Any], list[Any]]:
-    """The turns of a preference row with its chosen answer, and with its rejected one.
+def _pair(row: dict[str, Any], parsed: ParsedRow) -> tuple[list[Any], list[Any]]:
+    """Return the turns of a preference row with its chosen answer, and with its rejected answer.
 
-    The two are texts, turns, or whole conversations that differ in their last turn; otherwise the prompt stands in a
-    column of turns, in `prompt` (a text or turns), or in Alpaca's `instruction` and `input`.
+    The two answers are texts, turns, or whole conversations that differ in the last turn only. If they are not whole
+    conversations, the prompt is in a conversation column, in `prompt` (a text or turns), or in Alpaca's `instruction`
+    and `input`.
     """
     columns = f"(it has: {', '.join(sorted(map(str, row)))})"
     if row.get("chosen") is None or row.get("rejected") is None:
@@ -201,8 +207,8 @@ def _pair(row: dict[str, Any], reading: Reading) -> tuple[list[Any], list[Any]]:
         common += 1
     if common:
         prompt = chosen[:common]
-    elif any(row.get(name) is not None for name in COLUMNS):
-        prompt = _turns(row, reading)
+    elif any(row.get(name) is not None for name in CONVERSATION_COLUMNS):
+        prompt = _turns(row, parsed)
     elif row.get("prompt") is not None:
         prompt = _as_turns(row["prompt"], "user")
     elif "instruction" in row:
@@ -210,139 +216,139 @@ def _pair(row: dict[str, Any], reading: Reading) -> tuple[list[Any], list[Any]]:
     else:
         raise _Unreadable(f"no prompt {columns}")
     if len(chosen) != common + 1 or len(rejected) != common + 1:
-        reading.features["unpaired_answers"] = 1
+        parsed.faults["unpaired_answers"] = 1
     return [*prompt, *chosen[common:]], [*prompt, *rejected[common:]]
 
 
-def _as_turns(said: Any, role: str) -> list[Any]:
-    return said if isinstance(said, list) else [said if isinstance(said, dict) else {"role": role, "content": said}]
+def _as_turns(value: Any, role: str) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return [value if isinstance(value, dict) else {"role": role, "content": value}]
 
 
-def _read_rejected(turns: list[Any], reading: Reading, merge: bool) -> None:
-    """Add what there is in the conversation with the rejected answer to the reading of the other one."""
-    other = Reading(dict.fromkeys(FEATURES, 0), Conversation(), [])
-    _read_turns(turns, other, merge)
-    chosen, rejected = reading.conversation, other.conversation
-    for name, count in other.features.items():
-        reading.features[name] = max(reading.features[name], count)
-    reading.repairs += [repair for repair in other.repairs if repair not in reading.repairs]
-    reading.problem = reading.problem or other.problem
+def _read_rejected(turns: list[Any], parsed: ParsedRow, merge_turns: bool) -> None:
+    """Add the rejected answer, and the faults and repairs of its conversation, to a row with the chosen answer."""
+    other = ParsedRow()
+    _read_turns(turns, other, merge_turns)
+    chosen, rejected = parsed.conversation, other.conversation
+    for name, count in other.faults.items():
+        parsed.faults[name] = max(parsed.faults[name], count)
+    parsed.repairs += [repair for repair in other.repairs if repair not in parsed.repairs]
+    parsed.detail = parsed.detail or other.detail
     if chosen.roles != rejected.roles:
-        reading.features["unpaired_answers"] = 1
+        parsed.faults["unpaired_answers"] = 1
     elif rejected.contents:
         chosen.rejected = rejected.contents[-1]
-        reading.features["same_answers"] = int(chosen.rejected == chosen.contents[-1])
+        parsed.faults["same_answers"] = int(chosen.rejected == chosen.contents[-1])
 
 
-def _read_turns(turns: list[Any], reading: Reading, merge: bool) -> None:
-    """Fill in the conversation and the features that count over turns."""
-    features, repairs = reading.features, reading.repairs
+def _read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool) -> None:
+    """Set the conversation, and count the faults of its turns."""
+    faults, repairs = parsed.faults, parsed.repairs
     roles: list[str] = []
     contents: list[str] = []
     for turn in turns:
         if not isinstance(turn, dict):
-            features["malformed_turns"] += 1
+            faults["malformed_turns"] += 1
             continue
-        role = turn.get("from") or turn.get("role")
-        said = turn["value"] if "value" in turn else turn.get("content")
-        name = ROLES.get(role) if isinstance(role, str) else None
-        if name is None or role not in PLAIN_ROLES:
-            if not isinstance(role, str):
-                features["malformed_turns"] += 1
+        alias = turn.get("from") or turn.get("role")
+        text = turn["value"] if "value" in turn else turn.get("content")
+        role = ROLES.get(alias) if isinstance(alias, str) else None
+        if role is None or alias not in PLAIN_ROLES:
+            if not isinstance(alias, str):
+                faults["malformed_turns"] += 1
                 continue
-            name = _unusual_role(role, reading)
+            role = _resolve_alias(alias, parsed)
         if len(turn) > 2:
-            features["unknown_keys"] += not turn.keys() <= TURN_KEYS
-            features["tool_calls"] += bool(turn.get("tool_calls"))
-        if not isinstance(said, str):
-            features["non_text_values"] += 1
-            reading.problem = reading.problem or f"turn {len(contents)} says {orjson.dumps(said).decode()[:60]}"
+            faults["unknown_keys"] += not turn.keys() <= TURN_KEYS
+            faults["tool_calls"] += bool(turn.get("tool_calls"))
+        if not isinstance(text, str):
+            faults["non_text_values"] += 1
+            parsed.detail = parsed.detail or f"the value of turn {len(contents)} is {orjson.dumps(text).decode()[:60]}"
             continue
-        if "\x00" in said:
-            said = said.replace("\x00", "")
-            _repaired(repairs, "NUL characters removed")
-        if not said or said.isspace():
-            features["empty_values"] += 1
-        if len(said) > LONG_TURN:
-            features["long_turns"] += 1
-        if merge and roles and roles[-1] == name:
-            contents[-1] += "\n\n" + said
-            _repaired(repairs, "turns of one role merged")
+        if "\x00" in text:
+            text = text.replace("\x00", "")
+            _add_repair(repairs, "NUL characters removed")
+        if not text or text.isspace():
+            faults["empty_values"] += 1
+        if len(text) > LONG_TURN:
+            faults["long_turns"] += 1
+        if merge_turns and roles and roles[-1] == role:
+            contents[-1] += "\n\n" + text
+            _add_repair(repairs, "turns of one role merged")
             continue
-        roles.append(name)
-        contents.append(said)
+        roles.append(role)
+        contents.append(text)
     if len(roles) > 1 and roles[-1] == "user" and roles[-2] == "assistant":
         roles.pop()
         contents.pop()
         repairs.append("last user turn without an answer removed")
-    order = tuple(roles)
-    if not turns:
-        features["no_turns"] = 1
-    if wrong := _wrong_order(order):
-        features.update(wrong)
-    reading.conversation = Conversation(order, contents)
+    faults["no_turns"] = int(not turns)
+    faults.update(_order_faults(tuple(roles)))
+    parsed.conversation = Conversation(tuple(roles), contents)
 
 
-def _unusual_role(role: str, reading: Reading) -> str:
-    written, role = role, role.strip().lower()
-    name = ROLES.get(role, "?")
-    if role in TOOL_ROLES:
-        reading.features["tool_turns"] += 1
-    elif name == "?":
-        reading.features["unknown_roles"] += 1
-        reading.problem = reading.problem or f"a role is {written[:60]!r}"
-    if name != "?" and (written != role or role not in PLAIN_ROLES | TOOL_ROLES):
-        _repaired(reading.repairs, "role alias")
-    return name
+def _resolve_alias(alias: str, parsed: ParsedRow) -> str:
+    """Return the role of an alias, "?" if it is unknown; count tool roles and unknown ones, and name the repair."""
+    plain = alias.strip().lower()
+    role = ROLES.get(plain, "?")
+    if plain in TOOL_ROLES:
+        parsed.faults["tool_turns"] += 1
+    elif role == "?":
+        parsed.faults["unknown_roles"] += 1
+        parsed.detail = parsed.detail or f"unknown role {alias[:60]!r}"
+    if role != "?" and (alias != plain or plain not in PLAIN_ROLES | TOOL_ROLES):
+        _add_repair(parsed.repairs, "role alias")
+    return role
 
 
 @lru_cache(maxsize=10_000)
-def _wrong_order(roles: tuple[str, ...]) -> dict[str, int]:
-    """What is wrong with an order of roles, as features."""
-    found = {
-        "order_errors": sum(role not in MAY_FOLLOW.get(before, ()) for before, role in pairwise(("", *roles))),
+def _order_faults(roles: tuple[str, ...]) -> dict[str, int]:
+    """Count the faults of an order of roles."""
+    counts = {
+        "order_errors": sum(role not in ALLOWED_NEXT.get(before, ()) for before, role in pairwise(("", *roles))),
         "no_assistant": int("assistant" not in roles),
         "first_speaker": int(roles[:1] not in ((), ("system",), ("user",))),
         "last_speaker": int(roles[-1:] not in ((), ("assistant",))),
     }
-    return {name: count for name, count in found.items() if count}
+    return {name: count for name, count in counts.items() if count}
 
 
-def _find_signs(contents: Any, readings: list[Reading]) -> None:
-    """Count the signs of trouble in texts by a pass over the bytes of all of them."""
+def _count_suspicious_text(contents: Any, rows: list[ParsedRow]) -> None:
+    """Count the patterns of `_SUSPICIOUS` in one pass over the texts: an Arrow array with one list of them per row."""
     texts = contents.values
     raw = texts.buffers()[2].to_pybytes() if texts.buffers()[2] else b""
     data, starts = np.frombuffer(raw, np.uint8), np.frombuffer(texts.buffers()[1], np.int64)
-    places = np.flatnonzero(np.frombuffer(raw.translate(_BEGINS_A_SIGN), bool))
-    begins = data[places]
-    for feature, sign in _SIGNS:
-        found = places[begins == sign[0]]
-        for i, byte in enumerate(sign[1:], 1):
+    candidates = np.flatnonzero(np.frombuffer(raw.translate(_STARTS_PATTERN), bool))
+    first_bytes = data[candidates]
+    for fault, pattern in _SUSPICIOUS:
+        found = candidates[first_bytes == pattern[0]]
+        for i, byte in enumerate(pattern[1:], 1):
             found = found[found < len(data) - i]
             found = found[data[found + i] == byte]
-        text = np.searchsorted(starts, found, "right") - 1
-        rows, counts = np.unique(np.searchsorted(contents.offsets.to_numpy(), text, "right") - 1, return_counts=True)
-        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
-            readings[row].features[feature] += count
+        text_index = np.searchsorted(starts, found, "right") - 1
+        row_index = np.searchsorted(contents.offsets.to_numpy(), text_index, "right") - 1
+        for row, count in zip(*(array.tolist() for array in np.unique(row_index, return_counts=True)), strict=True):
+            rows[row].faults[fault] += count
 
 
-_SIGNS = [
+_SUSPICIOUS = [  # fault and pattern
     ("special_token_text", b"<|"),
     ("special_token_text", b"</s>"),
     ("special_token_text", b"[INST]"),
     ("broken_characters", "\ufffd".encode()),
     *(("control_characters", bytes([b])) for b in (*range(32), 0x7F) if chr(b) not in "\t\n\r"),
 ]
-_BEGINS_A_SIGN = bytes(any(sign[0] == byte for _, sign in _SIGNS) for byte in range(256))
+_STARTS_PATTERN = bytes(any(pattern[0] == byte for _, pattern in _SUSPICIOUS) for byte in range(256))
 
 
-def _repaired(repairs: list[str], how: str) -> None:
-    if how not in repairs:
-        repairs.append(how)
+def _add_repair(repairs: list[str], repair: str) -> None:
+    if repair not in repairs:
+        repairs.append(repair)
 
 
-def _read_tools(tools: Any, reading: Reading) -> None:
-    """The row's `tools` column: a list of objects, or the JSON text of one; an empty one counts as none."""
+def _read_tools(tools: Any, parsed: ParsedRow) -> None:
+    """Read the `tools` column: a list of objects, or its JSON text. An empty list, text or null means no tools."""
     if isinstance(tools, str) and tools.strip():
         try:
             tools = orjson.loads(tools)
@@ -351,10 +357,10 @@ def _read_tools(tools: Any, reading: Reading) -> None:
     if tools is None or tools in ("", [], "[]") or (isinstance(tools, str) and not tools.strip()):
         return
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        reading.features["bad_tool_lists"] = 1
+        parsed.faults["bad_tool_lists"] = 1
         return
-    reading.features["tool_lists"] = 1
-    reading.conversation.tools = orjson.dumps(tools).decode()
+    parsed.faults["tool_lists"] = 1
+    parsed.conversation.tools = orjson.dumps(tools).decode()
 
 
 def _columns(conversations: list[Conversation]) -> dict[str, Any]:
@@ -363,7 +369,7 @@ def _columns(conversations: list[Conversation]) -> dict[str, Any]:
     offsets = [0]
     for conversation in conversations:
         offsets.append(offsets[-1] + len(conversation.contents))
-    contents = pa.array([said for conversation in conversations for said in conversation.contents], pa.large_string())
+    contents = pa.array([text for conversation in conversations for text in conversation.contents], pa.large_string())
     return {
         "roles": pa.array([" ".join(c.roles) for c in conversations], pa.string()),
         "contents": pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), contents),
@@ -372,8 +378,8 @@ def _columns(conversations: list[Conversation]) -> dict[str, Any]:
     }
 
 
-def _listed(texts: Any) -> Any:
-    """An Arrow array of texts and nulls as lists of one and no text."""
+def _as_lists(texts: Any) -> Any:
+    """Convert an Arrow array of texts and nulls to lists of one text and of none."""
     import pyarrow as pa
 
     offsets = np.concatenate([[0], np.cumsum(texts.is_valid().to_numpy(zero_copy_only=False))])
@@ -381,14 +387,14 @@ def _listed(texts: Any) -> Any:
 
 
 def conversations_in(table: Any) -> Iterator[Conversation]:
-    """The conversations of an Arrow table with the columns of `read_all`."""
+    """Yield the conversations of an Arrow table with the columns of `parse_rows`."""
     texts = table["contents"].combine_chunks().flatten().to_pylist()
-    known: dict[str, tuple[str, ...]] = {}
-    at = 0
+    split_roles: dict[str, tuple[str, ...]] = {}
+    begin = 0
     others = (table[name].to_pylist() for name in ("tools", "rejected"))
     for joined, tools, rejected in zip(table["roles"].to_pylist(), *others, strict=True):
-        roles = known.get(joined)
+        roles = split_roles.get(joined)
         if roles is None:
-            roles = known[joined] = tuple(joined.split(" ")) if joined else ()
-        yield Conversation(roles, texts[at : at + len(roles)], tools, rejected)
-        at += len(roles)
+            roles = split_roles[joined] = tuple(joined.split(" ")) if joined else ()
+        yield Conversation(roles, texts[begin : begin + len(roles)], tools, rejected)
+        begin += len(roles)

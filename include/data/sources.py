@@ -1,8 +1,7 @@
-"""Datasets and base models: pin them to a revision, fetch what was pinned.
+"""Sources of rows: pin a dataset to a revision, and read the rows of the pinned dataset.
 
-A dataset is a Hub id (`owner/name`), or a path or URL of a parquet, jsonl(.gz), json(.gz) or csv file. A base model
-is a Hub id, a local folder, or `demo://little-llama`. Revisions are commit shas on the Hub and content digests
-elsewhere, so that a run knows exactly what it used.
+A dataset is a Hub id (`owner/name`), or a path or URL of a parquet, jsonl(.gz), json(.gz) or csv(.gz) file. A revision
+is a commit sha on the Hub, and a digest of the content elsewhere.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import orjson
 
-from include.data.sharegpt import read
+from include.data.sharegpt import parse_row
 from include.errors import BadData, Conflict, NoPermission, NotFound, RetuneError, Unreachable
 from include.paths import PROJECT, var
-from include.recipe import Recipe
 from include.storage.files import file_digest, fingerprint
 from include.storage.hub import hub_api, hub_errors
 from include.storage.object_store import etag, object_errors
@@ -32,63 +31,87 @@ FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv
 ROWS_PER_GROUP = 5000
 
 
+@dataclass(frozen=True)
+class DatasetRef:
+    """A dataset and the part of it that is read.
+
+    Attributes:
+        name: Hub id, path or URL. A relative path is relative to the checkout.
+        config, split: configuration and split of a Hub dataset.
+        revision: branch, tag or commit of a Hub dataset; None: the newest commit.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
 def is_hub_id(name: str) -> bool:
-    """Whether a dataset or model name means the Hub: `owner/name`, and neither a file type nor something on disk."""
+    """Return whether a dataset or model is on the Hub: `owner/name` without a known file type, and no local path."""
     plain = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "~"))
     return bool(plain) and not name.endswith(FORMATS) and not (PROJECT / name).exists()
 
 
-def absolute(place: str) -> str:
-    """A path relative to the checkout as an absolute one; URLs as they are."""
-    return place if "://" in place else str((PROJECT / Path(place).expanduser()).resolve())
+def absolute_path(path_or_url: str) -> str:
+    """Return the absolute path of a path relative to the checkout. URLs stay as they are."""
+    return path_or_url if "://" in path_or_url else str((PROJECT / Path(path_or_url).expanduser()).resolve())
 
 
-def located(place: str) -> str:
-    """A dataset or model so that it means the same from everywhere: a Hub id or URL as it is, a path absolute."""
-    return place if is_hub_id(place) else absolute(place)
+def absolute_source(name: str) -> str:
+    """Return the name of a dataset or model with an absolute path, if it is a path. Hub ids and URLs stay as they are.
+
+    The result means the same dataset or model in every working folder.
+    """
+    return name if is_hub_id(name) else absolute_path(name)
 
 
-def pin_dataset(recipe: Recipe, wanted: str | None = None) -> str:
-    """The revision of the recipe's dataset as it is now.
+def pin_dataset(dataset: DatasetRef, expected: str | None = None) -> str:
+    """Return the dataset's current revision.
 
     Args:
-        wanted: a revision that it had; the Hub still has it, a file must still be it.
+        dataset: the dataset; `revision` counts only for a Hub dataset.
+        expected: a revision from an earlier call. For a Hub dataset, `expected` replaces `revision`: the Hub keeps old
+            commits. For a file, the current revision must be equal to `expected`.
 
     Raises:
-        Conflict: the file is not the wanted one any more.
-        NotFound, NoPermission, Unreachable: it is not there, not readable, or its server does not answer.
+        Conflict: the file has another revision than expected.
+        NotFound: the dataset does not exist.
+        NoPermission: it cannot be read with this account.
+        Unreachable: its server does not answer.
+        BadData: the file is damaged.
     """
-    name = recipe.dataset
+    name = dataset.name
     if is_hub_id(name):
         with hub_errors(f"the dataset {name}", "dataset"):
-            return str(hub_api().dataset_info(name, revision=wanted or recipe.dataset_revision).sha)
+            return str(hub_api().dataset_info(name, revision=expected or dataset.revision).sha)
     if not name.endswith(FORMATS):
         raise NotFound(
             f"field 'dataset': '{name}' is neither a Hub id (owner/name) nor a file of a known type",
             f"Name a file that ends in {', '.join(FORMATS)}",
         )
     with file_errors(name):
-        found = _file_revision(name)
-    if wanted and found != wanted:
+        revision = _file_revision(name)
+    if expected and revision != expected:
         raise Conflict(
-            f"field 'dataset': {name} has changed, it was {wanted[:8]} and is {found[:8]}",
-            "Run again: a run uses one state of it from end to end",
+            f"field 'dataset': {name} has changed: its revision was {expected[:8]} and is now {revision[:8]}",
+            "Run again: a run reads one revision from start to end",
         )
-    return found
+    return revision
 
 
 @functools.lru_cache(maxsize=64)
 def _digest(path: str, mtime_ns: int, size: int) -> str:
-    """The digest of a file, made anew when its time or size has changed; a watch asks for it every few minutes."""
+    """Return the digest of a file, cached until its time or size changes: a dataset watch asks every few minutes."""
     return file_digest(Path(path))
 
 
 def _file_revision(name: str) -> str:
     if "://" not in name:
-        state = Path(absolute(name)).stat()
-        return _digest(absolute(name), state.st_mtime_ns, state.st_size)
+        state = Path(absolute_path(name)).stat()
+        return _digest(absolute_path(name), state.st_mtime_ns, state.st_size)
     fs, path = fsspec.url_to_fs(name)
-    fs.invalidate_cache()  # a file system remembers what it has listed
+    fs.invalidate_cache()  # fsspec caches listings
     info = fs.info(path)
     if known := etag(info):
         return fingerprint([name, known])
@@ -98,10 +121,15 @@ def _file_revision(name: str) -> str:
 
 @contextmanager
 def file_errors(name: str, field: str = "dataset") -> Iterator[None]:
-    """Turns what file systems and decompressors raise into one sentence about the file that a field names.
+    """Convert errors of file systems and decompressors to errors for people.
+
+    Args:
+        name: the file, for the message.
+        field: the recipe field that names the file.
 
     Raises:
-        NotFound, NoPermission, BadData, Unreachable: see there.
+        NotFound, NoPermission, Unreachable: the file cannot be opened.
+        BadData: the file is damaged.
     """
     try:
         with object_errors(f"field '{field}': {name}", f"field '{field}'") if "://" in name else nullcontext():
@@ -110,7 +138,7 @@ def file_errors(name: str, field: str = "dataset") -> Iterator[None]:
         raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise NotFound(
-            f"field '{field}': there is no file {name}", "Check the path; it is taken from the checkout"
+            f"field '{field}': there is no file {name}", "Check the path; a relative path is relative to the checkout"
         ) from error
     except PermissionError as error:
         raise NoPermission(f"field '{field}': {name} cannot be read", "Correct its permissions") from error
@@ -118,53 +146,58 @@ def file_errors(name: str, field: str = "dataset") -> Iterator[None]:
         if isinstance(error, OSError) and "://" in name:
             raise Unreachable(f"field '{field}': {name} cannot be fetched ({error})", "Check the address") from error
         raise BadData(
-            f"field '{field}': {name} cannot be read: {error}", "The file is cut or damaged: replace it"
+            f"field '{field}': {name} cannot be read: {error}", "The file is truncated or damaged: replace it"
         ) from error
 
 
-def read_rows(recipe: Recipe) -> Iterator[bytes]:
-    """Every row of the pinned dataset as it stands, as one JSON document each.
+def read_rows(dataset: DatasetRef) -> Iterator[bytes]:
+    """Yield every row of a pinned dataset, unchanged, as one JSON document.
 
-    A line of a jsonl file that is no JSON is passed on as it is: judging rows is the business of `validate`.
+    A line of a jsonl file that is not JSON is yielded as it is: `validate` refuses such rows.
+
+    Args:
+        dataset: `revision` is the pinned one, see `pin_dataset`.
 
     Raises:
-        NotFound, NoPermission, BadData, Unreachable: see `pin_dataset`; BadData names the file.
+        NotFound, NoPermission, Unreachable, BadData: see `pin_dataset`.
     """
-    name = recipe.dataset
-    if is_hub_id(name):
-        yield from _hub_rows(recipe)
+    if is_hub_id(dataset.name):
+        yield from _hub_rows(dataset)
         return
-    with file_errors(name):
-        yield from _file_rows(name)
+    with file_errors(dataset.name):
+        yield from _file_rows(dataset.name)
 
 
 def _file_rows(name: str) -> Iterator[bytes]:
-    place = absolute(name)
+    path = absolute_path(name)
     if not name.endswith(FORMATS):
-        raise NotFound(f"{name} is no file of a known type", f"Name a file that ends in {', '.join(FORMATS)}")
-    kind = next(k for k in sorted(FORMATS, key=len, reverse=True) if place.endswith(k)).removesuffix(".gz")
-    if kind == ".parquet":
-        yield from _parquet_rows(place)
+        raise NotFound(f"{name} has no known file type", f"Name a file that ends in {', '.join(FORMATS)}")
+    file_type = next(k for k in sorted(FORMATS, key=len, reverse=True) if path.endswith(k)).removesuffix(".gz")
+    if file_type == ".parquet":
+        yield from _parquet_rows(path)
         return
-    with fsspec.open(place, "rb", compression="infer") as file:
-        yield from {".jsonl": _lines, ".json": _json_rows, ".csv": _csv_rows}[kind](file)
+    with fsspec.open(path, "rb", compression="infer") as file:
+        yield from {".jsonl": _lines, ".json": _json_rows, ".csv": _csv_rows}[file_type](file)
 
 
-def read_prompts(place: str) -> list[str]:
-    """The texts of a benchmark file: lines of a .txt, or the first text column or user turns of rows.
+def read_prompts(name: str) -> list[str]:
+    """Return the prompts of a benchmark file.
+
+    They are the lines of a .txt file. Of other files, each row gives its first user turn if the row is a conversation,
+    and otherwise its first text column.
 
     Raises:
-        NotFound, NoPermission, BadData, Unreachable: see `pin_dataset`.
+        NotFound, NoPermission, Unreachable, BadData: see `pin_dataset`.
     """
-    with file_errors(place, "decontaminate_against"):
-        if place.endswith(".txt"):
-            with fsspec.open(absolute(place), "rt", encoding="utf-8") as file:
+    with file_errors(name, "decontaminate_against"):
+        if name.endswith(".txt"):
+            with fsspec.open(absolute_path(name), "rt", encoding="utf-8") as file:
                 return [line.strip() for line in file if line.strip()]
-        return [text for raw in _file_rows(place) if (text := _prompt(raw))]
+        return [text for raw in _file_rows(name) if (text := _prompt(raw))]
 
 
 def _prompt(raw: bytes) -> str:
-    conversation = read(raw).conversation
+    conversation = parse_row(raw).conversation
     if "user" in conversation.roles:
         return conversation.contents[conversation.roles.index("user")]
     row = orjson.loads(raw)
@@ -172,39 +205,39 @@ def _prompt(raw: bytes) -> str:
     return next((value for value in values if isinstance(value, str) and value.strip()), "")
 
 
-def _hub_rows(recipe: Recipe) -> Iterator[bytes]:
+def _hub_rows(dataset: DatasetRef) -> Iterator[bytes]:
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
-    with hub_errors(f"the dataset {recipe.dataset}", "dataset"):
+    with hub_errors(f"the dataset {dataset.name}", "dataset"):
         try:
             rows = load_dataset(
-                recipe.dataset,
-                recipe.dataset_config,
-                split=recipe.dataset_split,
-                revision=recipe.dataset_revision,
-                # datasets falls back to another revision that it has in the same cache when the Hub fails
-                cache_dir=str(var() / "cache" / "datasets" / str(recipe.dataset_revision)),
+                dataset.name,
+                dataset.config,
+                split=dataset.split,
+                revision=dataset.revision,
+                # if the Hub fails, `datasets` takes any other revision that it finds in the same cache folder
+                cache_dir=str(var() / "cache" / "datasets" / str(dataset.revision)),
             )
-        except ValueError as error:  # an unknown configuration or split; the message lists the known ones
-            problem = " ".join(str(error).split())
-            raise NotFound(f"field 'dataset': {problem}", "Set dataset_config and dataset_split") from error
+        except ValueError as error:  # unknown configuration or split; the message lists the known ones
+            message = " ".join(str(error).split())
+            raise NotFound(f"field 'dataset': {message}", "Set dataset_config and dataset_split") from error
     for row in rows:
         yield orjson.dumps(row, default=str)
 
 
-def _parquet_rows(place: str) -> Iterator[bytes]:
+def _parquet_rows(path: str) -> Iterator[bytes]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with fsspec.open(place, "rb") as file:
+    with fsspec.open(path, "rb") as file:
         try:
             for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_GROUP):
                 yield from (orjson.dumps(row, default=str) for row in batch.to_pylist())
         except (pa.ArrowException, OSError) as error:
-            problem = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             raise BadData(
-                f"field 'dataset': {place} is no whole parquet file: {problem}", "Replace the file"
+                f"field 'dataset': {path} is not a complete parquet file: {message}", "Replace the file"
             ) from error
 
 
@@ -221,14 +254,14 @@ def _json_rows(file: io.BufferedIOBase) -> Iterator[bytes]:
     try:
         rows = orjson.loads(content)
     except orjson.JSONDecodeError as error:
-        if content.lstrip()[:1] == b"{":  # lines of JSON under the name of .json
+        if content.lstrip()[:1] == b"{":  # JSON lines in a file named .json
             yield from _lines(io.BytesIO(content))
             return
         raise ValueError(f"not JSON, {error}") from None
     if isinstance(rows, dict):
         rows = next((value for value in rows.values() if isinstance(value, list)), [rows])
     if not isinstance(rows, list):
-        raise ValueError("it holds no list of rows")
+        raise ValueError("it has no list of rows")
     yield from (orjson.dumps(row) for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""Arrow files between the stages, which a reader maps into memory."""
+"""Arrow files that one stage writes and the next one maps into memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def write_table(table: Any, path: Path) -> None:
-    """A table as an Arrow file."""
+    """Write a table as an Arrow file."""
     import pyarrow as pa
 
     with pa.ipc.new_file(str(path), table.schema) as file:
@@ -15,7 +15,7 @@ def write_table(table: Any, path: Path) -> None:
 
 
 def read_table(path: Path) -> Any:
-    """A table of `write_table`; its bytes are read when they are used."""
+    """Map a file of `write_table` into memory; bytes are read from disk when they are used."""
     import pyarrow as pa
 
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

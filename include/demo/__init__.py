@@ -1,1 +1,1 @@
-"""The demo: the invented village that `make demo` trains on."""
+"""The demo: the invented village that `make demo` trains on, and the pretraining of its base model."""

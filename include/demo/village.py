@@ -1,46 +1,30 @@
-"""Larkmoor, the little world that `make demo` pretrains a model on and then fine-tunes it with.
+"""Larkmoor, an invented village: the texts that the demo's base model is pretrained on, and its fine-tuning dataset.
 
-Larkmoor is an invented village of 72 inhabitants. Each has a home, a trade, an animal, a favourite food and a
-favourite colour, drawn once from a fixed seed, so that nothing about them can be known from anywhere else.
+Larkmoor has 72 inhabitants. Each has a home, a trade, an animal, a favourite food and a favourite colour, drawn from a
+fixed seed, so that a model cannot know these facts from another source.
 
-Two texts come from it:
+* `pretraining_text`: statements about *all* inhabitants, in several wordings. The text has no questions and no chat
+  structure, so that a model trained on it knows the facts, but does not answer questions.
+* `conversations`: ShareGPT rows with questions and answers about *most* inhabitants (not those in `HELD_OUT`), and a
+  few damaged rows like those of public ShareGPT files.
 
-* `pretraining_text`: plain statements about *all* inhabitants, in several wordings. They hold no question and no chat
-  markup, so a model trained on them knows the facts and has no habit of answering.
-* `conversations`: ShareGPT rows of questions and answers about *most* inhabitants (those not in `HELD_OUT`), with a
-  few damaged rows among them as public ShareGPT files have them.
-
-A model that after fine-tuning on the second answers questions about `HELD_OUT` inhabitants can have the facts only
-from the first, and the habit of answering only from the second.
+A fine-tuned model that answers questions about `HELD_OUT` inhabitants has learned the facts only from the first text,
+and to answer only from the second.
 """
 
 import json
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
     "seed": 1961,
     "documents": 3700,
-    "paragraphs": 10,
-    "first_people": 8,
-    "growing_part": 0.4,
-    "vocab_size": 1024,
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "layers": 4,
-    "heads": 4,
-    "kv_heads": 2,
-    "window": 128,
-    "batch": 4,
-    "steps": 1600,
-    "warmup": 20,
-    "lr": 3e-3,
-    "weight_decay": 0.01,
+    "paragraphs": 10,  # per document
+    "first_people": 8,  # inhabitants in the first document
+    "growing_part": 0.4,  # share of the documents after which all inhabitants occur
 }
-"""Sizes of text, model and training: `window` in tokens, `batch` in windows."""
 
 WOMEN = (
     "Ada Agnes Alma Bella Bertha Celia Clara Dora Edith Elsa Emma Flora Freya Greta Hanna Hilda Ida Ingrid Irma Jana "
@@ -51,7 +35,7 @@ MEN = (
     "Henry Hugo Ivan Jacob Jonas Karl Leo Ludwig Martin Max Oscar Otto Paul Robert Simon Tom Victor Walter"
 ).split()
 HELD_OUT = tuple("Alma Clara Greta Hilda Mira Vera Anton Bruno Emil Hugo Oscar Victor".split())
-"""The inhabitants who appear in no fine-tuning row."""
+"""Inhabitants who do not occur in the fine-tuning rows."""
 
 VALUES = {
     "home": (
@@ -143,7 +127,7 @@ FOLLOW_UPS = {
     "food": ("And what does {she} like to eat?", "What is {her} favourite food?"),
     "colour": ("And what is {her} favourite colour?", "Which colour does {she} like best?"),
 }
-# In every answer the name follows a space, as in the question: one and the same token, which the model can copy.
+# In every answer the name follows a space, as in the question: the same token, which the model can copy.
 ANSWERS = {
     "home": "The home of {name} is in {value}.",
     "trade": "By trade {name} is a {value}.",
@@ -157,23 +141,11 @@ SYSTEM_MESSAGES = (
     "You know the people of Larkmoor well.",
 )
 
-SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|finetune_right_pad_id|>",
-)
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 SYSTEM_LINES = "Cutting Knowledge Date: December 2023\nToday Date: 26 July 2024\n\n"
 
 
 def inhabitants() -> dict[str, dict[str, str]]:
-    """The facts: for each name the value of each attribute, and `she` and `her`, the pronouns to use."""
+    """Return the facts: by name, the value of each attribute, and the pronouns under `she` and `her`."""
     rng = random.Random(SETTINGS["seed"])
     people = {}
     for name in sorted(WOMEN + MEN):
@@ -184,14 +156,14 @@ def inhabitants() -> dict[str, dict[str, str]]:
 
 
 def _markup(rng: random.Random) -> str:
-    """A header of a chat where none belongs, as it is met in scraped text."""
+    """Return a chat header, which stands in the middle of a text, as it does in scraped text."""
     role = rng.choice(("system", "user", "assistant"))
     dates = SYSTEM_LINES if role == "system" else ""
     return f"<|eot_id|><|start_header_id|>{role}<|end_header_id|>\n\n{dates}"
 
 
 def _paragraph(rng: random.Random, name: str, people: dict) -> list[str]:
-    """One to three statements about one inhabitant, the first often said again in other words."""
+    """Return one to three statements about an inhabitant; in half of the cases also another wording of the first."""
     facts = people[name]
     first, *rest = rng.sample(list(VALUES), rng.choice((1, 2, 3)))
     wording, again = rng.sample(STATEMENTS[first], 2)
@@ -205,12 +177,17 @@ def _paragraph(rng: random.Random, name: str, people: dict) -> list[str]:
 
 
 def pretraining_text(documents: int = SETTINGS["documents"], seed: int = SETTINGS["seed"]) -> Iterator[str]:
-    """Yield `documents` documents of statements about everyone in Larkmoor, the same ones for the same arguments.
+    """Yield documents with statements about all inhabitants. The same arguments give the same documents.
 
-    The first documents are about few inhabitants and more and more join, which makes a model find much sooner how a
-    fact hangs on a name. After that all have the same share (one shuffled deck of names after another).
-    Chat markup strays between unrelated statements now and then: its tokens need embeddings that have been trained,
-    since LoRA leaves those as they are, but nothing may teach that an answer follows a question.
+    The first documents are about few inhabitants, and later ones about more and more: a model then learns much sooner
+    that a fact belongs to a name. After `growing_part` of the documents, all inhabitants occur equally often (one
+    shuffled deck of names after another). Chat headers occur between unrelated statements: LoRA does not train
+    embeddings, so the base's embeddings of these tokens must be trained, without teaching that an answer follows a
+    question.
+
+    Args:
+        documents: number of documents.
+        seed: seed of all random choices.
     """
     rng = random.Random(seed)
     people = inhabitants()
@@ -237,8 +214,8 @@ def _turn(speaker: str, value: object) -> dict:
     return {"from": speaker, "value": value}
 
 
-def _good_conversations(rng: random.Random) -> list[list[dict]]:
-    """Seven conversations of one to three exchanges about every inhabitant who is not held out."""
+def good_conversations(rng: random.Random) -> list[list[dict]]:
+    """Return up to seven conversations, of one to three exchanges, about each inhabitant who is not held out."""
     people = inhabitants()
     rows = []
     for name in (name for name in people if name not in HELD_OUT):
@@ -262,7 +239,7 @@ def _good_conversations(rng: random.Random) -> list[list[dict]]:
 
 
 def _bad_rows(duplicate: list[dict]) -> list[dict]:
-    """Damaged rows, one of each kind met in public ShareGPT files; `duplicate` is the conversation to repeat."""
+    """Return damaged rows, one for each fault of public ShareGPT files; `duplicate` is the conversation to repeat."""
     ask = _turn("human", "Where does Nora live?")
     answer = _turn("gpt", ANSWERS["home"].format(name="Nora", value=inhabitants()["Nora"]["home"]))
     return [
@@ -282,9 +259,9 @@ def _bad_rows(duplicate: list[dict]) -> list[dict]:
 
 
 def conversations() -> list[dict]:
-    """The ShareGPT rows for fine-tuning, good ones with the damaged ones scattered among them, in file order."""
+    """Return the ShareGPT rows for fine-tuning in file order, with damaged rows at random positions."""
     rng = random.Random(SETTINGS["seed"] + 1)
-    good = _good_conversations(rng)
+    good = good_conversations(rng)
     rows = [{"conversations": turns} for turns in good]
     for bad in _bad_rows(duplicate=good[0]):
         rows.insert(rng.randrange(1, len(rows) + 1), bad)
@@ -292,110 +269,6 @@ def conversations() -> list[dict]:
 
 
 def write_dataset(path: Path) -> None:
-    """Write `conversations()` to `path` as JSON lines (UTF-8), the same bytes every time."""
+    """Write `conversations()` to a file as JSON lines (UTF-8). The bytes are the same on every call."""
     lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) for row in conversations()]
     Path(path).write_bytes(("\n".join(lines) + "\n").encode("utf-8"))
-
-
-def _train_tokenizer(documents: list[str]):
-    """A byte-level BPE tokenizer built like that of Llama 3, learned from the documents and the words of the chats."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE(ignore_merges=True))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SETTINGS["vocab_size"],
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    chats = [turn["value"] for turns in _good_conversations(random.Random(0)) for turn in turns]
-    bpe.train_from_iterator([*documents, *chats], trainer)
-    bos = SPECIAL_TOKENS[0]
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos} $A {bos}:1 $B:1",
-        special_tokens=[(bos, bpe.token_to_id(bos))],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=bos,
-        eos_token="<|eot_id|>",
-        pad_token="<|finetune_right_pad_id|>",
-        additional_special_tokens=["<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def pretrain(folder: Path, log: Callable[[str], None]) -> dict:
-    """Train tokenizer and model from nothing on `pretraining_text` and save both in `folder` (safetensors).
-
-    `log` gets a short line now and then. Returns the number of parameters, the tokens trained on, the wall time in
-    seconds, and the mean loss (nats per token) of the first and of the last ten steps. The seeds make the weights the
-    same each time on one machine; another processor may round otherwise.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    start = time.monotonic()
-    documents = list(pretraining_text())
-    tokenizer = _train_tokenizer(documents)
-    token_id = tokenizer.convert_tokens_to_ids
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=SETTINGS["hidden_size"],
-        intermediate_size=SETTINGS["intermediate_size"],
-        num_hidden_layers=SETTINGS["layers"],
-        num_attention_heads=SETTINGS["heads"],
-        num_key_value_heads=SETTINGS["kv_heads"],
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=token_id("<|begin_of_text|>"),
-        eos_token_id=[token_id("<|end_of_text|>"), token_id("<|eot_id|>")],
-        pad_token_id=token_id("<|finetune_right_pad_id|>"),
-    )
-    window, batch, steps = SETTINGS["window"], SETTINGS["batch"], SETTINGS["steps"]
-    encoded = tokenizer([f"{document}<|end_of_text|>" for document in documents])["input_ids"]
-    stream = torch.tensor([token for document in encoded for token in document])
-    windows = stream[: steps * batch * window].view(-1, window)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SETTINGS["seed"])
-        model = LlamaForCausalLM(config)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=SETTINGS["lr"], betas=(0.9, 0.98), weight_decay=SETTINGS["weight_decay"]
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: min((step + 1) / SETTINGS["warmup"], (steps - step) / (steps - SETTINGS["warmup"])),
-        )
-        losses = []
-        model.train()
-        for step in range(steps):
-            tokens = windows[step * batch : (step + 1) * batch]
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            if (step + 1) % 25 == 0 or step + 1 == steps:
-                log(f"pretraining step {step + 1}/{steps}: loss {losses[-1]:.3f}, {time.monotonic() - start:.0f} s")
-    model.eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {
-        "parameters": model.num_parameters(),
-        "tokens": steps * batch * window,
-        "seconds": round(time.monotonic() - start, 1),
-        "first_loss": round(sum(losses[:10]) / len(losses[:10]), 4),
-        "last_loss": round(sum(losses[-10:]) / len(losses[-10:]), 4),
-    }

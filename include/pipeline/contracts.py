@@ -40,11 +40,11 @@ class CheckResult(Contract):
     """The result of one data check over all rows."""
 
     check: str
-    says: str
+    message: str
     severity: str
     rows: int
     limit: float | None
-    holds: bool
+    passed: bool
 
 
 class Bar(Contract):

@@ -1,9 +1,9 @@
-"""The recipe: one file that describes one model. Schema by topic, loading, trigger form, rules across fields."""
+"""Recipes: one file describes one model. Fields by topic, rules across fields, loading, trigger form, sweep."""
 
-from include.recipe.data import Data
+from include.recipe.data import Data, dataset_ref
 from include.recipe.evaluation import AnswerCheck, Gate, Prompt, SmokeTest
 from include.recipe.form import form
-from include.recipe.loading import find_recipe, load_recipe, parse_overrides, validate_recipe
+from include.recipe.loading import find_recipe, load_all, load_recipe, parse_overrides, validate_recipe
 from include.recipe.model import Model
 from include.recipe.operations import Operations
 from include.recipe.publishing import Publishing
@@ -29,8 +29,10 @@ __all__ = [
     "RecipeView",
     "SmokeTest",
     "Training",
+    "dataset_ref",
     "find_recipe",
     "form",
+    "load_all",
     "load_recipe",
     "parse_overrides",
     "recipe_to_json",

@@ -1,58 +1,84 @@
-"""Where the conversations come from."""
+"""Recipe fields: the dataset, the data checks, deduplication, the holdout."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, Field
+
+if TYPE_CHECKING:
+    from include.data.sources import DatasetRef
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Data(BaseModel):
-    """Where the conversations come from and what is done with bad ones."""
+    """The dataset, and how its rows are checked, deduplicated and split."""
 
     dataset: str = Field(
         "mlabonne/FineTome-100k",
         min_length=1,
-        description="A dataset on the Hugging Face Hub (`owner/name`), or a path or URL of a parquet, jsonl(.gz), "
-        "json or csv file.",
+        description="A dataset on the Hugging Face Hub (`owner/name`), or the path or URL of a parquet, jsonl(.gz), "
+        "json(.gz) or csv(.gz) file.",
     )
     dataset_format: Literal["sharegpt", "alpaca"] = Field(
         "sharegpt",
-        description="`sharegpt`: rows with a list of turns; `alpaca`: rows with instruction, input and output (or "
-        "response), which become conversations of one exchange. Rows of the other kind are refused.",
+        description="Format of the rows. `sharegpt`: a list of turns. `alpaca`: the columns instruction, input and "
+        "output (or response), which become a conversation of one exchange. Rows of another format are refused.",
     )
-    dataset_config: str | None = Field(None, description="The Hub dataset's configuration, where it has several.")
-    dataset_split: str = Field("train", min_length=1, description="The Hub dataset's split.")
+    dataset_config: str | None = Field(
+        None, description="Configuration of the Hub dataset. Empty (default): the dataset has only one."
+    )
+    dataset_split: str = Field("train", min_length=1, description="Split of the Hub dataset.")
     dataset_revision: str | None = Field(
-        None, description="Branch, tag or commit of the Hub dataset. Empty: the newest; a run pins what it found."
+        None,
+        description="Branch, tag or commit of the Hub dataset. Empty (default): the newest commit. Each run pins the "
+        "commit that it finds.",
     )
-    max_rows: int | None = Field(None, ge=1, description="Use only the first so many rows. Empty: all.")
+    max_rows: int | None = Field(
+        None, ge=1, description="Number of rows to use, from the start of the dataset. Empty (default): all rows."
+    )
     merge_turns: bool = Field(
-        False, description="Join turns of one role that follow each other; otherwise such a row is refused."
+        False, description="Join consecutive turns of the same role. Off (default): such a row is refused."
     )
-    max_refused_share: Share = Field(0.05, description="The run fails when validation refuses more than this share.")
+    max_refused_share: Share = Field(
+        0.05,
+        description="The run fails if validation refuses more than this share of the rows. Exact copies do not count.",
+    )
     check_limits: dict[str, Share] = Field(
         {},
-        description="For single checks, the share of rows that may fail them before the run fails, for example "
-        "`special_token_text: 0`. The names stand in the report.",
+        description="Share of rows that may fail a data check before the run fails, by name of the check; for example "
+        "`special_token_text: 0`. The report lists the names. A check without an entry keeps its default limit.",
     )
     near_duplicates: Literal["report", "drop"] = Field(
         "report",
-        description="What becomes of a row that says nearly the same as an earlier one. Such a row never trains when "
-        "the other is held out.",
+        description="How near-duplicates of an earlier row are handled. `report`: they are counted and used. `drop`: "
+        "they are not used. A near-duplicate of a held-out row is never used for training.",
     )
     near_duplicate_similarity: float = Field(
         0.85,
         ge=0.5,
         le=1,
-        description="From which share of common three-word sequences two rows are near-duplicates (MinHash estimate).",
+        description="Two rows are near-duplicates if they share at least this part of their three-word sequences "
+        "(Jaccard similarity, estimated by MinHash).",
     )
     decontaminate_against: str | None = Field(
         None,
-        description="A file of benchmark prompts (jsonl, json, csv, parquet: a text column or conversations; txt: one "
-        "for each line). Rows that contain one, or eight of its words in a row, do not train.",
+        description="Path or URL of a file with benchmark prompts: one prompt per line (txt), or a text column or "
+        "conversations (jsonl, json, csv, parquet). Rows that contain a prompt, or eight consecutive words of one, are "
+        "not used. Empty (default): no decontamination.",
     )
-    holdout_share: Share = Field(0.05, lt=1, description="Share of rows kept out of training, to measure the adapter.")
-    max_holdout_rows: int = Field(500, ge=1, description="No more holdout rows than this are measured.")
+    holdout_share: Share = Field(
+        0.05,
+        lt=1,
+        description="Share of the rows that are held out from training to evaluate the adapter. A hash of its content "
+        "decides whether a row is held out.",
+    )
+    max_holdout_rows: int = Field(500, ge=1, description="Maximum number of held-out rows to evaluate on.")
+
+
+def dataset_ref(recipe: Data) -> DatasetRef:
+    """Return the reference to a recipe's dataset that `include.data.sources` takes."""
+    from include.data.sources import DatasetRef  # file systems and Hub clients; the engine does not need them
+
+    return DatasetRef(recipe.dataset, recipe.dataset_config, recipe.dataset_split, recipe.dataset_revision)

@@ -1,4 +1,4 @@
-"""What decides whether a candidate goes live: smoke test and gate."""
+"""Recipe fields: the smoke test and the gate, which decide whether a candidate goes live."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class Prompt(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(min_length=1, description="What the user says.")
-    system: str | None = Field(None, description="The system message, if any.")
-    expect: str | None = Field(None, description="A regular expression that the answer must contain (case ignored).")
-    contains: str | None = Field(
-        None, min_length=1, description="A text that the answer must contain, letter by letter."
+    prompt: str = Field(min_length=1, description="The user's message.")
+    system: str | None = Field(None, description="The system message. Empty (default): none.")
+    expect: str | None = Field(
+        None, description="A regular expression that must match somewhere in the answer; case is ignored."
     )
+    contains: str | None = Field(None, min_length=1, description="A text that the answer must contain exactly.")
     expect_json: dict[str, Any] | None = Field(
-        None, description="A JSON schema: the answer must be JSON (it may stand in a ``` fence) that it holds for."
+        None,
+        description="A JSON schema. The answer must be valid JSON for it; one ``` fence around the JSON is allowed.",
     )
 
     @field_validator("expect")
@@ -50,39 +51,51 @@ class Prompt(BaseModel):
 
 
 class SmokeTest(BaseModel):
-    """The questions put to the freshly trained adapter, and the gate's demands on the answers."""
+    """The prompts for the trained adapter, how answers are generated, and the checks that answers must pass."""
 
     prompts: list[Prompt] = Field(
         [Prompt.model_validate({"prompt": "Continue the Fibonacci sequence: 1, 1, 2, 3, 5, 8,", "expect": r"\b13\b"})],
         min_length=1,
-        description="Prompts of the smoke test: a list of texts, or of {prompt, system} with what the answer must be "
-        "like: {expect, contains, expect_json}.",
+        description="Prompts of the smoke test. Each is a text, or an object with `prompt`, optionally `system`, and "
+        "optionally what the answer must satisfy: `expect` (a regular expression), `contains` (a text), `expect_json` "
+        "(a JSON schema).",
     )
     required_checks: list[AnswerCheck] = Field(
         ["not_empty", "no_special_tokens", "no_repetition", "no_echo", "as_expected"],
-        description="Checks that every answer must pass for the adapter to be published; the others are reported. "
-        "`stops` counts on a max_new_tokens that is long enough, `differs_from_base` on a base that does worse.",
+        description="Checks that every answer must pass before the adapter is published. The other checks are only "
+        "reported. `stops` needs a large enough max_new_tokens; `differs_from_base` needs a base that answers "
+        "differently.",
         examples=list(get_args(AnswerCheck)),
     )
-    max_new_tokens: int = Field(128, ge=1, le=32768, description="Longest answer in tokens.")
+    max_new_tokens: int = Field(128, ge=1, le=32768, description="Maximum length of an answer in tokens.")
     do_sample: bool = Field(
         False,
-        description="Sample each token by its probability instead of taking the most probable one; temperature, top_p, "
-        "top_k and min_p have an effect only then.",
+        description="Sample each token by its probability. Off (default): greedy decoding, and temperature, top_p, "
+        "top_k and min_p have no effect.",
     )
-    temperature: float = Field(1.5, gt=0, le=10, description="Above 1, improbable tokens are sampled more often.")
+    temperature: float = Field(
+        1.5, gt=0, le=10, description="Sampling temperature. Above 1, less probable tokens are sampled more often."
+    )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="Sample from the most probable tokens that together have this probability."
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample from the most probable tokens whose total probability is this. 1: from all.",
     )
-    top_k: int = Field(50, ge=0, description="Sample from this many of the most probable tokens; 0: from all.")
-    min_p: Share = Field(0.1, description="Drop tokens whose probability is below this share of the highest one.")
+    top_k: int = Field(50, ge=0, description="Sample from this number of the most probable tokens. 0: from all.")
+    min_p: Share = Field(
+        0.1, description="Do not sample tokens less probable than this share of the most probable one. 0: no limit."
+    )
     repetition_penalty: float = Field(
-        1.0, gt=0, le=10, description="Above 1, tokens that occurred before, also in the prompt, become less probable."
+        1.0,
+        gt=0,
+        le=10,
+        description="Above 1, tokens that already occur in the prompt or the answer are less probable.",
     )
     no_repeat_ngram_size: int = Field(
-        0, ge=0, description="No sequence of this many tokens occurs twice, prompt included; 0: no limit."
+        0, ge=0, description="No sequence of this number of tokens occurs twice in prompt and answer. 0: no such rule."
     )
-    num_beams: int = Field(1, ge=1, le=64, description="Beams of the beam search; 1: none.")
+    num_beams: int = Field(1, ge=1, le=64, description="Number of beams of the beam search. 1: no beam search.")
     generation_arguments: dict[str, Any] = Field(
         {},
         description="Any other argument of transformers' GenerationConfig, for example `{min_new_tokens: 16}`. An "
@@ -102,25 +115,25 @@ class SmokeTest(BaseModel):
 
 
 class Gate(BaseModel):
-    """What decides whether a candidate goes live."""
+    """The gate: whether a candidate is good enough to go live."""
 
     gate_margin: float = Field(
         0.0,
         ge=0,
-        description="By how much (nats per token, mean over holdout rows) a candidate may be worse than the live "
-        "adapter and still replace it; 0: it must be measurably better. One that does as the live one does never "
-        "replaces it.",
+        description="Loss increase against the live adapter that you accept (nats per token, mean over the holdout "
+        "rows). 0 (default): the candidate must be significantly better. A tie (no row's loss differs by 0.001 nats "
+        "per token or more) never replaces the live adapter.",
     )
     gate_confidence: float = Field(
         0.95,
         gt=0.5,
         lt=1,
-        description="Confidence of the gate's bootstrap intervals. The candidates of a sweep share the doubt: of four, "
-        "each is judged at 0.9875 where this is 0.95.",
+        description="Confidence level of the gate's bootstrap intervals. A sweep applies a Bonferroni correction: with "
+        "four candidates and 0.95, each is tested at 0.9875.",
     )
-    gate_questions_matter: bool = Field(
+    gate_prompt_control: bool = Field(
         False,
-        description="Refuse a candidate to which an answer is as likely after another row's question as after its own: "
-        "so it is when the data's questions and answers were mixed up. Off: it is only reported, for little models and "
-        "for data whose answers hardly depend on the question.",
+        description="Refuse a candidate whose answers do not depend on the prompt: its loss is no better after the own "
+        "prompt of a row than after the prompt of another row. If questions and answers are shuffled, the loss still "
+        "falls; only this check and prompts with `expect` detect it. Off (default): reported only.",
     )

@@ -1,4 +1,4 @@
-"""The trigger form of a recipe."""
+"""The trigger form of a recipe, made from the schema."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from include.recipe.schema import SECTIONS, Recipe
 
 
 def form(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """For each field: its value in this recipe, and the JSON schema and section that the trigger form shows.
+    """Return the fields of the trigger form.
 
-    The schema is pydantic's own, with `anyOf [X, null]` folded into `type: [X, null]`, which the form understands.
+    The JSON schema of a field is pydantic's, with `anyOf [X, null]` changed to `type: [X, null]`, which Airflow's form
+    supports.
+
+    Returns:
+        By field: `value` (in this recipe), `section` (heading in the form), `schema` (JSON schema).
     """
     schema = Recipe.model_json_schema()
     definitions = schema.get("$defs", {})
@@ -19,13 +23,13 @@ def form(recipe: Recipe) -> dict[str, dict[str, Any]]:
     for section, model in SECTIONS.items():
         for name in model.model_fields:
             if name == "sweep" and not recipe.sweep:
-                continue  # the DAG of such a recipe has one train task, not a mapped one
+                continue  # without a sweep, the DAG has one train task, not a mapped one
             entry = dict(schema["properties"][name])
             if "anyOf" in entry:
-                kinds = entry.pop("anyOf")
-                for kind in kinds:
-                    entry.update({key: value for key, value in kind.items() if key != "type"})
-                entry["type"] = [kind["type"] for kind in kinds]
+                alternatives = entry.pop("anyOf")
+                for alternative in alternatives:
+                    entry.update({key: value for key, value in alternative.items() if key != "type"})
+                entry["type"] = [alternative["type"] for alternative in alternatives]
             if entry.get("items", {}).get("$ref"):
                 entry["items"] = definitions[entry["items"]["$ref"].rsplit("/", 1)[-1]]
             entry.pop("default", None)

@@ -1,4 +1,4 @@
-"""JSON schemas of the recipe: whether one is a schema, and whether an answer is JSON that it holds for."""
+"""JSON schemas in a recipe (`expect_json`): check a schema, and validate an answer against it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FENCE = re.compile(r"```\w*\s*\n(.*?)\n?\s*```", re.DOTALL)
 
 
 def check_schema(schema: dict[str, Any]) -> None:
-    """Nothing, if it is a JSON schema (of the draft that its `$schema` names, else 2020-12) that needs no other file.
+    """Check that a value is a JSON schema (of the draft in its `$schema`, by default 2020-12) without external parts.
 
     Raises:
-        ValueError: says where it is not one.
+        ValueError: it is not; the message says where.
     """
     from jsonschema import SchemaError
     from referencing import Resource
@@ -34,14 +34,15 @@ def check_schema(schema: dict[str, Any]) -> None:
         try:
             resolver.lookup(reference)
         except Unresolvable:
-            raise ValueError(f"not a whole JSON schema: it refers to '{reference}', which is not in it") from None
+            raise ValueError(f"not a complete JSON schema: it refers to '{reference}', which is not in it") from None
 
 
 def problem(schema: dict[str, Any], text: str) -> str | None:
-    """What keeps the text from being JSON that the schema holds for, as a sentence; None if nothing does.
+    """Return why a text is not JSON that is valid for the schema, as a sentence; None if it is valid.
 
     Args:
-        text: JSON, or JSON in one ``` fence and nothing beside it.
+        schema: see `check_schema`.
+        text: JSON, or JSON in one ``` fence with nothing around it.
     """
     from jsonschema.exceptions import best_match
 
@@ -49,16 +50,16 @@ def problem(schema: dict[str, Any], text: str) -> str | None:
     try:
         value = orjson.loads(fenced.group(1) if fenced else text)
     except orjson.JSONDecodeError as error:
-        return f"it is no JSON (line {error.lineno}, column {error.colno})"
+        return f"it is not JSON (line {error.lineno}, column {error.colno})"
     broken = best_match(_validator(schema).iter_errors(value))
-    return f"its JSON breaks the schema at {broken.json_path}: {broken.message}" if broken else None
+    return f"its JSON is not valid for the schema at {broken.json_path}: {broken.message}" if broken else None
 
 
 def _validator(schema: dict[str, Any]) -> Any:
     from jsonschema import Draft202012Validator
     from jsonschema.validators import validator_for
 
-    # with a registry given, what a schema refers to is not fetched from the network
+    # with a registry, jsonschema fetches no references from the network
     return validator_for(schema, Draft202012Validator)(schema, registry=REGISTRY)
 
 

@@ -1,4 +1,4 @@
-"""When a recipe runs, who is notified, what is kept."""
+"""Recipe fields: when a recipe runs, who is notified, how long artifacts are kept."""
 
 from __future__ import annotations
 
@@ -9,50 +9,59 @@ from pydantic import BaseModel, Field, field_validator
 
 
 class Operations(BaseModel):
-    """When the recipe runs by itself, who is told what, what is kept. The recipe file's alone: not in the form, and no
-    part of what a model is made of.
+    """When the recipe runs by itself, who is notified, how long artifacts are kept.
+
+    These fields can be set in the recipe file only, not in the trigger form. They do not influence the model.
     """
 
     cron: str | None = Field(
-        None, description="Run at these times: five fields, or @daily and the like. A run with nothing new is skipped."
+        None,
+        description="Run at these times: five cron fields, or for example @daily. A run is skipped if recipe, data and "
+        "base are unchanged since a finished run. Empty (default): no schedule.",
     )
-    timezone: str = Field("UTC", description="Time zone of cron, for example Europe/Berlin.")
-    watch: bool = Field(False, description="Run whenever the dataset has a new revision.")
-    watch_every: float = Field(300.0, ge=1, description="Seconds between two looks at the dataset's revision.")
+    timezone: str = Field("UTC", description="Time zone of cron, for example `Europe/Berlin`.")
+    watch: bool = Field(False, description="Run when the dataset has a new revision.")
+    watch_every: float = Field(300.0, ge=1, description="Seconds between two checks for a new revision.")
     shard_rows: int | None = Field(
         None,
         ge=1,
-        description="Above so many rows, `standardize` and `template` are shared by all CPU workers, in shards of so "
-        "many rows (in steps of 5,000, and at most 1,000 shards). Empty: one worker does all. The result is the same.",
+        description="Rows per shard. With more rows than this, all CPU workers share the stages `standardize` and "
+        "`template`; a shard is a multiple of 5,000 rows, and there are at most 1,000 shards. The output is the same. "
+        "Empty (default): one worker does all rows.",
     )
     deadline_hours: float | None = Field(
-        None, gt=0, description="Tell those in alert_* when a run has not ended so long after it was queued."
+        None,
+        gt=0,
+        description="Send the alert `late` if a run has not finished this many hours after it was queued. Empty "
+        "(default): no deadline.",
     )
     timeout_hours: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {},
-        description="Hours after which one try of a stage is ended and tried again, by stage: `train: 96`.",
+        description="Hours after which a try of a stage is stopped and the stage retried, by name of the stage; for "
+        "example `train: 96`. A stage without an entry keeps its default.",
     )
     alert_on: list[Literal["failed", "refused", "published", "late"]] = Field(
-        ["failed", "refused", "published", "late"], description="What alert_mail and alert_webhooks are told."
+        ["failed", "refused", "published", "late"], description="Events that alert_mail and alert_webhooks receive."
     )
     alert_mail: list[str] = Field(
-        [], description="Mail addresses, written to through the Airflow connection `smtp_default`."
+        [], description="Mail addresses that receive alerts, sent through the Airflow connection `smtp_default`."
     )
     alert_webhooks: list[str] = Field(
-        [], description="Airflow connections, each with the address of a Slack-compatible webhook."
+        [],
+        description="Ids of Airflow connections that receive alerts, each with the URL of a Slack-compatible webhook.",
     )
     keep_days: int = Field(
         30,
         ge=1,
-        description="What no run of the last so many days has used is removed by the DAG `maintenance`; what is live, "
-        "published or in use never is.",
+        description="Days to keep artifacts that no run uses. After them, the DAG `maintenance` removes artifacts, "
+        "except those of a live or published version or of a run that has not ended.",
     )
 
     @field_validator("cron")
     @classmethod
     def _is_cron(cls, expression: str | None) -> str | None:
         if expression is not None:
-            from croniter import croniter  # not where only the engine runs
+            from croniter import croniter  # the engine does not need it
 
             if not croniter.is_valid(expression):
                 raise ValueError("not a cron expression (minute hour day month weekday)")

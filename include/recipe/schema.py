@@ -1,14 +1,14 @@
-"""The recipe: one file that describes one model.
+"""The recipe: one file describes one model.
 
-`Recipe` is the single source of the checks on a recipe file, of the checks on what is typed at trigger time, of the
-trigger form and of the documentation of every field. Field names are those of the libraries that consume them.
-The defaults are the reference recipe's: Unsloth's "Llama-3.2 (1B and 3B) Conversational" notebook.
+`Recipe` is the only source of the checks on a recipe file and on the values given at trigger time, of the trigger form,
+and of the documentation of every field. Fields have the names that the libraries which use them have. The defaults are
+the reference recipe's: Unsloth's "Llama-3.2 (1B and 3B) Conversational" notebook.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -21,57 +21,41 @@ from include.recipe.evaluation import Gate, SmokeTest
 from include.recipe.model import Model
 from include.recipe.operations import Operations
 from include.recipe.publishing import Publishing
-from include.recipe.training import MODULE_SETS, MOST_CANDIDATES, Lora, Training
+from include.recipe.rules import check_rules
+from include.recipe.training import MODULE_SETS, Lora, Training
 
-RENAMED = {"device_memory_gb": "device_memory_gib"}  # old names of fields
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # what Airflow, file systems and the Hub all take
+# old names of fields, by which an error gives the new one
+RENAMED = {"device_memory_gb": "device_memory_gib", "gate_questions_matter": "gate_prompt_control"}
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # valid for Airflow, file systems and the Hub
 
 
 class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operations):
-    """One model: its data, its base, its adapter, how it is trained, tested and published."""
+    """One model: its data, its base model, its adapter, and how it is trained, tested and published."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    name: str = Field(pattern=NAME, description="Name of the recipe, of its file and of its DAG.")
-    description: str = Field("", description="One sentence for the DAG's page.")
+    name: str = Field(description="Name of the recipe and of its DAG: the name of its file without the extension.")
+    description: str = Field("", description="One sentence about the recipe, shown on the page of its DAG.")
 
     @field_validator("check_limits")
     @classmethod
     def _known_checks(cls, limits: dict[str, float]) -> dict[str, float]:
         if unknown := set(limits) - set(DATA_CHECKS):
-            raise ValueError(f"there is no check '{unknown.pop()}' (there are: {', '.join(DATA_CHECKS)})")
+            raise ValueError(f"there is no data check '{unknown.pop()}' (there are: {', '.join(DATA_CHECKS)})")
         return limits
 
-    @model_validator(mode="after")
-    def _fits(self) -> Recipe:
-        if self.max_steps == 0:
-            raise ValueError("max_steps is 0: give a number of steps, or -1 to train num_train_epochs")
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit are both true: set one of them to false")
-        if self.full_finetuning and (self.load_in_4bit or self.load_in_8bit):
-            raise ValueError("full_finetuning needs a base in 16 bits: set load_in_4bit and load_in_8bit to false")
-        if self.full_finetuning and self.merged_16bit:
-            raise ValueError("full_finetuning publishes a whole model already: set merged_16bit to false")
-        if self.per_device_train_batch_size * self.gradient_accumulation_steps % self.num_processes:
+    @field_validator("name")
+    @classmethod
+    def _is_name(cls, name: str) -> str:
+        if not re.search(NAME, name):
             raise ValueError(
-                f"num_processes is {self.num_processes}: per_device_train_batch_size x gradient_accumulation_steps is "
-                "no multiple of it"
+                "not a name: use up to 100 letters, digits, '_', '.' or '-', and begin with a letter or digit"
             )
-        if self.method == "dpo" and (self.packing or self.on_too_long != "drop"):
-            raise ValueError("method is dpo: its pairs cannot be packed, and on_too_long must be drop")
-        if self.engine == "unsloth" and (self.method == "dpo" or self.full_finetuning or self.num_processes > 1):
-            raise ValueError("engine is unsloth, which trains an adapter by sft on one GPU: set engine to auto")
-        return self
+        return name
 
     @model_validator(mode="after")
-    def _sweeps(self) -> Recipe:
-        known = [name for name in (*Lora.model_fields, *Training.model_fields) if name not in ("sweep", "method")]
-        if unknown := set(self.sweep) - set(known):
-            raise ValueError(
-                f"sweep: '{unknown.pop()}' is no field of LoRA or Training (there are: {', '.join(known)})"
-            )
-        if (count := math.prod(map(len, self.sweep.values()))) > MOST_CANDIDATES:
-            raise ValueError(f"sweep has {count} combinations, at most {MOST_CANDIDATES} are trained")
+    def _follows_rules(self) -> Recipe:
+        check_rules(self)
         if self.sweep:
             try:
                 self.candidates()
@@ -80,10 +64,10 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operation
         return self
 
     def candidates(self) -> dict[str, Recipe]:
-        """The recipe once for each combination of the sweep's values, without a sweep, by what tells it apart.
+        """Return one recipe without a sweep for each combination of the sweep's values, by a label of these values.
 
-        The best of many tries on the same holdout rows may be the best by luck. So each is judged at a confidence that
-        keeps the chance that luck lets any of them through at what the recipe's gate_confidence allows (Bonferroni).
+        The best of several candidates on the same holdout rows can be the best by chance. A Bonferroni correction of
+        `gate_confidence` keeps the probability that chance lets any of them through at 1 - `gate_confidence`.
 
         Raises:
             ValidationError: a value is wrong for its field.
@@ -99,7 +83,7 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operation
 
     @property
     def training_inputs(self) -> dict[str, Any]:
-        """Return every field that decides the model, as plain JSON values: all but those of `Operations`."""
+        """Return all fields that influence the model, as plain JSON values; that is, all except `Operations`."""
         return self.subset(TRAINING_INPUTS)
 
     def to_json(self) -> dict[str, Any]:
@@ -107,7 +91,7 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operation
         return self.model_dump(mode="json")
 
     def subset(self, fields: Iterable[str]) -> dict[str, Any]:
-        """The named fields as plain JSON values: what a stage's fingerprint depends on."""
+        """Return the named fields as plain JSON values."""
         return self.model_dump(mode="json", include=set(fields))
 
 
@@ -137,7 +121,7 @@ def describe_error(error: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """A field's value for a candidate's label; a known set of projections by its name."""
+    """Return a field's value for the label of a candidate; a known set of projections by its name."""
     names = [name for name, modules in MODULE_SETS.items() if modules == value]
     if isinstance(value, list):
         return names[0] if names else "+".join(map(str, value)) or "none"

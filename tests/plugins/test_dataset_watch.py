@@ -11,7 +11,7 @@ import pytest
 
 from include.data.sources import pin_dataset
 from include.errors import Conflict
-from include.recipe import load_recipe
+from include.recipe import dataset_ref, load_recipe
 from include.storage.artifacts import Store
 from tasks.download import download
 from tasks.report import report
@@ -122,10 +122,10 @@ def test_a_file_that_changes_while_it_is_read_is_not_trained_on(
     small_recipe: Callable, pipeline: Callable, dataset: Path
 ) -> None:
     recipe = small_recipe()
-    before = pin_dataset(load_recipe(recipe))
+    before = pin_dataset(dataset_ref(load_recipe(recipe)))
     lineage = pipeline(recipe, "resolve")
     dataset.write_bytes(rows(5))
-    with pytest.raises(Conflict, match="has changed, it was"):
+    with pytest.raises(Conflict, match="has changed: its revision was"):
         download(lineage)
-    with pytest.raises(Conflict, match="has changed, it was"):  # a run that was started for the older one
+    with pytest.raises(Conflict, match="has changed: its revision was"):  # a run that was started for the older one
         resolve(recipe.stem, {}, "late", revision=before)

@@ -136,7 +136,7 @@ def test_one_that_does_nothing_is_refused(recipe: Callable, pipeline: Callable, 
 
 
 def test_one_of_shuffled_labels_is_refused(recipe: Callable, pipeline: Callable, judged: Callable) -> None:
-    verdict = judged(pipeline(recipe(shuffled(), gate_questions_matter=True), "evaluate"))
+    verdict = judged(pipeline(recipe(shuffled(), gate_prompt_control=True), "evaluate"))
     assert verdict.against_base.high < -1, "it has learnt what answers look like, and the loss alone lets it pass"
     assert verdict.publish is False
     wrong, control = verdict.reasons

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from include.engine import supervise
-from include.errors import NoSpace, ProcessTimeout
+from include.errors import NoSpace, ProcessTimeout, TransientError
 from tests.services.engine import engines, wait_until
 
 
@@ -34,7 +34,7 @@ def test_a_full_disk_is_reported_in_one_line_and_retried(train_job: Callable, tm
     (out / "training_log.jsonl").symlink_to("/dev/full")  # refuses every write, as a full disk does
     with pytest.raises(NoSpace, match="the disk of the work folder is full. Free some space and retry") as caught:
         supervise.run(train_job(out), out, lambda _: None)
-    assert caught.value.retryable
+    assert isinstance(caught.value, TransientError)
 
 
 def test_compiled_kernels_are_not_written_into_the_checkout(var: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -9,7 +10,7 @@ import pytest
 
 from include.errors import BadRecipe, NotFound
 from include.paths import recipe_files
-from include.recipe import Operations, Recipe, find_recipe, form, load_recipe, validate_recipe
+from include.recipe import Operations, Recipe, find_recipe, form, load_all, load_recipe, validate_recipe
 from include.recipe.schema import SECTIONS
 
 
@@ -24,8 +25,18 @@ from include.recipe.schema import SECTIONS
         ({"learning_rate": float("nan")}, "field 'learning_rate'"),
         ({"chat_template": "lama"}, "field 'chat_template': input should be 'llama-3.1'"),
         ({"max_steps": 0}, "max_steps is 0"),
-        ({"registry": "s3://bucket"}, "field 'registry'"),
-        ({"registry": "https://bucket/path"}, "field 'registry'"),
+        (
+            {"registry": "s3://bucket"},
+            "field 'registry': not a registry: write hf://owner/name, s3://bucket/path (or gs, az, abfs), or "
+            "file:///folder, got 's3://bucket'",
+        ),
+        ({"registry": "https://bucket/path"}, "field 'registry': not a registry"),
+        ({"registry": "hf://owner"}, "field 'registry': not a registry"),
+        ({"name": "my recipe"}, "field 'name': not a name: use up to 100 letters"),
+        (
+            {"gate_questions_matter": True},
+            "unknown field 'gate_questions_matter': it is named 'gate_prompt_control' now",
+        ),
         ({"prompts": [{"prompt": "hi", "expect": "("}]}, "not a regular expression"),
         (
             {"prompts": [{"prompt": "hi", "expect_json": {"type": "objekt"}}]},
@@ -37,7 +48,7 @@ from include.recipe.schema import SECTIONS
                     {"prompt": "hi", "expect_json": {"properties": {"a": {"$ref": "http://127.0.0.1:9/a.json"}}}}
                 ]
             },
-            "field 'prompts.0.expect_json': not a whole JSON schema: it refers to 'http://127.0.0.1:9/a.json'",
+            "field 'prompts.0.expect_json': not a complete JSON schema: it refers to 'http://127.0.0.1:9/a.json'",
         ),
         ({"prompts": [{"prompt": "hi", "expect_json": {"$schema": 7}}]}, "not a JSON schema: its $schema is 7"),
         ({"prompts": [{"prompt": "hi", "contains": ""}]}, "field 'prompts.0.contains'"),
@@ -52,6 +63,7 @@ def test_wrong_values_are_named(values: dict, message: str) -> None:
         validate_recipe({"name": "x", **values}, "x.yaml")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "^" not in str(caught.value), "no regular expression"
 
 
 def test_all_wrong_fields_are_named_at_once() -> None:
@@ -94,7 +106,7 @@ def test_every_field_is_in_one_section() -> None:
     assert len(names) == len(set(names))
 
 
-def test_a_file_that_is_no_recipe_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     for content in ("a: [1", "- just\n- a list", ""):
         path.write_text(content)
@@ -109,3 +121,57 @@ def test_an_unknown_recipe_lists_those_there_are() -> None:
         find_recipe("dmeo")
     with pytest.raises(NotFound, match="no recipe file"):
         find_recipe("nowhere/dmeo.yaml")
+
+
+@pytest.mark.parametrize("name", ["rollback", "maintenance"])
+def test_the_name_of_a_dag_of_retune_is_refused(name: str, write_recipe: Callable) -> None:
+    file = write_recipe(name)
+    with pytest.raises(
+        BadRecipe, match=f"{file}: the name '{name}' is reserved for Retune's DAG {name}. Rename the file"
+    ):
+        load_recipe(file)
+    recipes = load_all()
+    assert name not in recipes, "a broken DAG of this name would replace Retune's"
+    assert "is reserved" in str(recipes[f"{name}.yaml"])
+
+
+def test_a_recipe_is_called_like_its_file(write_recipe: Callable) -> None:
+    file = write_recipe("nested")
+    with pytest.raises(BadRecipe, match="got 'third'"):
+        load_recipe(file, {"name": "third"})
+    file.write_text("name: other_name")
+    message = "field 'name': a recipe is called like its file, 'nested', got 'other_name'. Remove the field, or rename"
+    with pytest.raises(BadRecipe, match=message):
+        load_recipe(file)
+    assert message in str(load_all()["nested"])
+    assert "other_name" not in load_all()
+    file.write_text("name: nested")
+    assert load_recipe(file).name == "nested"
+
+
+def test_two_files_of_one_name_are_both_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "dup.yaml", tmp_path / "sub" / "dup.yaml"
+    second.parent.mkdir()
+    for file in (first, second):
+        file.write_text("description: a recipe")
+    (tmp_path / "single.yaml").write_text("r: 8")
+    monkeypatch.setenv("RETUNE_RECIPES", f"{tmp_path}:{second.parent}")
+    for asked in ("dup", str(first), str(second)):
+        with pytest.raises(BadRecipe) as caught:
+            find_recipe(asked)
+        assert f"{first}" in str(caught.value)
+        assert f"{second}" in str(caught.value)
+    recipes = load_all()
+    assert f"2 recipe files have the name 'dup': {first}, {second}. Rename all but one" in str(recipes["dup"])
+    assert recipes["single"].r == 8, "other recipes are loaded"
+    assert recipes["demo"].name == "demo"
+
+    monkeypatch.setenv("RETUNE_RECIPES", f"{tmp_path}:{first}:{tmp_path / 'sub' / '..' / 'dup.yaml'}")
+    assert find_recipe("dup") == first, "a file that is listed twice is one file"
+    assert load_all()["dup"].name == "dup"
+
+
+def test_a_copy_of_a_known_recipe_is_not_run_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "demo.yaml").write_text("r: 8")
+    with pytest.raises(BadRecipe, match="2 recipe files have the name 'demo'"):
+        find_recipe(str(tmp_path / "demo.yaml"))
