@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.services.s3 import S3
+from tests.tiers import missing_marker, tiers_of
 
 PROJECT = Path(__file__).resolve().parent.parent
 MATERIAL = PROJECT.parent / "shared" / "material"
@@ -25,6 +26,24 @@ os.environ.update(
 )
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # tests side by side; torch's threads on busy cores wait for each other
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests by what they start, and run those that take long first: no process then waits for the last one."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            for tier in tiers_of(item):
+                item.add_marker(tier)
+    items.sort(key=lambda item: ("test_demo" not in item.nodeid, not item.get_closest_marker("airflow"),
+                                 not item.get_closest_marker("engine")))  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
+    """Fail a test that has started the engine or Airflow and does not say so: it would slow down `make test-fast`."""
+    yield
+    if name := missing_marker(request.node, tmp_path):
+        pytest.fail(f"the test has started what the marker {name!r} is for: add @pytest.mark.{name}")
 
 
 @pytest.fixture(scope="session")
