@@ -18,6 +18,7 @@ from tests.conftest import PROJECT
 from tests.test_demo import processes
 
 ENDED = ("success", "failed")
+WAIT = 900.0  # seconds until a wait is given up: no measure of speed, only the end of a test that hangs
 
 
 class Airflow:
@@ -68,17 +69,17 @@ class Airflow:
             last = beat()
             eventually(lambda last=last: beat() != last)
 
-    def ended(self, dag: str, run: str, seconds: float = 240, pause: float = 0.2) -> str:
+    def ended(self, dag: str, run: str, seconds: float = WAIT, pause: float = 0.2) -> str:
         """The state in which a run ends."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run}"
         return eventually(lambda: (state := self.call("GET", path)["state"]) in ENDED and state, seconds, pause)
 
 
-def eventually(look: Callable[[], Any], seconds: float = 120, pause: float = 0.2) -> Any:
-    """What `look` returns once it is true; looked at once in a pause of so many seconds."""
+def eventually(look: Callable[[], Any], seconds: float = WAIT, pause: float = 0.2) -> Any:
+    """Return what `look` returns as soon as it is true; called again after pauses of so many seconds."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
-        assert time.monotonic() < deadline, "it did not come to be in time"
+        assert time.monotonic() < deadline, f"not so after {seconds:.0f} s"
         time.sleep(pause)
     return found
 
@@ -94,7 +95,7 @@ def up(var: Path) -> Iterator[Airflow]:
             [sys.executable, "-m", "retune", "up", "--port", str(port)], cwd=PROJECT, stdout=log, stderr=log
         )
         try:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + WAIT
             while "Airflow is up" not in (said := (var.parent / "up.log").read_text()):
                 assert process.poll() is None and time.monotonic() < deadline, said
                 time.sleep(0.2)
