@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -176,6 +177,27 @@ def retune(var: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]
         )  # fmt: skip
 
     yield run
+
+
+@pytest.fixture(scope="session")
+def migrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An Airflow home with a database that `retune` has migrated, made once for all tests of this process."""
+    from retune import _migrate, airflow_environment
+
+    home = tmp_path_factory.mktemp("migrated") / "home"
+    _migrate(airflow_environment(home), home.parent / "migrate.log")
+    return home
+
+
+@pytest.fixture
+def airflow_home(var: Path, migrated_home: Path) -> Path:
+    """The folder of this test's Airflow homes, whose databases need no migration: a copy of one that was migrated."""
+    for name in ("headless", "ui"):
+        home = var / "airflow" / name
+        home.mkdir(parents=True)
+        for file in (migrated_home / "airflow.db", *migrated_home.glob(".migrated-*")):
+            shutil.copy2(file, home)
+    return var / "airflow"
 
 
 def last_run(var: Path) -> dict[str, Any]:

@@ -35,7 +35,13 @@ def holding(folder: Path, text: str) -> list[Path]:
 
 
 def test_a_whole_run_and_a_rollback_with_a_marked_token_and_every_fault(
-    var: Path, small_recipe: Callable, tiny_base: Path, dataset: Path, retune: Callable, tmp_path: Path
+    var: Path,
+    airflow_home: Path,
+    small_recipe: Callable,
+    tiny_base: Path,
+    dataset: Path,
+    retune: Callable,
+    tmp_path: Path,
 ) -> None:
     card = "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\n# tiny\n"
     with Hub() as hub:

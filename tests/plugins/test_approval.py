@@ -18,7 +18,7 @@ from tests.services.airflow import Airflow, eventually, up
 
 
 @pytest.fixture
-def airflow(var: Path, small_recipe: Callable) -> Iterator[Airflow]:
+def airflow(var: Path, airflow_home: Path, small_recipe: Callable) -> Iterator[Airflow]:
     small_recipe()
     with up(var) as airflow:
         yield airflow
@@ -43,7 +43,7 @@ def wait(airflow: Airflow, path: str, what: str, *wanted: str) -> dict[str, str]
         assert what == "run" or now["run"] in ("queued", "running"), now
         return now[what] in wanted and now
 
-    return eventually(look, 300)
+    return eventually(look)
 
 
 def answer(airflow: Airflow, path: str, option: str) -> None:
@@ -55,7 +55,7 @@ def answer(airflow: Airflow, path: str, option: str) -> None:
 
 def get(url: str, **headers: str) -> tuple[int, str, Any]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as got:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=300) as got:
             return got.status, got.read().decode(), got.headers
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(), error.headers

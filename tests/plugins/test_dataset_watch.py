@@ -36,7 +36,7 @@ def rows(first: int) -> bytes:
 
 
 def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failure(
-    var: Path, small_recipe: Callable, hub: Hub, monkeypatch: pytest.MonkeyPatch
+    var: Path, airflow_home: Path, small_recipe: Callable, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"{next(iter(hub.tokens.values()))[0]}/rows"
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
@@ -46,7 +46,7 @@ def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failu
         return hub.put(name, {"data/train.jsonl": rows(first)}, kind="dataset")
 
     def run(airflow: Airflow, number: int) -> str:
-        found = eventually(lambda: len(airflow.runs("small")) >= number and airflow.runs("small"), 240)
+        found = eventually(lambda: len(airflow.runs("small")) >= number and airflow.runs("small"))
         assert found[number - 1]["run_type"] == "asset_triggered"
         return found[number - 1]["dag_run_id"]
 
@@ -88,7 +88,7 @@ def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failu
         four = run(airflow, 4)
         eventually(lambda: "download" in records(four))
     with up(var) as airflow:
-        airflow.ended("small", four, 400)
+        airflow.ended("small", four)
         assert records(four)["run"]["verdict"] in ENDED_WELL
         assert f"@{third[:8]}" in records(four)["resolve"]["summary"]
         looked_at_least(3)
@@ -99,7 +99,7 @@ def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failu
 
 
 def test_a_cron_day_without_anything_new_is_skipped_and_force_runs_it(
-    var: Path, small_recipe: Callable, pipeline: Callable
+    var: Path, airflow_home: Path, small_recipe: Callable, pipeline: Callable
 ) -> None:
     pipeline(small_recipe(cron="* * * * *"), run_id="earlier")
     report("small", "earlier")
@@ -109,7 +109,6 @@ def test_a_cron_day_without_anything_new_is_skipped_and_force_runs_it(
         assert airflow.ended("small", run["dag_run_id"]) == "success"
         tasks = airflow.tasks("small", run["dag_run_id"])
         assert {task["state"] for name, task in tasks.items() if name not in ("report", "alert")} == {"skipped"}
-        assert tasks["resolve"]["duration"] < 20
         said = " ".join(airflow.log("small", run["dag_run_id"], "resolve"))
         assert "nothing is new: rows.jsonl@" in said
         assert "are those of the run earlier, whose candidate was published as v1. Switch on force" in said

@@ -79,7 +79,7 @@ def collector() -> Iterator[tuple[dict[str, dict[str, str]], str]]:
 
 
 def test_a_run_tells_statsd_and_opentelemetry_and_the_maintenance_runs_in_airflow(
-    var: Path, small_recipe: Callable, retune: Callable
+    var: Path, airflow_home: Path, small_recipe: Callable, retune: Callable
 ) -> None:
     small_recipe()
     with statsd() as (server, where), collector() as (collected, address):

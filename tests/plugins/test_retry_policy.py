@@ -31,7 +31,7 @@ ACTIONS = {
     "ProcessLost": RETRY,
     "ProcessTimeout": RETRY,
     "OutOfMemory": RETRY,
-    "UndeclaredField": DEFAULT,  # a fault of Retune
+    "UndeclaredField": FAIL,
 }
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, RetuneError)]
 

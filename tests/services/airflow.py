@@ -34,7 +34,7 @@ class Airflow:
             self.url + path, json.dumps(body).encode() if body is not None else None,
             {"Content-Type": "application/json", "Authorization": f"Bearer {self.token}"}, method=method,
         )  # fmt: skip
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
     def trigger(self, dag: str, **conf: Any) -> str:
@@ -103,5 +103,5 @@ def up(var: Path) -> Iterator[Airflow]:
             yield Airflow(port, said.split("password")[1].split()[0])
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(180) == 0
+            assert process.wait(WAIT) == 0
             assert not processes(var), "Ctrl-C leaves no process behind"
