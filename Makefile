@@ -39,7 +39,7 @@ cluster: $(READY) ## docker-compose.yaml on this machine without containers (POR
 	@exec .venv/bin/python -m cluster --port $(PORT)
 
 test-fast: $(READY) ## the tests that start no training process and no Airflow (two minutes)
-	@.venv/bin/python -m pytest -n 2 --dist worksteal -m "not engine and not airflow and not cluster"
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not engine and not airflow and not cluster"
 
 test: $(READY) ## all tests except those of the cluster
 	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not cluster"

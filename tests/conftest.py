@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.services.s3 import S3
-from tests.tiers import missing_marker, tiers_of
+from tests.tiers import TIERS, missing_marker, tiers_of
 
 PROJECT = Path(__file__).resolve().parent.parent
 MATERIAL = PROJECT.parent / "shared" / "material"
@@ -29,12 +29,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # tests side by side; torch's threads on busy cores wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests by what they start, and run those that take long first: no process then waits for the last one."""
+    """Mark the tests by what they start; those that start nothing stay together by file, with what they share.
+
+    The tests that take long come first, so that no process waits for the last one.
+    """
     for item in items:
         if isinstance(item, pytest.Function):
             for tier in tiers_of(item):
                 item.add_marker(tier)
+        if not any(item.get_closest_marker(tier) for tier in TIERS):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: ("test_demo" not in item.nodeid, not item.get_closest_marker("airflow"),
                                  not item.get_closest_marker("engine")))  # fmt: skip
 

@@ -89,14 +89,14 @@ def test_a_missing_file_fails_at_once_and_the_report_says_so(
     assert list(summary["stages"]) == ["resolve"]
 
 
-def test_no_network_says_which_field_asked_for_it(write_recipe: Callable, pipeline: Callable) -> None:
+def test_an_error_of_the_network_names_the_field_that_needs_it(write_recipe: Callable, pipeline: Callable) -> None:
     from include.errors import Unreachable
 
     with pytest.raises(Unreachable, match=r"field 'dataset': the dataset mlabonne/FineTome-100k needs the Hub, and "):
         pipeline(write_recipe("remote"), "download")
 
 
-def test_a_candidate_that_is_not_better_is_refused_and_what_was_live_stays(
+def test_a_candidate_that_is_not_better_is_refused_and_the_live_version_stays(
     var: Path, airflow_home: Path, small_recipe: Callable, pipeline: Callable, retune: Callable
 ) -> None:
     pipeline(small_recipe(), "publish", run_id="first")

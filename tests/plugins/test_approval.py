@@ -47,7 +47,7 @@ def wait(airflow: Airflow, path: str, what: str, *wanted: str) -> dict[str, str]
 
 
 def answer(airflow: Airflow, path: str, option: str) -> None:
-    airflow.scheduler_has_looked()  # nobody reads the numbers in a second
+    airflow.wait_for_scheduler()  # no person answers within a second
     airflow.call(
         "PATCH", f"{path}/taskInstances/approve/-1/hitlDetails", {"chosen_options": [option], "params_input": {}}
     )
@@ -66,7 +66,7 @@ def test_a_person_decides_what_is_published(airflow: Airflow, var: Path) -> None
     asked = start(airflow, approve="always")
     wait(airflow, asked, "approve", "awaiting_input")
     for pool in airflow.call("GET", "/api/v2/pools")["pools"]:
-        assert pool["occupied_slots"] == 0, "who waits for a person holds no worker"
+        assert pool["occupied_slots"] == 0, "a task that waits for a person holds no worker"
     question = airflow.call("GET", f"{asked}/taskInstances/approve/-1/hitlDetails")
     assert question["subject"].startswith("May this candidate of small go live? loss ")
     assert "| **candidate** | **" in question["body"] and "| base model | " in question["body"]

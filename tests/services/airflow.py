@@ -1,4 +1,4 @@
-"""Airflow with its UI, scheduler and triggerer, started as a person starts it, and its REST API."""
+"""Airflow with its UI, scheduler and triggerer, started as a user starts it, and its REST API."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ class Airflow:
             return json.load(answer)
 
     def trigger(self, dag: str, **conf: Any) -> str:
-        """Start a run as the form does; returns its id."""
+        """Start a run as the form does; return its id."""
         return self.call("POST", f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
 
     def runs(self, dag: str) -> list[dict[str, Any]]:
-        """A DAG's runs, oldest first; none where Airflow has not read the DAG yet."""
+        """Return a DAG's runs, oldest first; an empty list if Airflow has not read the DAG yet."""
         found = self.call("GET", "/api/v2/dags/~/dagRuns?order_by=id&limit=100")["dag_runs"]
         return [run for run in found if run["dag_id"] == dag]
 
     def tasks(self, dag: str, run: str) -> dict[str, dict[str, Any]]:
-        """The tasks of a run by name."""
+        """Return the tasks of a run by name."""
         found = self.call("GET", f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances")["task_instances"]
         return {task["task_id"]: task for task in found}
 
     def log(self, dag: str, run: str, task: str, attempt: int = 1) -> list[str]:
-        """The lines of a try's log, as the UI shows them."""
+        """Return the lines of a try's log, as the UI shows them."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
         return [entry["event"] for entry in self.call("GET", path)["content"]]
 
-    def scheduler_has_looked(self) -> None:
-        """Wait until the scheduler has gone through its loop, and so knows how the processes that it started ended.
+    def wait_for_scheduler(self) -> None:
+        """Wait for two loops of the scheduler, so that it knows that the process of the asking task has ended.
 
-        An answer that comes before it knows that the asking one did, within a second, is taken for a lost process.
+        An answer before that, within a second of the question, makes the scheduler take the task's process for lost.
         """
 
         def beat() -> str:
@@ -70,7 +70,7 @@ class Airflow:
             eventually(lambda last=last: beat() != last)
 
     def ended(self, dag: str, run: str, seconds: float = WAIT, pause: float = 0.2) -> str:
-        """The state in which a run ends."""
+        """Wait until a run has ended; return its state."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run}"
         return eventually(lambda: (state := self.call("GET", path)["state"]) in ENDED and state, seconds, pause)
 
@@ -86,7 +86,7 @@ def eventually(look: Callable[[], Any], seconds: float = WAIT, pause: float = 0.
 
 @contextmanager
 def up(var: Path) -> Iterator[Airflow]:
-    """`retune up` in a process of its own, stopped as Ctrl-C stops it."""
+    """Start `retune up` in a process of its own; stop it as Ctrl-C does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
