@@ -46,7 +46,7 @@ class Running:
 
     @cached_property
     def shared(self) -> str:
-        """A run whose data two CPU workers share."""
+        """The id of a run whose data two CPU workers share."""
         self.made.process("worker-cpu", "cpu-2").start()
         self.made.wait("cpu-2")
         return self.airflow.trigger("many")
@@ -58,18 +58,18 @@ class Running:
         self.made.wait(name)
 
     def lose(self, name: str, number: int) -> None:
-        """End a worker by a signal, its disk with it."""
+        """End a worker by a signal and remove its disk."""
         self.made.processes[name].stop(number)
         assert not processes(self.made.folder / name)
         shutil.rmtree(self.made.folder / name)
 
     def steps(self, recipe: str, worker: str) -> int:
-        """Steps that a worker's training has made, as its disk says."""
+        """Return the number of steps in the training logs on a worker's disk."""
         logs = (self.made.folder / worker).glob(f"work/{recipe}/train/*/training_log.jsonl")
         return sum(len(log.read_bytes().splitlines()) for log in logs)
 
     def engines(self, worker: str) -> list[int]:
-        """The engine processes of a worker."""
+        """Return the engine processes of a worker."""
         return processes(self.made.folder / worker, "include.engine")
 
     def freeze_at(self, recipe: str, worker: str, steps: int) -> None:
@@ -90,7 +90,7 @@ class Running:
         return sum(log.read_text(errors="replace").count("already running elsewhere") for log in logs)
 
     def stored(self, recipe: str) -> int:
-        """The step of the newest whole checkpoint in the object store."""
+        """Return the step of the newest complete checkpoint in the object store; 0 without one."""
         found = Store().path(recipe, "train").glob("*.checkpoints/checkpoint-*/manifest.json")
         return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
 
@@ -98,7 +98,7 @@ class Running:
         return {name: task["state"] for name, task in self.airflow.tasks(dag, run).items()}
 
     def record(self, recipe: str, run: str, stage: str = "run") -> dict[str, Any]:
-        """What the run has left in the object store about a stage."""
+        """Return the run's record of a stage from the object store."""
         return Store().records(recipe, run)[stage]
 
 
@@ -149,7 +149,7 @@ def running(recipes: list[Path], tiny_base: Path) -> Iterator[Running]:
 
 @pytest.fixture(autouse=True)
 def store(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test looks into the same object store."""
+    """Make the test use the cluster's object store."""
     for name, value in running.made.processes["worker-cpu"].environment.items():
         if name.startswith(("AWS_", "RETUNE_STORE", "RETUNE_REGISTRY")):
             monkeypatch.setenv(name, value)
@@ -195,7 +195,7 @@ def test_a_run_is_published_through_a_bad_night(running: Running) -> None:
     }  # fmt: skip
 
     running.gpu_worker("gpu-1")
-    assert running.states("night", run)["train"] in ("queued", "running"), "it waited, and was not given up"
+    assert running.states("night", run)["train"] in ("queued", "running"), "it waited and has not failed"
     running.freeze_at("night", "gpu-1", 30)
     scheduler, database = running.made.processes["scheduler"], running.made.processes["postgres"]
     scheduler.stop(signal.SIGKILL)
@@ -214,17 +214,17 @@ def test_a_run_is_published_through_a_bad_night(running: Running) -> None:
     running.thaw("gpu-1")
     eventually(lambda: running.steps("night", "gpu-1") > at, pause=0.02)
     running.lose("gpu-1", signal.SIGTERM)
-    assert running.made.processes["gpu-1"].popen.returncode == 0, "it went when the checkpoint was in the store"
-    told = running.stored("night")
-    assert told > at, "it was saved when SIGTERM came"
+    assert running.made.processes["gpu-1"].popen.returncode == 0, "it ended after the checkpoint was in the store"
+    saved = running.stored("night")
+    assert saved > at, "it was saved when SIGTERM came"
 
     running.gpu_worker("gpu-2")
-    running.freeze_at("night", "gpu-2", told + 26)
-    eventually(lambda: running.stored("night") > told, pause=PAUSE)
+    running.freeze_at("night", "gpu-2", saved + 26)
+    eventually(lambda: running.stored("night") > saved, pause=PAUSE)
     running.lose("gpu-2", signal.SIGKILL)
     later = running.stored("night")
     assert later % 25 == 0, "the last of the regular ones"
-    assert running.shared, "it begins, since a minute goes by until the lost worker is missed"
+    assert running.shared, "it begins now, since Airflow notices a lost worker after a minute"
     running.gpu_worker("gpu-3")
     assert airflow.ended("night", run, pause=PAUSE) == "success", running.states("night", run)
 
@@ -236,7 +236,7 @@ def test_a_run_is_published_through_a_bad_night(running: Running) -> None:
     assert "went on from checkpoint-" in train["summary"]
     fetched = [line for attempt in (2, 3) for line in airflow.log("night", run, "train", attempt) if "fetched" in line]
     assert len(fetched) == 2, "each new disk was empty"
-    assert [int(line.split("checkpoint-")[1].split()[0]) for line in fetched] == [told, later]
+    assert [int(line.split("checkpoint-")[1].split()[0]) for line in fetched] == [saved, later]
     assert not running.stored("night"), "no checkpoint of a finished training is kept"
     live = open_registry(f"{os.environ['RETUNE_REGISTRY']}/night").live()
     assert live is not None
@@ -255,7 +255,7 @@ def test_two_recipes_share_one_gpu_and_nothing_runs_twice(running: Running) -> N
     (busy,) = eventually(lambda: [worker for worker in workers if running.engines(worker)], pause=0.02)
     for pid in running.engines(busy):
         os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: running.refused_messages() > refused, pause=PAUSE)  # Redis sent it to the other worker
+    eventually(lambda: running.refused_messages() > refused, pause=PAUSE)  # Redis has sent it to the other worker
     running.thaw(busy)
     for name, run in runs.items():
         assert airflow.ended(name, run, pause=PAUSE) == "success", running.states(name, run)
@@ -301,14 +301,14 @@ def test_two_cpu_workers_share_the_data_and_make_what_one_makes(
     assert {name: shared_facts.manifest["files"][name] for name in rows} == rows
 
 
-def test_a_ui_without_a_live_worker_still_shows_what_tasks_said(running: Running) -> None:
+def test_the_ui_shows_the_logs_of_a_worker_that_is_gone(running: Running) -> None:
     run = running.airflow.runs("night")[-1]["dag_run_id"]
     said = running.airflow.log("night", run, "train", 1)  # of the worker that got SIGTERM
     assert any("s3://retune/logs" in line for line in said)
 
 
 def test_a_backup_is_restored_under_fresh_secrets(running: Running) -> None:
-    """What docs/operations.md says of backups, made while a run goes on, and of secrets."""
+    """Follow docs/operations.md: a backup during a run, and a restore with new secrets."""
     old, run = running.made, running.airflow.trigger("one")
 
     def stored_log(airflow: Airflow) -> bool:
@@ -349,6 +349,6 @@ def postgres(made: Cluster, name: str, *arguments: str) -> None:
 
 
 def command(environment: dict[str, str], *arguments: str) -> str:
-    """What a command of Airflow's says."""
+    """Run an Airflow command; return its output."""
     airflow = str(Path(sys.executable).with_name("airflow"))
     return subprocess.run([airflow, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
