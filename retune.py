@@ -32,7 +32,7 @@ from include.paths import HEADLESS, PROJECT, recipe_files, var
 from include.recipe import find_recipe, load_recipe, parse_overrides
 from include.storage.artifacts import Store
 from include.storage.object_store import list_dir
-from tasks.approve import refuse_where_nobody_asks
+from tasks.approve import refuse_if_approval_needed
 from tasks.rollback import rollback
 
 START_SECONDS = 180.0
@@ -70,7 +70,7 @@ def run(recipe_name: str, values: list[str]) -> int:
     """Run a recipe's DAG to its end without UI, showing each stage as it goes; 0 when it was published and verified."""
     file, overrides = find_recipe(recipe_name), parse_overrides(values)
     # a typing error is told now, not after Airflow has started
-    refuse_where_nobody_asks(load_recipe(file, overrides))
+    refuse_if_approval_needed(load_recipe(file, overrides))
     environment = airflow_environment(var() / "airflow" / "headless") | {HEADLESS: "1"}
     if file not in recipe_files():
         environment["RETUNE_RECIPES"] = ":".join(filter(None, [os.environ.get("RETUNE_RECIPES"), str(file)]))

@@ -148,7 +148,7 @@ def test_each_recipient_is_notified_once_of_the_end_of_a_run_and_of_its_lateness
         said = str([log["content"] for log in logs])
         assert "webhook flaky was sent" in said and "mail to" not in said
         assert "webhook absent was not sent: The conn_id `absent` isn't defined" in said
-        assert "alert failed: not sent: webhook absent. Look at these under Admin > Connections" in said
+        assert "alert failed: not sent: webhook absent. Check the connections under Admin > Connections" in said
         summary = last_run(var)
         news = mails.about("small published").get_body(("plain",)).get_content()
         assert summary["stages"]["evaluate"]["summary"] in news and summary["place"] in news
@@ -156,7 +156,7 @@ def test_each_recipient_is_notified_once_of_the_end_of_a_run_and_of_its_lateness
         assert mails.subjects().count("Retune: small published v1") == 1
         (news,) = (mail for mail in mails.got if "small is late" in mail["Subject"])
         assert news["Subject"].endswith((*NAMES, "before its first stage")), "which stage it is, depends on the machine"
-        assert "it should have ended by 20" in news.get_body(("plain",)).get_content()
+        assert "the run was due by 20" in news.get_body(("plain",)).get_content()
 
         # a skipped run sends no alert
         assert end(start("small")) == "success"
@@ -194,13 +194,13 @@ def test_a_late_alert_says_where_the_run_is() -> None:
     records["train"] = {"state": "running", "summary": "step 5/60"}
     message = late("small", run, "2026-01-01T10:00:00Z", records)
     assert message.subject == "Retune: small is late, in train"
-    assert message.news["last seen"] == "step 5/60"
+    assert message.summary["progress"] == "step 5/60"
 
 
 def test_an_unchanged_run_sends_no_alert_and_a_failed_report_does() -> None:
     assert ended("small", "run", {"verdict": "unchanged", "stages": {}}) is None
     message = ended("small", "run", None)
-    assert (message.kind, message.subject) == ("failed", "Retune: small failed in report")
+    assert (message.event, message.subject) == ("failed", "Retune: small failed in report")
 
 
 def test_a_refusal_comes_with_its_numbers() -> None:
@@ -211,8 +211,8 @@ def test_a_refusal_comes_with_its_numbers() -> None:
     }
     summary = {"verdict": "refused", "stages": stages, "report": "r", "error": {"what": "not better", "do": "Train on"}}
     message = ended("small", "run", summary)
-    assert (message.subject, message.where["stage"]) == ("Retune: small refused", "publish")
-    assert message.news == {"reason": "not better", "what to do": "Train on", "result": "loss 2 -> 1"}
+    assert (message.subject, message.details["stage"]) == ("Retune: small refused", "publish")
+    assert message.summary == {"reason": "not better", "what to do": "Train on", "result": "loss 2 -> 1"}
 
 
 def test_slack_reads_no_markup_out_of_a_reason() -> None:

@@ -1,4 +1,4 @@
-"""The declared pipeline: what derives from it, which recipe fields a stage may read, and that outputs keep their version."""
+"""The declared pipeline, the recipe fields that each stage may read, and the versions of the stages' outputs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_timeouts_are_the_stages_own_or_the_recipes() -> None:
         timeout_of(recipe(timeout_hours={"trian": 1}), train)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in PIPELINE if isinstance(stage.load(), Stage)], ids=lambda s: s.name)
+@pytest.mark.parametrize("stage", [one for one in PIPELINE if isinstance(one.load(), Stage)], ids=lambda one: one.name)
 def test_a_stage_sees_only_the_fields_that_it_declares(stage: Any) -> None:
     found = stage.load()
     view = found.view(recipe())
