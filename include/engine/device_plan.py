@@ -72,6 +72,8 @@ def find_device() -> Device:
     import torch
 
     if not torch.cuda.is_available():
+        # bitsandbytes loads PyTorch's compiler when it is imported, for 1.6 s, and nothing uses it on a CPU
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         name = f"CPU, {os.cpu_count()} cores, {platform.machine()}"
         return Device(device="cpu", device_name=name, dtype="float32")
     if torch.cuda.device_count() > RANK:
@@ -97,8 +99,6 @@ def make_plan(recipe: Recipe, micro_batch: int | None = None) -> Plan:
     micro = max(n for n in range(1, min(largest, share) + 1) if share % n == 0)
     device = find_device()
     gpu = device.device == "cuda"
-    if not gpu:  # bitsandbytes loads PyTorch's compiler when it is imported, for 1.6 s, and nothing uses it on a CPU
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if not gpu and recipe.engine == "unsloth":
         raise BadRecipe(
             "field 'engine': unsloth needs a GPU, and this machine shows none",
