@@ -53,7 +53,7 @@ import dags.finetune
 print(json.dumps({
     "cost": (time.process_time() - sdk) / (sdk - began),
     "modules": sorted({name.partition(".")[0] for name in sys.modules}),
-    "dags": sorted(value.dag_id for value in vars(dags.finetune).values() if isinstance(value, airflow.sdk.DAG)),
+    "dags": sorted({value.dag_id for value in vars(dags.finetune).values() if isinstance(value, airflow.sdk.DAG)}),
 }))
 """
 
