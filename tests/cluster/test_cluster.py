@@ -204,6 +204,7 @@ def test_a_run_is_published_through_a_bad_night(running: Running) -> None:
     running.thaw("gpu-1")
     running.freeze_at("night", "gpu-1", at + 10)  # it goes on without scheduler and database
     database.start()
+    running.made.wait("postgres")
     scheduler.start()
     running.made.wait("scheduler")
     running.made.wait("api-server")
