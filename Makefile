@@ -4,7 +4,7 @@ PORT ?= 8080
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run rollback up compose-env cluster test test-cluster lint bench-data bench-shards bench-train clean
+.PHONY: help setup demo run rollback up compose-env cluster test-fast test test-cluster lint bench-data bench-shards bench-train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,11 +38,14 @@ compose-env: ## .env with fresh secrets, for docker compose
 cluster: $(READY) ## docker-compose.yaml on this machine without containers (PORT=...); Ctrl-C stops it
 	@exec .venv/bin/python -m cluster --port $(PORT)
 
-test: $(READY) ## all tests, save those of the cluster
-	@.venv/bin/python -m pytest -n 2 --dist worksteal --ignore tests/test_cluster.py
+test-fast: $(READY) ## the tests that start no training process and no Airflow (two minutes)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not engine and not airflow and not cluster"
+
+test: $(READY) ## all tests except those of the cluster
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not cluster"
 
 test-cluster: $(READY) ## the tests of the cluster: needs the programs of Postgres and Redis
-	@.venv/bin/python -m pytest tests/test_cluster.py
+	@.venv/bin/python -m pytest -m cluster
 
 lint: $(READY) ## style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

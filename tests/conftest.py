@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from tests.services.s3 import S3
+from tests.tiers import TIERS, missing_marker, tiers_of
 
 PROJECT = Path(__file__).resolve().parent.parent
 MATERIAL = PROJECT.parent / "shared" / "material"
@@ -25,6 +27,30 @@ os.environ.update(
 )
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # tests side by side; torch's threads on busy cores wait for each other
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests by what they start; those that start nothing stay together by file, with what they share.
+
+    The tests that take long come first, so that no process waits for the last one.
+    """
+    for item in items:
+        if isinstance(item, pytest.Function):
+            for tier in tiers_of(item):
+                item.add_marker(tier)
+        if not any(item.get_closest_marker(tier) for tier in TIERS):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: ("test_demo" not in item.nodeid, not item.get_closest_marker("airflow"),
+                                 not item.get_closest_marker("engine")))  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
+    """Fail a test that has started the engine or Airflow and does not say so: it would slow down `make test-fast`."""
+    yield
+    if name := missing_marker(request.node, tmp_path):
+        pytest.fail(f"the test has started what the marker {name!r} is for: add @pytest.mark.{name}")
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +183,27 @@ def retune(var: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]
         )  # fmt: skip
 
     yield run
+
+
+@pytest.fixture(scope="session")
+def migrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An Airflow home with a database that `retune` has migrated, made once for all tests of this process."""
+    from retune import _migrate, airflow_environment
+
+    home = tmp_path_factory.mktemp("migrated") / "home"
+    _migrate(airflow_environment(home), home.parent / "migrate.log")
+    return home
+
+
+@pytest.fixture
+def airflow_home(var: Path, migrated_home: Path) -> Path:
+    """The folder of this test's Airflow homes, whose databases need no migration: a copy of one that was migrated."""
+    for name in ("headless", "ui"):
+        home = var / "airflow" / name
+        home.mkdir(parents=True)
+        for file in (migrated_home / "airflow.db", *migrated_home.glob(".migrated-*")):
+            shutil.copy2(file, home)
+    return var / "airflow"
 
 
 def last_run(var: Path) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def start(stages: str, lineage: dict[str, str], var: Path) -> subprocess.Popen[s
 
 
 def done(worker: subprocess.Popen[str]) -> dict[str, str]:
-    out, err = worker.communicate(timeout=400)
+    out, err = worker.communicate(timeout=900)
     assert worker.returncode == 0, err[-3000:]
     return json.loads(out)
 
@@ -79,6 +79,7 @@ def run(name: str, run_id: str, disks: Path) -> dict[str, str]:
     return lineage
 
 
+@pytest.mark.engine
 def test_a_run_in_separate_processes_with_separate_disks_is_published_reported_rolled_back_and_kept(
     apart: Callable, s3: S3, tmp_path: Path, var: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_run_in_separate_processes_with_separate_disks_is_published_reported_r
     assert not any(name.startswith(("publish/", "verify/")) for name in kept)
 
 
+@pytest.mark.engine
 def test_a_training_killed_on_one_machine_goes_on_on_another_from_the_newest_stored_checkpoint(
     apart: Callable, s3: S3, tmp_path: Path
 ) -> None:
@@ -131,19 +133,14 @@ def test_a_training_killed_on_one_machine_goes_on_on_another_from_the_newest_sto
     )
 
     def killed_on(machine: str, steps: int) -> int:
-        """Trains until there are so many steps; returns the newest step that is stored."""
+        """Train until there are so many steps and a newer checkpoint is stored; return the step of the newest one."""
         work = disks / machine / "work" / "small" / "train"
         worker = start("train", lineage, disks / machine)
-        wait_until(
-            lambda: (
-                worker.poll() is not None
-                or (
-                    any(len(log_of(log.parent)) >= steps for log in work.rglob("training_log.jsonl"))
-                    and stored_steps(s3)
-                )
-            ),
-            200,
-        )
+        before = max(stored_steps(s3), default=0)
+        wait_until(lambda: any(len(log_of(log.parent)) >= steps for log in work.rglob("training_log.jsonl")), 900)
+        for pid in engines(work):
+            os.kill(pid, signal.SIGSTOP)  # it makes no more steps while its checkpoint goes to the store
+        wait_until(lambda: max(stored_steps(s3), default=0) > before, 900)
         for pid in (worker.pid, *engines(work)):
             os.kill(pid, signal.SIGKILL)
         worker.communicate()

@@ -72,6 +72,8 @@ def find_device() -> Device:
     import torch
 
     if not torch.cuda.is_available():
+        # bitsandbytes loads PyTorch's compiler when it is imported, for 1.6 s, and nothing uses it on a CPU
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         name = f"CPU, {os.cpu_count()} cores, {platform.machine()}"
         return Device(device="cpu", device_name=name, dtype="float32")
     if torch.cuda.device_count() > RANK:

@@ -16,10 +16,10 @@ def generate(job: GenerateJob, progress: Progress) -> GenerateResult:
     Raises:
         NotFound: the base or the adapter cannot be loaded.
     """
+    recipe, device = job.recipe, find_device()  # first: it keeps PyTorch's compiler from being loaded on a CPU
     import torch
     from transformers import set_seed
 
-    recipe, device = job.recipe, find_device()
     config = generation_config(recipe, job.stop, job.pad)
 
     def answer_all(model: Any) -> list[Ids]:

@@ -1,4 +1,4 @@
-"""Publishing as a person meets it: whole runs against a hub with faults, with a marked token, and a rollback."""
+"""Publishing as a user sees it: whole runs against a Hub with faults, with a secret token, and a rollback."""
 
 from __future__ import annotations
 
@@ -31,11 +31,18 @@ TOKEN = "hf_MarkedTokenThatMayStandNowhere1234"
 
 
 def holding(folder: Path, text: str) -> list[Path]:
+    """Return the files that contain a text."""
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
 def test_a_whole_run_and_a_rollback_with_a_marked_token_and_every_fault(
-    var: Path, small_recipe: Callable, tiny_base: Path, dataset: Path, retune: Callable, tmp_path: Path
+    var: Path,
+    airflow_home: Path,
+    small_recipe: Callable,
+    tiny_base: Path,
+    dataset: Path,
+    retune: Callable,
+    tmp_path: Path,
 ) -> None:
     card = "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\n# tiny\n"
     with Hub() as hub:
@@ -105,7 +112,7 @@ def test_a_whole_run_and_a_rollback_with_a_marked_token_and_every_fault(
     assert last_run(var)["verdict"] == "published"
 
 
-def test_a_rollback_between_evaluate_and_publish_is_met_as_a_race(
+def test_a_rollback_between_evaluate_and_publish_is_a_conflict(
     var: Path, tmp_path: Path, tiny_base: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
 ) -> None:
     recipe = small_recipe(gate_margin=20, merged_16bit=True)
@@ -150,7 +157,7 @@ file://{var}/registry/small-merged"
     )
 
 
-def test_a_token_that_may_not_write_is_told_before_anything_is_trained(
+def test_a_token_that_may_not_write_is_refused_before_anything_is_trained(
     small_recipe: Callable, pipeline: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small_recipe(registry="hf://owner/adapter")
@@ -172,7 +179,7 @@ def test_a_rollback_from_the_shell(var: Path, small_recipe: Callable, retune: Ca
 
 
 def trail_of(run_id: str) -> dict[str, str]:
-    """The lineage of a run, from its records: what Airflow would hand to the task that is cleared."""
+    """Return the lineage of a run, from its records, as Airflow hands it to a task that is cleared."""
     records = Store().read_records("small", run_id)
     steps = {name: record["fingerprint"] for name, record in records.items() if name != "run"}
     return {"recipe": "small", "run": run_id, **steps}

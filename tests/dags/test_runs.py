@@ -22,7 +22,7 @@ from tests.test_demo import processes
 
 
 def test_real_rows_and_a_real_model_end_in_a_published_adapter(
-    material: Path, var: Path, write_recipe: Callable, retune: Callable
+    material: Path, var: Path, airflow_home: Path, write_recipe: Callable, retune: Callable
 ) -> None:
     recipe = write_recipe(
         "stories",
@@ -77,7 +77,7 @@ def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path, retune: Call
 
 
 def test_a_missing_file_fails_at_once_and_the_report_says_so(
-    var: Path, small_recipe: Callable, retune: Callable
+    var: Path, airflow_home: Path, small_recipe: Callable, retune: Callable
 ) -> None:
     done = retune("run", "small", RETUNE_RECIPES=str(small_recipe(dataset="/nowhere/rows.jsonl")))
     assert done.returncode == 1
@@ -89,17 +89,17 @@ def test_a_missing_file_fails_at_once_and_the_report_says_so(
     assert list(summary["stages"]) == ["resolve"]
 
 
-def test_no_network_says_which_field_asked_for_it(write_recipe: Callable, pipeline: Callable) -> None:
+def test_an_error_of_the_network_names_the_field_that_needs_it(write_recipe: Callable, pipeline: Callable) -> None:
     from include.errors import Unreachable
 
     with pytest.raises(Unreachable, match=r"field 'dataset': the dataset mlabonne/FineTome-100k needs the Hub, and "):
         pipeline(write_recipe("remote"), "download")
 
 
-def test_a_candidate_that_is_not_better_is_refused_and_what_was_live_stays(
-    var: Path, small_recipe: Callable, retune: Callable
+def test_a_candidate_that_is_not_better_is_refused_and_the_live_version_stays(
+    var: Path, airflow_home: Path, small_recipe: Callable, pipeline: Callable, retune: Callable
 ) -> None:
-    assert retune("run", "small", RETUNE_RECIPES=str(small_recipe())).returncode == 0
+    pipeline(small_recipe(), "publish", run_id="first")
     worse = retune("run", "small", "--set", "max_steps=1", "--set", "learning_rate=1.0e-7")
     assert worse.returncode == 1
     assert "not better than the live adapter" in worse.stdout
@@ -113,7 +113,7 @@ def test_a_tampered_version_is_found(var: Path, small_recipe: Callable, pipeline
     from include.errors import PermanentError
 
     recipe = small_recipe()
-    pipeline(recipe)
+    pipeline(recipe, "publish")
     weights = var / "registry" / "small" / "versions" / "v1" / "adapter_model.safetensors"
     weights.chmod(0o644)
     content = bytearray(weights.read_bytes())
@@ -149,7 +149,7 @@ def test_data_base_and_registry_on_the_hub(var: Path, small_recipe: Callable, ti
 
 
 @pytest.fixture
-def airflow(var: Path, small_recipe: Callable) -> Iterator[Airflow]:
+def airflow(var: Path, airflow_home: Path, small_recipe: Callable) -> Iterator[Airflow]:
     (small_recipe().parent / "broken.yaml").write_text("lora_rank: 8\n")
     os.environ["RETUNE_RECIPES"] += f":{small_recipe().parent / 'broken.yaml'}"
     with up(var) as airflow:
@@ -199,7 +199,8 @@ def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var
     assert said[-1].startswith("train failed: the train process was ended by SIGKILL")
     assert said[-1].endswith("It will be tried again: training continues from the last checkpoint (try 2 of 7).")
     eventually(lambda: airflow.tasks("small", run)["train"]["try_number"] == 2)
-    eventually(lambda: processes(var, "include.engine"))
+    for pid in eventually(lambda: processes(var, "include.engine")):
+        os.kill(pid, signal.SIGSTOP)  # the training lasts until the rollback has ended
     runs = "/api/v2/dags/rollback/dagRuns"
     choice = {"recipe": "small", "version": "v1", "reason": "v2 insults people"}
     for wrong in ({"recipe": "smal"}, {"reason": ""}):
@@ -208,7 +209,9 @@ def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var
         assert refused.value.code == 400
     back = airflow.trigger("rollback", **choice)
     assert (airflow.ended("rollback", back), registry.live().name) == ("success", "v1")
-    assert processes(var, "include.engine"), "the training goes on"
+    assert airflow.tasks("small", run)["train"]["state"] == "running"
+    for pid in processes(var, "include.engine"):
+        os.kill(pid, signal.SIGCONT)
     last = json.loads((var / "registry" / "small" / "history.jsonl").read_text().splitlines()[-1])
     assert (last["live"], last["instead_of"], last["reason"]) == ("v1", "v2", "v2 insults people")
     airflow.call("PATCH", f"/api/v2/dags/small/dagRuns/{run}", {"state": "failed"})

@@ -18,7 +18,7 @@ from tests.services.airflow import Airflow, eventually, up
 
 
 @pytest.fixture
-def airflow(var: Path, small_recipe: Callable) -> Iterator[Airflow]:
+def airflow(var: Path, airflow_home: Path, small_recipe: Callable) -> Iterator[Airflow]:
     small_recipe()
     with up(var) as airflow:
         yield airflow
@@ -43,11 +43,11 @@ def wait(airflow: Airflow, path: str, what: str, *wanted: str) -> dict[str, str]
         assert what == "run" or now["run"] in ("queued", "running"), now
         return now[what] in wanted and now
 
-    return eventually(look, 300)
+    return eventually(look)
 
 
 def answer(airflow: Airflow, path: str, option: str) -> None:
-    airflow.scheduler_has_looked()  # nobody reads the numbers in a second
+    airflow.wait_for_scheduler()  # no person answers within a second
     airflow.call(
         "PATCH", f"{path}/taskInstances/approve/-1/hitlDetails", {"chosen_options": [option], "params_input": {}}
     )
@@ -55,7 +55,7 @@ def answer(airflow: Airflow, path: str, option: str) -> None:
 
 def get(url: str, **headers: str) -> tuple[int, str, Any]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as got:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=300) as got:
             return got.status, got.read().decode(), got.headers
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(), error.headers
@@ -66,7 +66,7 @@ def test_a_person_decides_what_is_published(airflow: Airflow, var: Path) -> None
     asked = start(airflow, approve="always")
     wait(airflow, asked, "approve", "awaiting_input")
     for pool in airflow.call("GET", "/api/v2/pools")["pools"]:
-        assert pool["occupied_slots"] == 0, "who waits for a person holds no worker"
+        assert pool["occupied_slots"] == 0, "a task that waits for a person holds no worker"
     question = airflow.call("GET", f"{asked}/taskInstances/approve/-1/hitlDetails")
     assert question["subject"].startswith("May this candidate of small go live? loss ")
     assert "| **candidate** | **" in question["body"] and "| base model | " in question["body"]

@@ -1,4 +1,4 @@
-"""Runs that start by themselves: the dataset has a new revision, or the clock strikes. Real scheduler and triggerer."""
+"""Runs that start by themselves: on a new revision of the dataset, or by cron. Real scheduler and triggerer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-ENDED_WELL = ("published", "refused")  # by the gate: which of them, is a matter of the numbers
+COMPLETED = ("published", "refused")  # which of them, depends on the losses
 
 
 def rows(first: int) -> bytes:
@@ -36,7 +36,7 @@ def rows(first: int) -> bytes:
 
 
 def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failure(
-    var: Path, small_recipe: Callable, hub: Hub, monkeypatch: pytest.MonkeyPatch
+    var: Path, airflow_home: Path, small_recipe: Callable, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"{next(iter(hub.tokens.values()))[0]}/rows"
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
@@ -46,14 +46,14 @@ def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failu
         return hub.put(name, {"data/train.jsonl": rows(first)}, kind="dataset")
 
     def run(airflow: Airflow, number: int) -> str:
-        found = eventually(lambda: len(airflow.runs("small")) >= number and airflow.runs("small"), 240)
+        found = eventually(lambda: len(airflow.runs("small")) >= number and airflow.runs("small"))
         assert found[number - 1]["run_type"] == "asset_triggered"
         return found[number - 1]["dag_run_id"]
 
     def records(run_id: str) -> dict[str, Any]:
         return Store().read_records("small", run_id)
 
-    def looked_at_least(times: int) -> None:
+    def wait_for_checks(times: int) -> None:
         before = len(hub.requests)
         eventually(lambda: len([r for r in hub.requests[before:] if r[1].startswith("/api/datasets/")]) >= times)
 
@@ -64,7 +64,7 @@ def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failu
         assert records(one)["run"]["verdict"] == "published"
         note = eventually(lambda: airflow.runs("small")[0]["note"])
         assert f"**published** v1; dataset {name}@{first[:8]}, base tiny_base" in note
-        looked_at_least(3)
+        wait_for_checks(3)
         assert len(airflow.runs("small")) == 1, "a revision that was published is done"
 
         hub.fail("GET|HEAD", "/datasets/.*/resolve/", status=403, times=1000)
@@ -82,16 +82,16 @@ def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failu
         eventually(lambda: records(three).get("resolve", {}).get("state") == "done")
         third = put(2)
         airflow.ended("small", three)
-        assert records(three)["run"]["verdict"] in ENDED_WELL
+        assert records(three)["run"]["verdict"] in COMPLETED
         assert f"@{second[:8]}" in records(three)["resolve"]["summary"], "not the newer one"
 
         four = run(airflow, 4)
         eventually(lambda: "download" in records(four))
     with up(var) as airflow:
-        airflow.ended("small", four, 400)
-        assert records(four)["run"]["verdict"] in ENDED_WELL
+        airflow.ended("small", four)
+        assert records(four)["run"]["verdict"] in COMPLETED
         assert f"@{third[:8]}" in records(four)["resolve"]["summary"]
-        looked_at_least(3)
+        wait_for_checks(3)
         assert [r["dag_run_id"] for r in airflow.runs("small")] == [one, two, three, four]
         events = airflow.call("GET", "/api/v2/assets/events?order_by=timestamp")["asset_events"]
         changes = [(event["extra"]["payload"]["old"], event["extra"]["payload"]["new"]) for event in events]
@@ -99,7 +99,7 @@ def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failu
 
 
 def test_a_cron_day_without_anything_new_is_skipped_and_force_runs_it(
-    var: Path, small_recipe: Callable, pipeline: Callable
+    var: Path, airflow_home: Path, small_recipe: Callable, pipeline: Callable
 ) -> None:
     pipeline(small_recipe(cron="* * * * *"), run_id="earlier")
     report("small", "earlier")
@@ -109,7 +109,6 @@ def test_a_cron_day_without_anything_new_is_skipped_and_force_runs_it(
         assert airflow.ended("small", run["dag_run_id"]) == "success"
         tasks = airflow.tasks("small", run["dag_run_id"])
         assert {task["state"] for name, task in tasks.items() if name not in ("report", "alert")} == {"skipped"}
-        assert tasks["resolve"]["duration"] < 20
         said = " ".join(airflow.log("small", run["dag_run_id"], "resolve"))
         assert "nothing is new: rows.jsonl@" in said
         assert "are those of the run earlier, whose candidate was published as v1. Switch on force" in said
@@ -118,7 +117,7 @@ def test_a_cron_day_without_anything_new_is_skipped_and_force_runs_it(
         assert Store().read_records("small", forced)["run"]["verdict"] == "unchanged"
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_trained_on(
+def test_a_file_that_changes_after_it_was_pinned_is_not_trained_on(
     small_recipe: Callable, pipeline: Callable, dataset: Path
 ) -> None:
     recipe = small_recipe()

@@ -25,7 +25,7 @@ from tests.conftest import PROJECT, last_run
 
 @contextmanager
 def statsd() -> Iterator[tuple[socket.socket, dict[str, str]]]:
-    """A StatsD server's socket, and where it is."""
+    """Open a StatsD server's socket; yield it with Airflow's settings for it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", 0))
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**22)
@@ -38,7 +38,7 @@ def statsd() -> Iterator[tuple[socket.socket, dict[str, str]]]:
 
 
 def received(server: socket.socket) -> dict[str, str]:
-    """Retune's metrics that have come, by name; their values with the kind."""
+    """Return Retune's metrics received so far, by name; each value with its kind."""
     found = {}
     while True:
         try:
@@ -51,7 +51,7 @@ def received(server: socket.socket) -> dict[str, str]:
 
 @contextmanager
 def collector() -> Iterator[tuple[dict[str, dict[str, str]], str]]:
-    """An OpenTelemetry collector: the attributes of each metric of Retune's that has come, and its address."""
+    """Start an OpenTelemetry collector; yield the attributes of each metric received from Retune, and its address."""
     found: dict[str, dict[str, str]] = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -78,8 +78,8 @@ def collector() -> Iterator[tuple[dict[str, dict[str, str]], str]]:
         server.server_close()
 
 
-def test_a_run_tells_statsd_and_opentelemetry_and_the_maintenance_runs_in_airflow(
-    var: Path, small_recipe: Callable, retune: Callable
+def test_a_run_sends_metrics_to_statsd_and_opentelemetry_and_maintenance_runs_in_airflow(
+    var: Path, airflow_home: Path, small_recipe: Callable, retune: Callable
 ) -> None:
     small_recipe()
     with statsd() as (server, where), collector() as (collected, address):

@@ -1,4 +1,4 @@
-"""Airflow with its UI, scheduler and triggerer, started as a person starts it, and its REST API."""
+"""Airflow with its UI, scheduler and triggerer, started as a user starts it, and its REST API."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.conftest import PROJECT
 from tests.test_demo import processes
 
 ENDED = ("success", "failed")
+WAIT = 900.0  # seconds until a wait is given up: no measure of speed, only the end of a test that hangs
 
 
 class Airflow:
@@ -33,32 +34,32 @@ class Airflow:
             self.url + path, json.dumps(body).encode() if body is not None else None,
             {"Content-Type": "application/json", "Authorization": f"Bearer {self.token}"}, method=method,
         )  # fmt: skip
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
     def trigger(self, dag: str, **conf: Any) -> str:
-        """Start a run as the form does; returns its id."""
+        """Start a run as the form does; return its id."""
         return self.call("POST", f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
 
     def runs(self, dag: str) -> list[dict[str, Any]]:
-        """A DAG's runs, oldest first; none where Airflow has not read the DAG yet."""
+        """Return a DAG's runs, oldest first; an empty list if Airflow has not read the DAG yet."""
         found = self.call("GET", "/api/v2/dags/~/dagRuns?order_by=id&limit=100")["dag_runs"]
         return [run for run in found if run["dag_id"] == dag]
 
     def tasks(self, dag: str, run: str) -> dict[str, dict[str, Any]]:
-        """The tasks of a run by name."""
+        """Return the tasks of a run by name."""
         found = self.call("GET", f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances")["task_instances"]
         return {task["task_id"]: task for task in found}
 
     def log(self, dag: str, run: str, task: str, attempt: int = 1) -> list[str]:
-        """The lines of a try's log, as the UI shows them."""
+        """Return the lines of a try's log, as the UI shows them."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances/{task}/logs/{attempt}"
         return [entry["event"] for entry in self.call("GET", path)["content"]]
 
-    def scheduler_has_looked(self) -> None:
-        """Wait until the scheduler has gone through its loop, and so knows how the processes that it started ended.
+    def wait_for_scheduler(self) -> None:
+        """Wait for two loops of the scheduler, so that it knows that the process of the asking task has ended.
 
-        An answer that comes before it knows that the asking one did, within a second, is taken for a lost process.
+        An answer before that, within a second of the question, makes the scheduler take the task's process for lost.
         """
 
         def beat() -> str:
@@ -68,24 +69,24 @@ class Airflow:
             last = beat()
             eventually(lambda last=last: beat() != last)
 
-    def ended(self, dag: str, run: str, seconds: float = 240, pause: float = 0.2) -> str:
-        """The state in which a run ends."""
+    def ended(self, dag: str, run: str, seconds: float = WAIT, pause: float = 0.2) -> str:
+        """Wait until a run has ended; return its state."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run}"
         return eventually(lambda: (state := self.call("GET", path)["state"]) in ENDED and state, seconds, pause)
 
 
-def eventually(look: Callable[[], Any], seconds: float = 120, pause: float = 0.2) -> Any:
-    """What `look` returns once it is true; looked at once in a pause of so many seconds."""
+def eventually(look: Callable[[], Any], seconds: float = WAIT, pause: float = 0.2) -> Any:
+    """Return what `look` returns as soon as it is true; called again after pauses of so many seconds."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
-        assert time.monotonic() < deadline, "it did not come to be in time"
+        assert time.monotonic() < deadline, f"not so after {seconds:.0f} s"
         time.sleep(pause)
     return found
 
 
 @contextmanager
 def up(var: Path) -> Iterator[Airflow]:
-    """`retune up` in a process of its own, stopped as Ctrl-C stops it."""
+    """Start `retune up` in a process of its own; stop it as Ctrl-C does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,7 +95,7 @@ def up(var: Path) -> Iterator[Airflow]:
             [sys.executable, "-m", "retune", "up", "--port", str(port)], cwd=PROJECT, stdout=log, stderr=log
         )
         try:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + WAIT
             while "Airflow is up" not in (said := (var.parent / "up.log").read_text()):
                 assert process.poll() is None and time.monotonic() < deadline, said
                 time.sleep(0.2)
@@ -102,5 +103,5 @@ def up(var: Path) -> Iterator[Airflow]:
             yield Airflow(port, said.split("password")[1].split()[0])
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(180) == 0
+            assert process.wait(WAIT) == 0
             assert not processes(var), "Ctrl-C leaves no process behind"

@@ -16,6 +16,8 @@ from tasks.evaluate import evaluate
 from tasks.smoke_test import smoke_test
 from tests.conftest import conversation
 
+pytestmark = pytest.mark.xdist_group("gate_cases")  # they share a base and what stages have made
+
 OPPOSITES = {
     "hot": "cold", "big": "small", "old": "new", "fast": "slow", "high": "low", "good": "bad", "light": "dark",
     "soft": "hard",

@@ -79,7 +79,7 @@ def test_the_form_offers_a_sweep_where_the_file_has_one(small_recipe: Callable) 
 
 
 def test_airflow_maps_the_grid_and_a_failed_candidate_does_not_fail_the_run(
-    var: Path, small_recipe: Callable, retune: Callable
+    var: Path, airflow_home: Path, small_recipe: Callable, retune: Callable
 ) -> None:
     recipe = small_recipe(sweep={"learning_rate": [0.01]})
     typed = 'sweep={"target_modules": [["no_proj"], "minimal"]}'
