@@ -39,6 +39,10 @@ class BadRecipe(PermanentError):
     """A recipe file or a value given at trigger time is wrong; the message names the field."""
 
 
+class UndeclaredField(PermanentError):
+    """A stage reads a recipe field that its `recipe_fields` do not name, so that its fingerprint would not cover it."""
+
+
 class BadData(PermanentError):
     """The dataset cannot be trained on."""
 

@@ -20,14 +20,12 @@ from typing import Any
 from airflow.sdk.configuration import conf
 from airflow.sdk.observability import stats
 
-from include.pipeline.stage import Lineage, artifact_of, log
+from include.pipeline.contracts import TrainOutput, ValidateOutput
+from include.pipeline.records import Lineage, log
+from include.pipeline.stage import output_of
 from include.storage.artifacts import Store
 
 BACKENDS = ("statsd_on", "statsd_datadog_enabled", "otel_on")
-FACTS = {
-    "train": {"tokens_per_second": "tokens_per_second", "peak_memory_bytes": "peak_memory_bytes"},
-    "validate": {"refused": "rows_refused"},
-}  # which facts of a stage, and their metrics' names
 
 
 def _if_on(tell: Callable[..., None]) -> Callable[..., None]:
@@ -53,9 +51,12 @@ def stage_done(stage: str, lineage: Lineage) -> None:
     if record["reused"]:
         return
     _send(stats.gauge, "retune.stage.seconds", record["seconds"], recipe=recipe, stage=stage)
-    facts = artifact_of(store, lineage, stage).metadata if stage in FACTS else {}
-    for fact, name in FACTS.get(stage, {}).items():
-        _send(stats.gauge, f"retune.{stage}.{name}", facts[fact], recipe=recipe)
+    metadata = output_of(store, lineage, stage).metadata
+    if isinstance(metadata, TrainOutput):
+        _send(stats.gauge, "retune.train.tokens_per_second", metadata.tokens_per_second, recipe=recipe)
+        _send(stats.gauge, "retune.train.peak_memory_bytes", metadata.peak_memory_bytes, recipe=recipe)
+    if isinstance(metadata, ValidateOutput):
+        _send(stats.gauge, "retune.validate.rows_refused", metadata.refused, recipe=recipe)
 
 
 @_if_on

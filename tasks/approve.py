@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from include.errors import ApprovalTimeout, Conflict, PermanentError, Rejected
 from include.paths import var
-from include.pipeline.stage import Lineage, Record, artifact_of, log, pinned_recipe, recorded
+from include.pipeline.contracts import ApproveOutput, EvaluateOutput, SmokeTestOutput, TrainOutput
+from include.pipeline.records import Lineage, Record, log, recorded
+from include.pipeline.stage import Output, output_of, pinned_recipe
 from include.recipe import Recipe
 from include.registry import open_registry
 from include.reporting.pages import approval_page
-from include.storage.artifacts import Artifact, Store
+from include.storage.artifacts import Store
 from include.storage.files import fingerprint
 from tasks.evaluate import candidate_content
 from tasks.report import report
@@ -43,9 +44,9 @@ class _Case:
     """What a decision is about."""
 
     recipe: Recipe
-    train: Artifact
-    smoke_test: Artifact
-    evaluate: Artifact
+    train: Output[TrainOutput]
+    smoke_test: Output[SmokeTestOutput]
+    evaluate: Output[EvaluateOutput]
     record: Record
     store: Store
 
@@ -57,7 +58,7 @@ class _Case:
         """Why no person is asked; None where one is."""
         if self.recipe.approve == "never":
             return "the recipe asks for no approval"
-        if not self.evaluate.metadata["verdict"]["publish"]:
+        if not self.evaluate.metadata.verdict.publish:
             return "the gate refuses the candidate"
         if self.recipe.approve == "on_regression" and not self.regressions:
             return "nothing of it is worse"
@@ -113,38 +114,45 @@ def approve(lineage: Lineage, answer: Answer | None = None) -> Lineage:
     """
     with _case(lineage) as case:
         asked, nothing = answer is not None, "Nothing is published, what was live stays live"
-        metadata: dict[str, Any] = {"asked": asked, "regressions": case.regressions}
+        by: str | None = None
+        at: str | None = None
         if answer is None:
             because = case.why_nobody()
             if because is None:
                 raise ApprovalTimeout(_where_nobody_asks(case.recipe), "Run it in Airflow's UI (make up)")
-            metadata["summary"] = f"nobody was asked: {because}"
+            summary = f"nobody was asked: {because}"
         elif answer.by is None:
             hours = case.recipe.approve_within_hours
             raise ApprovalTimeout(f"nobody answered within {hours:g} h", f"{nothing}; clear approve to ask again")
         elif not answer.approved:
             raise Rejected(f"rejected by {answer.by} at {answer.at:%Y-%m-%d %H:%M} UTC", nothing)
         else:
-            metadata |= {"by": answer.by, "at": answer.at.isoformat(timespec="seconds")}
-            metadata["summary"] = f"approved by {answer.by} at {answer.at:%Y-%m-%d %H:%M} UTC"
+            by, at = answer.by, answer.at.isoformat(timespec="seconds")
+            summary = f"approved by {answer.by} at {answer.at:%Y-%m-%d %H:%M} UTC"
+        approval = ApproveOutput(asked=asked, regressions=case.regressions, summary=summary, by=by, at=at)
         inputs = {"smoke_test": case.smoke_test.fingerprint, "evaluate": case.evaluate.fingerprint}
-        mark, name = fingerprint([inputs, metadata]), case.recipe.name
-        artifact = case.store.find(name, "approve", mark)
+        key, name = fingerprint([inputs, approval.to_json()]), case.recipe.name
+        artifact = case.store.find(name, "approve", key)
         reused = artifact is not None
         if artifact is None:
-            out = var() / "work" / name / "approve" / mark
+            out = var() / "work" / name / "approve" / key
             out.mkdir(parents=True, exist_ok=True)
             artifact = case.store.commit(
-                out, name, "approve", mark, inputs=inputs, seconds=0.0, summary=metadata["summary"], metadata=metadata
+                out,
+                name,
+                "approve",
+                key,
+                inputs=inputs,
+                seconds=0.0,
+                summary=summary,
+                metadata=approval.to_json(),
             )
-        case.record.close(
-            "done", reused=reused, summary=metadata["summary"], fingerprint=mark, folder=str(artifact.folder)
-        )
-        log.info("approve done: %s", metadata["summary"])
-    return {**lineage, "approve": mark}
+        case.record.close("done", reused=reused, summary=summary, fingerprint=key, folder=str(artifact.folder))
+        log.info("approve done: %s", summary)
+    return {**lineage, "approve": key}
 
 
-def regressions(smoke_test: dict[str, Any], evaluate: dict[str, Any]) -> list[str]:
+def regressions(smoke_test: SmokeTestOutput, evaluate: EvaluateOutput) -> list[str]:
     """What of a candidate that the gate lets through is worse than it could be, a sentence each.
 
     A loss above the live adapter's, which `gate_margin` may allow; checks that answers fail and the recipe does not
@@ -154,19 +162,19 @@ def regressions(smoke_test: dict[str, Any], evaluate: dict[str, Any]) -> list[st
         smoke_test, evaluate: the metadata that these stages recorded.
     """
     found = []
-    against = evaluate["verdict"]["against_live"]
-    if against and against["difference"] > 0:
+    against = evaluate.verdict.against_live
+    if against and evaluate.live and against.difference > 0:
         found.append(
-            f"its loss is above that of {evaluate['live']['name']}, which is live: {against['candidate']:.4f} against "
-            f"{against['other']:.4f} (difference {against['low']:+.4f} to {against['high']:+.4f}, allowed below "
-            f"{evaluate['margin']:+.4f})"
+            f"its loss is above that of {evaluate.live.name}, which is live: {against.candidate:.4f} against "
+            f"{against.other:.4f} (difference {against.low:+.4f} to {against.high:+.4f}, allowed below "
+            f"{evaluate.margin:+.4f})"
         )
-    answers = smoke_test["answers"]
-    for name in dict.fromkeys(name for answer in answers for name in answer["failures"]):
-        seen = [answer["failures"][name] for answer in answers if name in answer["failures"]]
-        if name not in smoke_test["required"]:
+    answers = smoke_test.answers
+    for name in dict.fromkeys(name for answer in answers for name in answer.failures):
+        seen = [answer.failures[name] for answer in answers if name in answer.failures]
+        if name not in smoke_test.required:
             found.append(f"{len(seen)} of {len(answers)} answers fail {name}, which is not required: {seen[0]}")
-    return found + evaluate["verdict"]["notes"]
+    return found + evaluate.verdict.notes
 
 
 def refuse_where_nobody_asks(recipe: Recipe) -> None:
@@ -193,5 +201,5 @@ def _case(lineage: Lineage) -> Iterator[_Case]:
     with recorded(store, lineage["recipe"], lineage["run"], "approve") as record:
         if "question" in earlier:
             record.content["question"] = earlier["question"]
-        train, smoke_test, evaluate = (artifact_of(store, lineage, n) for n in ("train", "smoke_test", "evaluate"))
+        train, smoke_test, evaluate = (output_of(store, lineage, n) for n in ("train", "smoke_test", "evaluate"))
         yield _Case(pinned_recipe(store, lineage), train, smoke_test, evaluate, record, store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from include.pipeline.contracts import PretrainOutput
 from include.pipeline.stage import Result, StageContext, stage
 
 
@@ -10,10 +11,10 @@ from include.pipeline.stage import Result, StageContext, stage
     recipe_fields=("base_model", "base_revision"),
     fingerprint_fn=lambda context: str(context.recipe.base_revision),
 )
-def pretrain(context: StageContext) -> Result:
+def pretrain(context: StageContext) -> Result[PretrainOutput]:
     """Pretrain the little Llama of `include/demo/village.py` and keep it in the store under its revision."""
     from include.demo.village import pretrain as train_little_llama
 
-    facts = train_little_llama(context.out, context.say)
-    line = f"{facts['parameters'] / 1e6:.1f} M parameters, loss {facts['first_loss']:.2f} -> {facts['last_loss']:.2f}"
-    return Result(line, facts)
+    made = PretrainOutput(**train_little_llama(context.out, context.progress))
+    summary = f"{made.parameters / 1e6:.1f} M parameters, loss {made.first_loss:.2f} -> {made.last_loss:.2f}"
+    return Result(summary, made)

@@ -10,23 +10,35 @@ from typing import Any
 from include.base_model import base_license, fetch_base
 from include.engine import supervise
 from include.errors import Conflict, GateRefused
-from include.pipeline.stage import Result, StageContext, stage
+from include.pipeline.contracts import (
+    ApproveOutput,
+    DownloadOutput,
+    EvaluateOutput,
+    PublishedVersion,
+    PublishOutput,
+    SmokeTestOutput,
+    StandardizeOutput,
+    TemplateOutput,
+    TrainOutput,
+    ValidateOutput,
+)
+from include.pipeline.stage import Output, Result, StageContext, stage
+from include.recipe import TRAINING_INPUTS
 from include.registry import CARD, Version, content_digest, merged_uri, open_registry
 from include.reporting.model_card import merged_card, model_card
 from include.reporting.plots import loss_plot
-from include.storage.artifacts import Artifact
 from include.storage.files import MANIFEST, describe_files, file_digest, fingerprint, installed_packages, now, to_json
 from tasks.sweep import sweep_of
-from tasks.train import ADAPTER
 
-TRAINING_LOG, PICTURE = "training_log.jsonl", "loss.png"
+PICTURE = "loss.png"
 
 
-@stage(version=3, recipe_fields=("registry", "merged_16bit"), reuse=False)
+@stage(version=4, recipe_fields=TRAINING_INPUTS, reuse=False)
 def publish(
-    context: StageContext, download: Artifact, validate: Artifact, standardize: Artifact, template: Artifact, train: Artifact,
-    smoke_test: Artifact, evaluate: Artifact, approve: Artifact,
-) -> Result:  # fmt: skip
+    context: StageContext, download: Output[DownloadOutput], validate: Output[ValidateOutput],
+    standardize: Output[StandardizeOutput], template: Output[TemplateOutput], train: Output[TrainOutput],
+    smoke_test: Output[SmokeTestOutput], evaluate: Output[EvaluateOutput], approve: Output[ApproveOutput],
+) -> Result[PublishOutput]:  # fmt: skip
     """Publish what the gate let through; the same content again is the same version.
 
     Raises:
@@ -35,19 +47,19 @@ def publish(
         Conflict: something else went live since the candidate was compared.
         NoPermission, Unreachable: the registry cannot be written, or does not answer.
     """
-    verdict = evaluate.metadata["verdict"]
-    if not verdict["publish"]:
+    verdict = evaluate.metadata.verdict
+    if not verdict.publish:
         raise GateRefused(
-            "the candidate is not published: " + "; ".join(verdict["reasons"]),
+            "the candidate is not published: " + "; ".join(verdict.reasons),
             "What was live stays live; the report shows the numbers and the answers",
         )
-    stages = (download, validate, standardize, template, train, smoke_test, evaluate, approve)
+    outputs = (download, validate, standardize, template, train, smoke_test, evaluate, approve)
     folder = context.out / "version"
-    shutil.copytree(train.local() / ADAPTER, folder)
-    shutil.copy(train.local() / TRAINING_LOG, folder)
-    (folder / PICTURE).write_bytes(loss_plot((folder / TRAINING_LOG).read_bytes()))
+    shutil.copytree(train.local() / TrainOutput.ADAPTER, folder)
+    shutil.copy(train.local() / TrainOutput.TRAINING_LOG, folder)
+    (folder / PICTURE).write_bytes(loss_plot((folder / TrainOutput.TRAINING_LOG).read_bytes()))
     (folder / CARD).unlink(missing_ok=True)  # PEFT's own
-    manifest = build_manifest(context, {artifact.manifest["stage"]: artifact for artifact in stages})
+    manifest = build_manifest(context, {output.manifest["stage"]: output for output in outputs})
     manifest["files"] = describe_files(folder)
     manifest["content"] = content_digest(manifest["files"])
     (folder / MANIFEST).write_bytes(to_json(manifest))
@@ -56,17 +68,17 @@ def publish(
     (folder / CARD).write_text(card, encoding="utf-8")
 
     registry = open_registry(str(context.recipe.registry))
-    compared = evaluate.metadata["live"]
-    version = registry.publish(folder, compared and compared["revision"], context.recipe.private)
+    compared = evaluate.metadata.live
+    version = registry.publish(folder, compared and compared.revision, context.recipe.private)
     shutil.rmtree(folder)
     unchanged = version.run != context.run_id
-    facts = asdict(version)
-    line = f"{version.name} {'was live already' if unchanged else 'is live'}: {version.place}"
+    merged = None
+    summary = f"{version.name} {'was live already' if unchanged else 'is live'}: {version.place}"
     if context.recipe.merged_16bit:
-        merged = publish_merged(context, version, train.local() / ADAPTER, manifest)
-        facts["merged"] = asdict(merged)
-        line += f"; merged: {merged.place}"
-    return Result(line, facts, unchanged)
+        merged = publish_merged(context, version, train.local() / TrainOutput.ADAPTER, manifest)
+        summary += f"; merged: {merged.place}"
+    published = PublishOutput(**asdict(version), merged=PublishedVersion(**asdict(merged)) if merged else None)
+    return Result(summary, published, unchanged)
 
 
 def publish_merged(context: StageContext, version: Version, adapter: Path, manifest: dict[str, Any]) -> Version:
@@ -77,10 +89,10 @@ def publish_merged(context: StageContext, version: Version, adapter: Path, manif
             return registry.promote(known.revision, f"the adapter's {version.name} is live")
     folder = context.out / "merged"
     work = {
-        "recipe": recipe.model_dump(mode="json"), "base": fetch_base(recipe, context.store), "adapter": adapter,
+        "recipe": recipe.to_json(), "base": fetch_base(recipe, context.store), "adapter": adapter,
         "out": folder,
     }  # fmt: skip
-    made = supervise.run("merge", work, context.out, context.say)
+    made = supervise.run("merge", work, context.out, context.progress)
     repository = str(recipe.registry).removeprefix("hf://") if str(recipe.registry).startswith("hf://") else None
     manifest = {
         "run": context.run_id,
@@ -107,31 +119,30 @@ def publish_merged(context: StageContext, version: Version, adapter: Path, manif
     return merged
 
 
-def build_manifest(context: StageContext, stages: dict[str, Artifact]) -> dict[str, Any]:
+def build_manifest(context: StageContext, outputs: dict[str, Output[Any]]) -> dict[str, Any]:
     """All that is known about how the adapter came to be; the card is made from it.
 
     Rows of the data and the recipe's operations (addresses) stay out of it: the adapter may be public.
     """
-    facts = {name: artifact.metadata for name, artifact in stages.items()}
-    facts["template"] = {name: value for name, value in facts["template"].items() if name != "samples"}
-    profile = {name: value for name, value in facts["validate"]["profile"].items() if name != "top_duplicates"}
-    facts["validate"] = {**facts["validate"], "profile": profile}
+    metadata = {name: output.metadata.to_json() for name, output in outputs.items()}
+    del metadata["template"]["samples"]
+    del metadata["validate"]["profile"]["top_duplicates"]
     recipe = context.recipe
     return {
         "run": context.run_id,
-        "recipe": recipe.training_inputs,
-        "recipe_sha256": fingerprint(recipe.training_inputs),
+        "recipe": recipe.to_json(),
+        "recipe_sha256": fingerprint(recipe.to_json()),
         "made_at": now(),
-        "dataset": {"name": recipe.dataset, "revision": recipe.dataset_revision, **facts["download"]},
+        "dataset": {"name": recipe.dataset, "revision": recipe.dataset_revision, **metadata["download"]},
         "base": {"name": recipe.base_model, "revision": recipe.base_revision, **base_license(recipe)},
-        "data": {**facts["validate"], **facts["standardize"]},
-        "tokens": facts["template"],
-        "training": facts["train"],
-        "smoke_test": facts["smoke_test"],
-        "evaluation": facts["evaluate"],
-        "approval": facts["approve"],
+        "data": {**metadata["validate"], **metadata["standardize"]},
+        "tokens": metadata["template"],
+        "training": metadata["train"],
+        "smoke_test": metadata["smoke_test"],
+        "evaluation": metadata["evaluate"],
+        "approval": metadata["approve"],
         "sweep": sweep_of(context.store.records(recipe.name, context.run_id)),
-        "seconds": {name: artifact.manifest["seconds"] for name, artifact in stages.items()},
-        "fingerprints": {name: artifact.fingerprint for name, artifact in stages.items()},
-        "packages": {**installed_packages(), **stages["train"].manifest["packages"]},
+        "seconds": {name: output.manifest["seconds"] for name, output in outputs.items()},
+        "fingerprints": {name: output.fingerprint for name, output in outputs.items()},
+        "packages": {**installed_packages(), **outputs["train"].manifest["packages"]},
     }

@@ -5,19 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from include.paths import var
+from include.pipeline.contracts import TrainOutput
 from include.pipeline.outcomes import FINAL, record_outcome
-from include.pipeline.stage import log, pinned_recipe
+from include.pipeline.records import log
+from include.pipeline.stage import Output, find_output, pinned_recipe
 from include.recipe import find_recipe
 from include.reporting.pages import run_page
-from include.storage.artifacts import Artifact, Store
+from include.storage.artifacts import Store
 from include.storage.files import atomic_write, now, to_json
 from include.storage.object_store import read_all
-
-TRAINING_LOG = "training_log.jsonl"
-STAGES = (
-    "resolve", "pretrain", "download", "validate", "standardize", "template", "candidates", "train", "smoke_test",
-    "evaluate", "choose", "approve", "publish", "verify",
-)  # fmt: skip
+from tasks.stages import NAMES
 
 
 def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, Any]:
@@ -33,10 +30,10 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
     """
     store, name = Store(), find_recipe(recipe_file).stem
     records = store.records(name, run_id)
-    reached = STAGES[: STAGES.index("approve") + 1] if waiting else STAGES  # later records are of before it was cleared
+    reached = NAMES[: NAMES.index("approve") + 1] if waiting else NAMES  # later records are of before it was cleared
     stages = {stage: records[stage] for stage in reached if stage in records}
-    artifacts = {stage: _artifact(store, name, stages.get(stage)) for stage in STAGES}
-    details = {stage: artifact.metadata if artifact else {} for stage, artifact in artifacts.items()}
+    outputs = {stage: _output(store, name, stages.get(stage)) for stage in NAMES}
+    details = {stage: output.metadata if output else None for stage, output in outputs.items()}
     errors = [record["error"] for record in stages.values() if record["state"] == "failed"]
     published = details["publish"]
     sweep = stages.get("choose", {}).get("candidates", [])
@@ -45,9 +42,9 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
         "recipe": name,
         "run": run_id,
         "verdict": "waiting" if waiting else _verdict(stages, errors),
-        "version": published.get("name"),
-        "revision": published.get("revision"),
-        "place": published.get("place"),
+        "version": published and published.name,
+        "revision": published and published.revision,
+        "place": published and published.place,
         "error": errors[0] if errors else None,
         "report": str(page),
         "finished_at": None if waiting else now(),
@@ -59,7 +56,7 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
         },
         "sweep": sweep,
     }  # fmt: skip
-    content = run_page(summary, details, _training_log(store, artifacts["train"]))
+    content = run_page(summary, details, _training_log(store, outputs["train"]))
     with store.writing():
         atomic_write(page, content.encode())
     if waiting:
@@ -97,16 +94,16 @@ def _verdict(stages: dict[str, Any], errors: list[dict[str, str]]) -> str:
     return "unchanged" if stages["publish"]["reused"] else "published"
 
 
-def _artifact(store: Store, recipe: str, record: dict[str, Any] | None) -> Artifact | None:
-    """What a stage that finished has made; None of one that did not."""
+def _output(store: Store, recipe: str, record: dict[str, Any] | None) -> Output[Any] | None:
+    """Return the output of a finished stage; None for a stage that did not finish, or has none."""
     if record is None or record["state"] != "done" or "fingerprint" not in record:
         return None
-    return store.find(recipe, record["stage"], record["fingerprint"])
+    return find_output(store, recipe, record["stage"], record["fingerprint"])
 
 
-def _training_log(store: Store, train: Artifact | None) -> bytes | None:
+def _training_log(store: Store, train: Output[TrainOutput] | None) -> bytes | None:
     if train is None:
         return None
-    path = train.folder / TRAINING_LOG
+    path = train.folder / TrainOutput.TRAINING_LOG
     with store.reading():
         return read_all([path]).get(path)

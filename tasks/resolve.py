@@ -10,12 +10,14 @@ from include.base_model import pin_base
 from include.data.sources import is_hub_id, located, pin_dataset
 from include.errors import UpToDate
 from include.paths import var
+from include.pipeline.contracts import ResolveOutput
 from include.pipeline.outcomes import find_outcome, record_outcome
-from include.pipeline.stage import Lineage, log, recorded
+from include.pipeline.records import Lineage, log, recorded
 from include.recipe import Recipe, find_recipe, load_recipe
 from include.registry import merged_uri, open_registry, registry_uri
 from include.storage.artifacts import Artifact, Store
 from include.storage.files import atomic_write, fingerprint, to_json
+from tasks.stages import longest_try
 
 
 def resolve(
@@ -46,6 +48,7 @@ def resolve(
     store, name = Store(), Path(recipe_file).stem
     with recorded(store, name, run_id, "resolve") as record:
         recipe = load_recipe(find_recipe(recipe_file), values)
+        longest_try(recipe)  # names the stages of timeout_hours that do not exist
         dataset, base = pin_dataset(recipe, revision), pin_base(recipe)
         pinned = recipe.model_copy(
             update={
@@ -70,25 +73,31 @@ def resolve(
                 open_registry(place).check()  # hours of training do not end at a missing permission
         line = f"dataset {_short(recipe.dataset)}@{dataset[:8]}, base {_short(recipe.base_model)}@{base[:8]}"
         artifact, reused = pin(store, pinned, line)
-        mark = artifact.fingerprint
         record.close(
-            "done", reused=reused, summary=line, fingerprint=mark, folder=str(artifact.folder), from_recipe_file=own
+            "done",
+            reused=reused,
+            summary=line,
+            fingerprint=artifact.fingerprint,
+            folder=str(artifact.folder),
+            from_recipe_file=own,
         )
         log.info("resolve done: %s", line)
-    return {"recipe": name, "run": run_id, "resolve": mark}
+    return {"recipe": name, "run": run_id, "resolve": artifact.fingerprint}
 
 
 def pin(store: Store, recipe: Recipe, line: str) -> tuple[Artifact, bool]:
     """The artifact that holds a recipe with everything pinned, and whether it was there already."""
-    content = recipe.model_dump(mode="json")
-    mark = fingerprint(content)
-    if artifact := store.find(recipe.name, "resolve", mark):
+    content = recipe.to_json()
+    key = fingerprint(content)
+    if artifact := store.find(recipe.name, "resolve", key):
         return artifact, True
-    out = var() / "work" / recipe.name / "resolve" / mark
+    out = var() / "work" / recipe.name / "resolve" / key
     shutil.rmtree(out, ignore_errors=True)
     with store.writing():
-        atomic_write(out / "recipe.json", to_json(content))
-    return store.commit(out, recipe.name, "resolve", mark, summary=line, metadata={}, inputs={}), False
+        atomic_write(out / ResolveOutput.RECIPE, to_json(content))
+    return store.commit(
+        out, recipe.name, "resolve", key, summary=line, metadata=ResolveOutput().to_json(), inputs={}
+    ), False
 
 
 def _nothing_new(pinned: Recipe, earlier: dict[str, Any]) -> UpToDate:

@@ -10,44 +10,48 @@ from include.chat.chat_format import ChatFormat
 from include.data.sharegpt import Message
 from include.engine import supervise
 from include.evaluation.answer_checks import check_answer
-from include.pipeline.stage import Result, StageContext, stage
+from include.pipeline.contracts import SmokeTestOutput, TemplateOutput, TrainOutput
+from include.pipeline.stage import Output, Result, StageContext, stage
 from include.recipe import AnswerCheck, Prompt, SmokeTest
-from include.storage.artifacts import Artifact
 from include.storage.files import to_json
-from tasks.template import TOKENIZER
-from tasks.train import ADAPTER
 
-ANSWERS, TEMPLATE = "answers.json", "chat_template.jinja"
+TEMPLATE = "chat_template.jinja"
 
 
 @stage(
-    version=2,
+    version=3,
     recipe_fields=(
         "base_model", "base_revision", "chat_template", "missing_special_tokens", "load_in_4bit", "load_in_8bit",
         "max_seq_length", "seed", *SmokeTest.model_fields,
     ),
+    other_fields=(  # the device plan reads them; the numbers do not depend on them
+        "engine", "per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "optim", "packing",
+        "full_finetuning", "method",
+    ),
 )  # fmt: skip
-def smoke_test(context: StageContext, template: Artifact, train: Artifact) -> Result:
+def smoke_test(
+    context: StageContext, template: Output[TemplateOutput], train: Output[TrainOutput]
+) -> Result[SmokeTestOutput]:
     """Generate with the adapter and with the bare base, and leave `answers.json`: answers and checks.
 
     A failed check does not fail the stage; the gate in `evaluate` decides with the recipe's `required_checks`.
     """
     recipe = context.recipe
     base = fetch_base(recipe, context.store)
-    chat = ChatFormat(template.local(TOKENIZER) / TOKENIZER, recipe)
-    stop = template.metadata["stop_tokens"]
+    chat = ChatFormat(template.local(TemplateOutput.TOKENIZER) / TemplateOutput.TOKENIZER, recipe)
+    stop = template.metadata.stop_tokens
     said = supervise.run(
         "generate",
         {
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe.to_json(),
             "base": base,
-            "adapter": train.local() / ADAPTER,
+            "adapter": train.local() / TrainOutput.ADAPTER,
             "prompts": [chat.prompt(messages(prompt)) for prompt in recipe.prompts],
             "stop": stop,
             "pad": chat.id_of("pad_token"),
         },
         context.out,
-        context.say,
+        context.progress,
     )
     answers: list[dict[str, Any]] = []
     for prompt, ids, base_ids in zip(recipe.prompts, said["adapter"], said["base"], strict=True):
@@ -63,20 +67,23 @@ def smoke_test(context: StageContext, template: Artifact, train: Artifact) -> Re
             checks["as_expected"] = None
         said_and_seen = {"answer": answer, "base": base_answer, "stopped": stopped, "checks": checks, "failures": seen}
         answers.append({**prompt.model_dump(), **said_and_seen})
-        context.say(
+        context.progress(
             f"{prompt.prompt} -> {answer!r}" + "".join(f"; fails {name}: {what}" for name, what in seen.items())
         )
-    (context.out / ANSWERS).write_bytes(to_json(answers))
+    (context.out / SmokeTestOutput.ANSWERS).write_bytes(to_json(answers))
     failed = _failed(answers, recipe.required_checks)
-    if (train.local() / ADAPTER / TEMPLATE).read_text("utf-8") != chat.template:
+    if (train.local() / TrainOutput.ADAPTER / TEMPLATE).read_text("utf-8") != chat.template:
         failed.append(
             f"wrong template: the adapter was trained with another chat template than {recipe.chat_template} as it is "
             "now, with which it was tested"
         )
     passed = sum(not any(name in answer["failures"] for name in recipe.required_checks) for answer in answers)
-    line = f"{passed} of {len(answers)} answers pass the required checks"
+    summary = f"{passed} of {len(answers)} answers pass the required checks"
     required = list(recipe.required_checks)
-    return Result(line, {"answers": answers, "required": required, "failed": failed, "passed": passed})
+    return Result(
+        summary,
+        SmokeTestOutput.model_validate({"answers": answers, "required": required, "failed": failed, "passed": passed}),
+    )
 
 
 def _failed(answers: list[dict[str, Any]], required: Sequence[str]) -> list[str]:

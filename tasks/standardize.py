@@ -12,40 +12,38 @@ from include.data.parallel import in_order
 from include.data.sources import absolute, read_prompts
 from include.data.tables import read_table, write_table
 from include.errors import BadData
+from include.pipeline.contracts import StandardizeOutput, ValidateOutput
 from include.pipeline.sharding import PARTS, ShardedContext, Step, sharded
-from include.pipeline.stage import Result, StageContext
-from include.storage.artifacts import Artifact
+from include.pipeline.stage import Output, Result, StageContext
 from include.storage.files import file_digest
-from tasks.validate import GOOD, READINGS
 
-MESSAGES, NEAR = "messages", "near_duplicates.jsonl"
 MARKS, SIDES = f"{PARTS}/marks", f"{PARTS}/sides"
 
 
-def _benchmark_digest(context: StageContext, **_: Artifact) -> str | None:
+def _benchmark_digest(context: StageContext, **_: Output[ValidateOutput]) -> str | None:
     place = context.recipe.decontaminate_against and absolute(context.recipe.decontaminate_against)
     return file_digest(Path(place)) if place and Path(place).is_file() else place
 
 
 @Step
-def compare(context: ShardedContext, names: list[str], validate: Artifact) -> list[None]:
+def compare(context: ShardedContext, names: list[str], validate: Output[ValidateOutput]) -> list[None]:
     """What the comparison of all rows needs of each good row: its number, its side, its MinHash signature, and whether
     it holds a benchmark's prompt; 266 bytes a row, in a file for each of the readings.
     """
     import pyarrow as pa
 
-    recipe, source = context.recipe, context.fetched(validate, *(f"{READINGS}/{name}" for name in names))
+    recipe, source = context.recipe, context.fetch(validate, *(f"{ValidateOutput.READINGS}/{name}" for name in names))
     benchmark = None
     if recipe.decontaminate_against:
         benchmark = Benchmark(pa.array(read_prompts(recipe.decontaminate_against), pa.large_string()))
-    files = [source / READINGS / name for name in names]
+    files = [source / ValidateOutput.READINGS / name for name in names]
     good = _good(validate, read_table(files[0])["row"][0].as_py(), read_table(files[-1])["row"][-1].as_py())
     (context.out / MARKS).mkdir(parents=True)
     return list(in_order(lambda file: _compare(file, context.out, good, recipe.holdout_share, benchmark), files))
 
 
 @Step
-def decide(context: ShardedContext, validate: Artifact) -> dict[str, int]:
+def decide(context: ShardedContext, validate: Output[ValidateOutput]) -> dict[str, int]:
     """The one comparison of all rows with each other: which of them stay, and the pairs of near-duplicates.
 
     It holds 266 bytes a row in memory, and some 100 more while it sorts.
@@ -56,7 +54,7 @@ def decide(context: ShardedContext, validate: Artifact) -> dict[str, int]:
     import numpy as np
     import pyarrow as pa
 
-    recipe, folder = context.recipe, context.made(compare)
+    recipe, folder = context.recipe, context.files_of(compare)
     tables = [read_table(folder / MARKS / name) for name in context.names]
     rows, holdout, contaminated = (
         np.concatenate([table[name].to_numpy() for table in tables]) for name in ("row", "holdout", "contaminated")
@@ -78,7 +76,7 @@ def decide(context: ShardedContext, validate: Artifact) -> dict[str, int]:
             f"holdout_share={recipe.holdout_share}",
             "Change holdout_share, or use more rows",
         )
-    _write_pairs(context.out / NEAR, rows, earlier, held_out)
+    _write_pairs(context.out / StandardizeOutput.NEAR_DUPLICATES, rows, earlier, held_out)
     (context.out / SIDES).mkdir(parents=True)
     begin = 0
     for name, table in zip(context.names, tables, strict=True):
@@ -93,22 +91,28 @@ def decide(context: ShardedContext, validate: Artifact) -> dict[str, int]:
 
 
 @Step
-def write(context: ShardedContext, names: list[str], validate: Artifact) -> list[None]:
+def write(context: ShardedContext, names: list[str], validate: Output[ValidateOutput]) -> list[None]:
     """The conversations of the rows that stay, each with its side."""
-    readings = context.fetched(validate, *(f"{READINGS}/{name}" for name in names)) / READINGS
-    sides = context.made(decide, *(f"{SIDES}/{name}" for name in names)) / SIDES
-    (context.out / MESSAGES).mkdir()
-    return list(in_order(lambda name: _write(readings / name, sides / name, context.out / MESSAGES / name), names))
+    readings = (
+        context.fetch(validate, *(f"{ValidateOutput.READINGS}/{name}" for name in names)) / ValidateOutput.READINGS
+    )
+    sides = context.files_of(decide, *(f"{SIDES}/{name}" for name in names)) / SIDES
+    (context.out / StandardizeOutput.MESSAGES).mkdir()
+    return list(
+        in_order(
+            lambda name: _write(readings / name, sides / name, context.out / StandardizeOutput.MESSAGES / name), names
+        )
+    )
 
 
 @sharded(
     version=4,
     recipe_fields=("holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against"),
     external_inputs=_benchmark_digest,
-    splits=READINGS,
+    split_folder=ValidateOutput.READINGS,
     steps=(compare, decide, write),
 )
-def standardize(context: ShardedContext, validate: Artifact) -> Result:
+def standardize(context: ShardedContext, validate: Output[ValidateOutput]) -> Result[StandardizeOutput]:
     """Write `messages/` (an Arrow file for each of the readings: `row`, the conversation's columns and `holdout`) and
     `near_duplicates.jsonl` (pairs of rows).
 
@@ -118,24 +122,24 @@ def standardize(context: ShardedContext, validate: Artifact) -> Result:
     Raises:
         BadData: see `decide`.
     """
-    facts = context.did(decide)
-    context.did(write)
+    made = StandardizeOutput.model_validate(context.result_of(decide))
+    context.result_of(write)
     dropped = " dropped" if context.recipe.near_duplicates == "drop" else ""
-    line = (
-        f"{facts['train']:,} rows to train on, {facts['holdout']:,} held out; {facts['near_duplicates']:,} "
-        f"near-duplicates{dropped}, {facts['leaking']:,} of held-out rows left out"
+    summary = (
+        f"{made.train:,} rows to train on, {made.holdout:,} held out; {made.near_duplicates:,} "
+        f"near-duplicates{dropped}, {made.leaking:,} of held-out rows left out"
     )
     if context.recipe.decontaminate_against:
-        line += f", {facts['contaminated']:,} hold a benchmark's prompt"
-    return Result(line, facts)
+        summary += f", {made.contaminated:,} hold a benchmark's prompt"
+    return Result(summary, made)
 
 
-def _good(validate: Artifact, first: int, last: int) -> Any:
+def _good(validate: Output[ValidateOutput], first: int, last: int) -> Any:
     """The numbers of the good rows from one row to another (int64); of a large file only the part that has them."""
     import numpy as np
     import pyarrow.parquet as pq
 
-    with (validate.folder / GOOD).open("rb") as content:
+    with (validate.folder / ValidateOutput.GOOD).open("rb") as content:
         file = pq.ParquetFile(content)
         found = [np.zeros(0, np.int64)]
         for group in range(file.num_row_groups):

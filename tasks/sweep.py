@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from include.errors import PermanentError
-from include.pipeline.stage import Lineage, artifact_of, log, pinned_recipe, record_name, recorded
+from include.pipeline.records import Lineage, log, record_name, recorded
+from include.pipeline.stage import output_of, pinned_recipe
 from include.storage.artifacts import Store
 from tasks.resolve import pin
+from tasks.stages import PIPELINE
 
-OF_A_CANDIDATE = ("train", "smoke_test", "evaluate")  # the stages that each runs for itself
+CANDIDATE_STAGES = tuple(stage.name for stage in PIPELINE if stage.per_candidate)
 
 
 def candidates(lineage: Lineage) -> list[Lineage]:
@@ -56,19 +58,19 @@ def choose(grid: list[Lineage], lineages: Iterable[Lineage]) -> Lineage:
         best = min(measured, key=lambda row: (not row["publish"], row["loss"]))
         best["chosen"] = True
         chosen = through[best["resolve"]]
-        for stage in OF_A_CANDIDATE:
+        for stage in CANDIDATE_STAGES:
             store.record(recipe, run, stage, records[record_name(stage, chosen)])
         failed = len(table) - len(measured)
         line = f"{best['candidate']}, the best of {len(grid)}: loss {best['loss']:.3f}"
         line += f"; {failed} failed" if failed else ""
         record.close("done", summary=line)
         log.info("%s", line)
-    return {name: mark for name, mark in chosen.items() if name != "candidate"}
+    return {name: value for name, value in chosen.items() if name != "candidate"}
 
 
 def _result(store: Store, records: dict[str, Any], lineage: Lineage, through: Lineage | None) -> dict[str, Any]:
     """A candidate's row of the table: what was measured, or what it failed of."""
-    found = [records[name] for stage in OF_A_CANDIDATE if (name := record_name(stage, lineage)) in records]
+    found = [records[name] for stage in CANDIDATE_STAGES if (name := record_name(stage, lineage)) in records]
     failures = [record["summary"] for record in found if record["state"] == "failed"]
     row: dict[str, Any] = {
         "candidate": lineage["candidate"], "resolve": lineage["resolve"], "chosen": False, "publish": False,
@@ -76,11 +78,11 @@ def _result(store: Store, records: dict[str, Any], lineage: Lineage, through: Li
         "seconds": round(sum(record.get("seconds", 0) for record in found), 2),
     }  # fmt: skip
     if through:
-        facts = artifact_of(store, through, "evaluate").metadata
-        verdict, base, live = facts["verdict"], facts["verdict"]["against_base"], facts["verdict"]["against_live"]
+        verdict = output_of(store, through, "evaluate").metadata.verdict
+        base, live = verdict.against_base, verdict.against_live
         row.update(
-            publish=verdict["publish"], summary="; ".join(verdict["reasons"]), loss=base["candidate"], base=base["other"],
-            live=live and live["other"],
+            publish=verdict.publish, summary="; ".join(verdict.reasons), loss=base.candidate, base=base.other,
+            live=live and live.other,
         )  # fmt: skip
     return row
 

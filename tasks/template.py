@@ -17,55 +17,59 @@ from include.data.profile import histogram
 from include.data.sharegpt import Conversation, Message, conversations_in
 from include.data.tables import read_table, write_table
 from include.errors import BadData
+from include.pipeline.contracts import StandardizeOutput, TemplateOutput
 from include.pipeline.sharding import PARTS, ShardedContext, Step, sharded
-from include.pipeline.stage import Result
+from include.pipeline.stage import Output, Result
 from include.recipe import Recipe
-from include.storage.artifacts import Artifact
-from tasks.standardize import MESSAGES
 
-TRAIN, HOLDOUT, TOKENIZER, SAMPLES, DOCS = "train", "holdout", "tokenizer", "samples.txt", "data_docs"
+TRAIN, HOLDOUT = TemplateOutput.TRAIN, TemplateOutput.HOLDOUT
 CONTRACT = f"{PARTS}/contract"
 PROVED_ROWS, SHOWN_ROWS = 256, 10
 
 
 @Step
-def prove(context: ShardedContext, standardize: Artifact) -> dict[str, Any]:
+def prove(context: ShardedContext, standardize: Output[StandardizeOutput]) -> dict[str, Any]:
     """The tokenizer with the template in it, and the proof of the ids on rows from all over the data.
 
     Raises:
         BadRecipe: the template does not fit the base's vocabulary, or the ids differ from the tokenizer's own.
     """
-    chat = context.kept["chat"] = _chat(context)
+    chat = context.cache["chat"] = _chat(context)
     if chat.missing:
-        context.say(f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens")
-    chat.save(context.out / TOKENIZER)
-    chosen = [f"{MESSAGES}/{name}" for name in context.names[:: max(1, len(context.names) // 4)]]
-    messages = context.fetched(standardize, *chosen)
+        context.progress(
+            f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens"
+        )
+    chat.save(context.out / TemplateOutput.TOKENIZER)
+    chosen = [f"{StandardizeOutput.MESSAGES}/{name}" for name in context.names[:: max(1, len(context.names) // 4)]]
+    messages = context.fetch(standardize, *chosen)
     spread = _spread_rows([messages / name for name in chosen])
     proved, otherwise = chat.prove(spread), chat.asked_otherwise(spread)
-    context.say(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
+    context.progress(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
     if otherwise:
-        context.say(
+        context.progress(
             f"WARNING: {otherwise} of {len(spread)} rows are trained to answer after other tokens than a prompt "
             "ends in: look at the answers of the smoke test, or take another chat_template"
         )
     return {
-        "proved_rows": proved, "asked_otherwise": otherwise, "encoder": chat.encoder.name,
+        "proved_rows": proved, "prefix_mismatches": otherwise, "encoder": chat.encoder.name,
         "missing_special_tokens": chat.missing, "stop_tokens": chat.stop_tokens,
         "template_sha256": hashlib.sha256(chat.template.encode()).hexdigest(),
     }  # fmt: skip
 
 
 @Step
-def encode(context: ShardedContext, names: list[str], standardize: Artifact) -> list[dict[str, Any]]:
+def encode(context: ShardedContext, names: list[str], standardize: Output[StandardizeOutput]) -> list[dict[str, Any]]:
     """Ids and labels of the conversations; of each file the facts of its `sides` and, of the first, `samples`."""
-    recipe, proof = context.recipe, context.did(prove)
-    chat = context.kept.get("chat")
+    recipe, proof = context.recipe, context.result_of(prove)
+    chat = context.cache.get("chat")
     if chat is None:
         chat = _chat(context)
         if proof["encoder"] != chat.encoder.name:
             chat.encode_by_tokenizer()
-    messages = context.fetched(standardize, *(f"{MESSAGES}/{name}" for name in names)) / MESSAGES
+    messages = (
+        context.fetch(standardize, *(f"{StandardizeOutput.MESSAGES}/{name}" for name in names))
+        / StandardizeOutput.MESSAGES
+    )
     for folder in (TRAIN, HOLDOUT, CONTRACT):
         (context.out / folder).mkdir(parents=True)
     way = _encode_pairs if recipe.method == "dpo" else _encode_group
@@ -78,10 +82,10 @@ def encode(context: ShardedContext, names: list[str], standardize: Artifact) -> 
         "method", "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
         "max_seq_length", "on_too_long", "check_limits",
     ),
-    splits=MESSAGES,
+    split_folder=StandardizeOutput.MESSAGES,
     steps=(prove, encode),
 )  # fmt: skip
-def template(context: ShardedContext, standardize: Artifact) -> Result:
+def template(context: ShardedContext, standardize: Output[StandardizeOutput]) -> Result[TemplateOutput]:
     """Write `train/` and `holdout/` (Arrow streams, one for each file of messages: `row`, `input_ids`, `labels`; of
     preference rows `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`), `tokenizer/` with the template in it,
     `samples.txt` for people (trained text between » and «) and `data_docs/` of the token checks.
@@ -95,8 +99,10 @@ def template(context: ShardedContext, standardize: Artifact) -> Result:
     recipe = context.recipe
     pairs = recipe.method == "dpo"
     rules = (*PREPARED_ROWS, *PREPARED_PAIRS) if pairs else PREPARED_ROWS
-    with Suite("prepared_pairs" if pairs else "prepared_rows", rules, recipe.check_limits, context.out / DOCS) as suite:
-        proof, groups = context.did(prove), context.did(encode)
+    with Suite(
+        "prepared_pairs" if pairs else "prepared_rows", rules, recipe.check_limits, context.out / TemplateOutput.DOCS
+    ) as suite:
+        proof, groups = context.result_of(prove), context.result_of(encode)
         contract = _contract_of_all(context)
         findings = suite.validate(contract)
     if findings.broken:
@@ -109,20 +115,20 @@ def template(context: ShardedContext, standardize: Artifact) -> Result:
             "Raise max_seq_length, or use shorter conversations",
         )
     samples = [sample for group in groups for sample in group["samples"]][:SHOWN_ROWS]
-    (context.out / SAMPLES).write_text("\n".join(samples), encoding="utf-8")
+    (context.out / TemplateOutput.SAMPLES).write_text("\n".join(samples), encoding="utf-8")
     over, left_out = int(contract["tokens_over"].sum()), int(contract["left_out"].sum())
-    line = (
+    summary = (
         f"{train['tokens']:,} tokens in {train['rows']:,} rows, {train['trained'] / train['tokens']:.0%} trained; "
         f"{over:,} too long, {left_out:,} left out"
     )
     quantiles = contract["tokens"].quantile([0, 0.25, 0.5, 0.75, 0.9, 0.99, 1], interpolation="lower")
-    facts = {
+    metadata = TemplateOutput.model_validate({
         "train": train, "holdout": holdout, "too_long": over, "left_out": left_out, **proof,
         "lengths": {f"p{share * 100:.0f}": int(tokens) for share, tokens in quantiles.items()},
         "histogram": histogram(contract["tokens"].to_numpy()), "samples": samples,
-        "checks": findings.table, "docs": f"{DOCS}/{findings.page}",
-    }  # fmt: skip
-    return Result(line, facts)
+        "checks": findings.table, "docs": f"{TemplateOutput.DOCS}/{findings.page}",
+    })  # fmt: skip
+    return Result(summary, metadata)
 
 
 def _chat(context: ShardedContext) -> ChatFormat:
@@ -134,7 +140,7 @@ def _contract_of_all(context: ShardedContext) -> Any:
     import numpy as np
     import pandas as pd
 
-    folder = context.made(encode, CONTRACT) / CONTRACT
+    folder = context.files_of(encode, CONTRACT) / CONTRACT
     tables = [read_table(folder / name) for name in context.names]
     return pd.DataFrame(
         {name: np.concatenate([table[name].to_numpy() for table in tables]) for name in tables[0].column_names}

@@ -16,14 +16,13 @@ from include.engine import supervise
 from include.engine.device_plan import PLAN
 from include.engine.train import CHECKPOINTS, TRAINING_LOG, newest_checkpoint
 from include.errors import BadRecipe, OutOfMemory, TransientError
-from include.pipeline.stage import Result, StageContext, stage
+from include.pipeline.contracts import TemplateOutput, TrainOutput
+from include.pipeline.stage import Output, Result, StageContext, stage
 from include.recipe import Lora, Training
-from include.storage.artifacts import Artifact
 from include.storage.files import MANIFEST, atomic_write, describe_files, remove, to_json
 from include.storage.object_store import download, list_dir, read_all, upload
-from tasks.template import HOLDOUT, TOKENIZER, TRAIN
 
-ADAPTER, OOM_EVENTS = "adapter", "out_of_memory.json"
+OOM_EVENTS = "out_of_memory.json"
 RESUME_FILES = (TRAINING_LOG, OOM_EVENTS)  # what a training goes on with, beside its checkpoint
 
 
@@ -33,9 +32,10 @@ RESUME_FILES = (TRAINING_LOG, OOM_EVENTS)  # what a training goes on with, besid
         "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length", "max_holdout_rows",
         *Lora.model_fields, *(field for field in Training.model_fields if field not in ("hang_timeout", "sweep")),
     ),
+    other_fields=("hang_timeout",),
     resumable=True,
 )  # fmt: skip
-def train(context: StageContext, template: Artifact) -> Result:
+def train(context: StageContext, template: Output[TemplateOutput]) -> Result[TrainOutput]:
     """Train on the ids and masks of `template`; leave `adapter/` and `training_log.jsonl`.
 
     An earlier try's whole checkpoints are in the work folder, and training goes on from the newest of them.
@@ -48,22 +48,22 @@ def train(context: StageContext, template: Artifact) -> Result:
     on_hub = is_hub_id(recipe.base_model)
     base = fetch_base(recipe, context.store)
     work = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.to_json(),
         "base": base,
         "base_name": recipe.base_model if on_hub else str(base),
         "base_revision": recipe.base_revision if on_hub else None,
-        "tokenizer": prepared / TOKENIZER,
-        "rows": prepared / TRAIN,
-        "holdout": prepared / HOLDOUT,
+        "tokenizer": prepared / TemplateOutput.TOKENIZER,
+        "rows": prepared / TemplateOutput.TRAIN,
+        "holdout": prepared / TemplateOutput.HOLDOUT,
         "out": context.out,
     }
     done = _train_with_what_fits(context, work)
     resumed = f", went on from {done['resumed_from']}" if done["resumed_from"] else ""
-    line = (
+    summary = (
         f"{done['steps']} steps, loss {done['first_losses']:.3f} -> {done['last_losses']:.3f}, "
         f"{done['tokens_per_second']:,.0f} tokens/s on {done['plan']['device_name']}{resumed}"
     )
-    return Result(line, done)
+    return Result(summary, TrainOutput.model_validate(done))
 
 
 def _train_with_what_fits(context: StageContext, work: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _train_with_what_fits(context: StageContext, work: dict[str, Any]) -> dict[s
         most = {"micro_batch": events[-1]["micro_batch"]} if events else {}
         try:
             done = supervise.run(
-                "train", {**work, **most}, context.out, context.say, recipe.hang_timeout, checkpoints.keep
+                "train", {**work, **most}, context.out, context.progress, recipe.hang_timeout, checkpoints.keep
             )
             checkpoints.drop()
             return {**done, "out_of_memory": events}
@@ -92,7 +92,7 @@ def _train_with_what_fits(context: StageContext, work: dict[str, Any]) -> dict[s
                 ) from error
             events.append({"what": error.what, "micro_batch": smaller})
             atomic_write(kept, to_json(events))
-            context.say(f"{error.what}: going on with {smaller} x {batch // smaller}")
+            context.progress(f"{error.what}: going on with {smaller} x {batch // smaller}")
 
 
 class StoredCheckpoint:

@@ -17,16 +17,12 @@ from include.data.profile import RowFacts, profile
 from include.data.sharegpt import FEATURES, read, read_all
 from include.data.tables import write_table
 from include.errors import BadData
-from include.pipeline.stage import Result, StageContext, stage
+from include.pipeline.contracts import DownloadOutput, ValidateOutput
+from include.pipeline.stage import Output, Result, StageContext, stage
 from include.recipe import Recipe
-from include.storage.artifacts import Artifact
-from tasks.download import ROWS
-
-READINGS, GOOD, QUARANTINE, REPAIRED = "readings", "good.parquet", "quarantine.jsonl", "repaired.jsonl"
-DOCS = "data_docs"
 
 
-def _tools_rendered(context: StageContext, **_: Artifact) -> bool:
+def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool:
     recipe = context.recipe
     own = recipe.chat_template == "tokenizer"
     folder = fetch_base(recipe, context.store, tokenizer_only=True) if own else Path()
@@ -36,9 +32,10 @@ def _tools_rendered(context: StageContext, **_: Artifact) -> bool:
 @stage(
     version=3,
     recipe_fields=("method", "dataset_format", "merge_turns", "max_refused_share", "check_limits"),
+    other_fields=("chat_template", "base_model", "base_revision"),  # `_tools_rendered` stands for them
     external_inputs=_tools_rendered,
 )
-def validate(context: StageContext, download: Artifact) -> Result:
+def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[ValidateOutput]:
     """Read the raw rows and judge them with Great Expectations.
 
     Leaves `readings/` (an Arrow file for each row group: `row`, `digest`, and the conversation's columns, see
@@ -52,10 +49,13 @@ def validate(context: StageContext, download: Artifact) -> Result:
     tools = _tools_rendered(context)
     pairs = context.recipe.method == "dpo"
     rules = [rule for rule in (*RAW_ROWS, *(PAIRS if pairs else ())) if not (tools and rule.column in TOOL_RULES)]
-    source = download.local() / ROWS
-    (context.out / READINGS).mkdir(exist_ok=True)
+    source = download.local() / DownloadOutput.ROWS
+    (context.out / ValidateOutput.READINGS).mkdir(exist_ok=True)
     with Suite(
-        "preference_rows" if pairs else "sharegpt_rows", rules, context.recipe.check_limits, context.out / DOCS
+        "preference_rows" if pairs else "sharegpt_rows",
+        rules,
+        context.recipe.check_limits,
+        context.out / ValidateOutput.DOCS,
     ) as suite:
         import numpy as np
         import pandas as pd
@@ -74,23 +74,23 @@ def validate(context: StageContext, download: Artifact) -> Result:
     for name in critical:
         refused[findings.failed[name]] = True
     good = ~refused & (originals < 0)
-    pq.write_table(pa.table({"row": np.flatnonzero(good)}), context.out / GOOD)
+    pq.write_table(pa.table({"row": np.flatnonzero(good)}), context.out / ValidateOutput.GOOD)
     verdicts = _Verdicts(source, findings, parts, originals, refused, good)
     reasons = verdicts.write(context.out)
     verdicts.judge(context, reasons)
     repairs: Counter[str] = Counter(repair for part in parts for made in part.repairs.values() for repair in made)
     copies = int((originals >= 0).sum())
-    line = (
+    summary = (
         f"{good.sum():,} good, {refused.sum():,} refused, {copies:,} dropped as copies, "
         f"{sum(len(part.repairs) for part in parts):,} repaired"
     )
-    facts = {
+    metadata = ValidateOutput.model_validate({
         "rows": len(good), "good": int(good.sum()), "refused": int(refused.sum()), "copies": copies,
         "repairs": dict(repairs), "reasons": reasons, "checks": findings.table,
-        "docs": f"{DOCS}/{findings.page}", "tools_rendered": tools,
+        "docs": f"{ValidateOutput.DOCS}/{findings.page}", "tools_rendered": tools,
         "profile": profile([part.facts for part in parts], good, originals, verdicts.opening),
-    }  # fmt: skip
-    return Result(line, facts)
+    })  # fmt: skip
+    return Result(summary, metadata)
 
 
 @dataclass
@@ -125,7 +125,7 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
     digests = [b"" if reading.features["unreadable"] else reading.conversation.digest for reading in readings]
     write_table(
         pa.table({"row": table["row"], "digest": pa.array(digests, pa.binary()), **columns}),
-        out / READINGS / f"{index:05d}.arrow",
+        out / ValidateOutput.READINGS / f"{index:05d}.arrow",
     )
     counts = np.array([[*reading.features.values()] for reading in readings], np.int32).reshape(-1, len(FEATURES))
     return _Part(
@@ -170,7 +170,10 @@ class _Verdicts:
         file, begin = pq.ParquetFile(self._source), 0
         wanted = np.zeros(len(self._good), bool)
         wanted[[*says, *repairs]] = True
-        with (out / QUARANTINE).open("wb") as refused, (out / REPAIRED).open("wb") as repaired:
+        with (
+            (out / ValidateOutput.QUARANTINE).open("wb") as refused,
+            (out / ValidateOutput.REPAIRED).open("wb") as repaired,
+        ):
             for group in range(file.num_row_groups):
                 end = begin + file.metadata.row_group(group).num_rows
                 if wanted[begin:end].any():
@@ -191,7 +194,7 @@ class _Verdicts:
     def judge(self, context: StageContext, reasons: dict[str, int]) -> None:
         """Raises BadData when the rows must not be trained on; the quarantine stays in the work folder."""
         rows, refused, budget = len(self._good), int(self._refused.sum()), context.recipe.max_refused_share
-        where = f"every refused row and its reason: {context.out / QUARANTINE}"
+        where = f"every refused row and its reason: {context.out / ValidateOutput.QUARANTINE}"
         hint = ""
         columns = [set(names) for part in self._parts for names in part.columns]
         if context.recipe.dataset_format != "alpaca" and any({"instruction", "output"} <= names for names in columns):

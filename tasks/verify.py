@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -12,47 +11,67 @@ from include.base_model import fetch_base
 from include.chat.chat_format import ChatFormat
 from include.engine import supervise
 from include.errors import PermanentError
-from include.pipeline.stage import Result, StageContext, stage
+from include.pipeline.contracts import PublishedVersion, PublishOutput, TemplateOutput, TrainOutput, VerifyOutput
+from include.pipeline.stage import Output, Result, StageContext, stage
 from include.registry import CARD, merged_uri, open_registry
-from include.storage.artifacts import Artifact
 from include.storage.files import MANIFEST, describe_files, file_digest, fingerprint
 from tasks.smoke_test import messages
-from tasks.template import TOKENIZER
-from tasks.train import ADAPTER
 
 MERGED_TOLERANCE = 0.05  # nats: room for weights rounded to 16 bits, none for another model
 TOLERANCE = 1e-4  # of logits: the two copies are the same bytes, run by the same code
 
 
-def as_published(context: StageContext, publish: Artifact) -> str:
+def as_published(context: StageContext, publish: Output[PublishOutput]) -> str:
     """What the registry holds of the version now: a changed byte there means another proof."""
-    held = [open_registry(str(context.recipe.registry)).file_digests(publish.metadata["revision"])]
-    if merged := publish.metadata.get("merged"):
-        held.append(open_registry(merged_uri(str(context.recipe.registry))).file_digests(merged["revision"]))
+    held = [open_registry(str(context.recipe.registry)).file_digests(publish.metadata.revision)]
+    if merged := publish.metadata.merged:
+        held.append(open_registry(merged_uri(str(context.recipe.registry))).file_digests(merged.revision))
     return fingerprint(held)
 
 
 @stage(
-    version=2,
-    recipe_fields=("base_model", "base_revision", "chat_template", "missing_special_tokens", "load_in_4bit", "prompts"),
+    version=3,
+    recipe_fields=(
+        "base_model",
+        "base_revision",
+        "chat_template",
+        "missing_special_tokens",
+        "load_in_4bit",
+        "load_in_8bit",
+        "prompts",
+        "max_seq_length",
+    ),
+    other_fields=(  # the device plan reads them; the numbers do not depend on them
+        "engine",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_processes",
+        "optim",
+        "packing",
+        "full_finetuning",
+        "registry",
+        "method",
+    ),
     external_inputs=lambda context, publish, **_: as_published(context, publish),
 )
-def verify(context: StageContext, template: Artifact, train: Artifact, publish: Artifact) -> Result:
+def verify(
+    context: StageContext, template: Output[TemplateOutput], train: Output[TrainOutput], publish: Output[PublishOutput]
+) -> Result[VerifyOutput]:
     """Fetch the published version, compare its digests with its manifest and its logits with the tested adapter's.
 
     Raises:
         PermanentError: a file differs from its digest, or the two adapters answer differently.
     """
-    recipe, name = context.recipe, publish.metadata["name"]
-    folder, files = fetched_whole(str(recipe.registry), publish.metadata, context.out / "published")
-    chat = ChatFormat(template.local(TOKENIZER) / TOKENIZER, recipe)
+    recipe, name = context.recipe, publish.metadata.name
+    folder, files = fetch_and_check(str(recipe.registry), publish.metadata, context.out / "published")
+    chat = ChatFormat(template.local(TemplateOutput.TOKENIZER) / TemplateOutput.TOKENIZER, recipe)
     work = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.to_json(),
         "base": fetch_base(recipe, context.store),
         "prompts": [chat.prompt(messages(prompt)) for prompt in recipe.prompts],
     }
     compared = supervise.run(
-        "logits", {**work, "adapters": [train.local() / ADAPTER, folder]}, context.out, context.say
+        "logits", {**work, "adapters": [train.local() / TrainOutput.ADAPTER, folder]}, context.out, context.progress
     )
     if compared["largest_difference"] > TOLERANCE or not compared["same_tokens"]:
         raise PermanentError(
@@ -60,31 +79,31 @@ def verify(context: StageContext, template: Artifact, train: Artifact, publish: 
             f"{compared['largest_difference']:.2g})",
             "Do not use that version; compare the packages of this worker with those in its manifest",
         )
-    line = f"{name}: {files} files whole, logits differ by {compared['largest_difference']:.1g} at most"
-    if merged := publish.metadata.get("merged"):
-        whole, files = fetched_whole(merged_uri(str(recipe.registry)), merged, context.out / "merged")
+    summary = f"{name}: {files} files whole, logits differ by {compared['largest_difference']:.1g} at most"
+    if merged := publish.metadata.merged:
+        whole, files = fetch_and_check(merged_uri(str(recipe.registry)), merged, context.out / "merged")
         distance = supervise.run(
-            "merged_logits", {**work, "adapter": folder, "merged": whole}, context.out, context.say
+            "merged_logits", {**work, "adapter": folder, "merged": whole}, context.out, context.progress
         )
         if distance["kl"] > MERGED_TOLERANCE:
             raise PermanentError(
-                f"the merged {merged['name']} answers differently from base and adapter (KL {distance['kl']:.2g} nats)",
+                f"the merged {merged.name} answers differently from base and adapter (KL {distance['kl']:.2g} nats)",
                 "Do not use the merged model; the adapter itself is as it was tested",
             )
-        line += f"; merged: {files} files whole, KL to base and adapter {distance['kl']:.1g} nats"
+        summary += f"; merged: {files} files whole, KL to base and adapter {distance['kl']:.1g} nats"
         compared["merged"] = distance
     for download in ("published", "merged"):
         shutil.rmtree(context.out / download, ignore_errors=True)
-    return Result(line, compared)
+    return Result(summary, VerifyOutput.model_validate(compared))
 
 
-def fetched_whole(uri: str, version: dict[str, Any], empty: Path) -> tuple[Path, int]:
-    """A version as the registry gives it to somebody who has nothing of it yet, and how many files its manifest names.
+def fetch_and_check(uri: str, version: PublishedVersion, empty: Path) -> tuple[Path, int]:
+    """Fetch a version into an empty folder, as a new user would; return the folder and the number of files in its manifest.
 
     Raises:
         PermanentError: a file differs from its digest in the manifest, or the manifest from its digest in the card.
     """
-    folder = open_registry(uri).fetch(version["revision"], into=empty)
+    folder = open_registry(uri).fetch(version.revision, into=empty)
     expected = orjson.loads((folder / MANIFEST).read_bytes())["files"]
     found = describe_files(folder)
     wrong = [file for file, facts in expected.items() if found.get(file, {}).get("sha256") != facts["sha256"]]
@@ -92,8 +111,7 @@ def fetched_whole(uri: str, version: dict[str, Any], empty: Path) -> tuple[Path,
         wrong.append(MANIFEST)
     if wrong:
         raise PermanentError(
-            f"the published {version['name']} in {version['place']} is not what was published: "
-            f"{', '.join(wrong)} differ",
+            f"the published {version.name} in {version.place} is not what was published: {', '.join(wrong)} differ",
             "Remove that version and run again; it will be published anew",
         )
     return folder, len(expected)

@@ -1,12 +1,12 @@
 """A stage whose work several machines can share, shard by shard, through the store.
 
-Such a stage reads a folder of numbered files, `ROWS_PER_GROUP` rows each. Its work consists of steps, of which some are
-done once and some for files. On one machine a step is done where the work asks for it. Shared, each is a task of its
-own, for each shard of files: what it makes goes straight to its place in the stage's folder of the store, where nobody
-sees it before the manifest is there, and then a record of it (bytes and sha256 of each file, small results) goes below
-`.parts/`. The last task runs the stage's work, which finds every step done, and writes the manifest.
+Such a stage reads a folder of numbered files, `ROWS_PER_GROUP` rows each. Its work consists of steps. Some steps run
+once, others run for files. On one machine, a step runs when the work asks for its result. Shared, each step is a task
+of its own, for each shard of files. Its files go straight to their place in the stage's folder of the store, which no
+reader opens before the manifest is there. Then a record of the step (bytes and sha256 of each file, small results)
+goes below `.parts/`. The last task runs the stage's work, which finds every step done, and writes the manifest.
 
-So a step that is killed is done again, one that is done is not, and two tries at once write the same.
+So a killed step runs again, a finished step does not, and two tries at once write the same bytes.
 """
 
 from __future__ import annotations
@@ -31,296 +31,289 @@ from upath import UPath
 from include.data.sources import ROWS_PER_GROUP
 from include.errors import RetuneError
 from include.paths import var
-from include.pipeline.stage import (
-    Lineage,
-    Record,
-    Result,
-    Stage,
-    StageContext,
-    artifact_of,
-    log,
-    pinned_recipe,
-    recorded,
-)
+from include.pipeline.contracts import CONTRACTS
+from include.pipeline.records import Lineage, Record, log, recorded
+from include.pipeline.stage import C, Output, Result, Stage, StageContext, input_stages_of, output_of, pinned_recipe
 from include.recipe import Recipe
 from include.storage.artifacts import FETCHED_AT_ONCE, Artifact, Store
 from include.storage.files import MANIFEST, atomic_write, describe_files, installed_packages, now, remove, to_json
 from include.storage.object_store import is_local, upload
 
-PARTS = ".parts"  # in a stage's folder: what only its own steps read, and their records; removed in the end
+PARTS = ".parts"  # in a stage's folder: files that only its own steps read, and the steps' records; removed in the end
 PLAN = f"{PARTS}/plan.json"
-MOST_SHARDS = 1000  # Airflow maps a task over at most 1,024 (`[core] max_map_length`)
+MAX_SHARDS = 1000  # Airflow maps a task over at most 1,024 (`[core] max_map_length`)
 
-Shard = dict[str, Any]  # `first` and `end`: which files; `label` for people; `of`: the stage's fingerprint
+Shard = dict[str, Any]  # `first` and `end`: range of files; `label` for people; `of`: the stage's fingerprint
 
 
 class Step:
     """A step of a stage.
 
     Args:
-        work: `work(context, **artifacts)`, done once, or `work(context, names, **artifacts)`, done for files and returning a
-            list with a value for each. What they return are small JSON values; what they write into `context.out` is part
-            of the stage's output, or below `PARTS` for later steps.
+        work: `work(context, **inputs)`, which runs once, or `work(context, names, **inputs)`, which runs for files and
+            returns a list with one value per file. Values are small and JSON. Files in `context.out` are part of the
+            stage's output; files below `PARTS` are for later steps.
     """
 
     def __init__(self, work: Callable[..., Any]):
         self.work, self.name, self.__doc__ = work, work.__name__, work.__doc__
         self.mapped = "names" in inspect.signature(work).parameters
+        input_stages_of(work)
 
 
 @dataclass
 class ShardedContext(StageContext):
-    """What a stage with steps works with.
+    """The surroundings of a stage with steps.
 
     Attributes:
-        inputs: the artifacts that the stage reads.
-        names: of all files that it goes through.
-        folder: the stage's in the store, where several machines share the work; None on one machine.
-        kept: for what one step has built and a later one of the same process can use.
+        inputs: the outputs that the stage reads, by stage.
+        names: names of all files of the input.
+        folder: the stage's folder in the store, where several machines share the work; None on one machine.
+        cache: objects that one step builds and a later step of the same process uses.
     """
 
-    inputs: dict[str, Artifact]
+    inputs: dict[str, Output[Any]]
     names: list[str]
     folder: UPath | None = None
-    kept: dict[str, Any] = field(default_factory=dict)
-    _done: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
+    _results: dict[str, Any] = field(default_factory=dict)
 
-    def did(self, step: Step) -> Any:
-        """What a step returned, or a list with what it returned for each file; on one machine it is done now.
+    def result_of(self, step: Step) -> Any:
+        """Return a step's value, or its list of one value per file. On one machine, run the step now if need be.
 
         Raises:
-            RetuneError: another machine should have done it, and its record is not there.
+            RetuneError: another machine should have run the step, and its record is not there.
         """
-        if step.name not in self._done:
+        if step.name not in self._results:
             if self.folder is None:
                 found = step.work(self, *([self.names] if step.mapped else []), **self.inputs)
             else:
                 results = [record["result"] for record in self.records(step)]
                 found = [value for result in results for value in result] if step.mapped else results[0]
-            self._done[step.name] = found
-        return self._done[step.name]
+            self._results[step.name] = found
+        return self._results[step.name]
 
-    def made(self, step: Step, *names: str) -> Path:
-        """The folder on this disk with the named files (or folders) that a step has left.
+    def files_of(self, step: Step, *names: str) -> Path:
+        """Return the folder on this disk with the named files (or folders) that a step has written.
 
         Raises:
-            RetuneError: see `did` and `Artifact.local`.
+            RetuneError: see `result_of` and `Artifact.local`.
         """
-        self.did(step)
+        self.result_of(step)
         if self.folder is None:
             return self.out
         files = {name: file for record in self.records(step) for name, file in record["files"].items()}
-        return Artifact(self.folder, {"files": files}).local(*names, into=self.scratch)
+        return Artifact(self.folder, {"files": files}).local(*names, into=self.download_folder)
 
-    def fetched(self, artifact: Artifact, *names: str) -> Path:
-        """`artifact.local(*names)`; where several share the work it is gone with the step: none has space for all."""
-        return artifact.local(*names, into=self.scratch)
+    def fetch(self, output: Output[Any], *names: str) -> Path:
+        """Return `output.local(*names)`. Where machines share the work, the copy is removed after the step."""
+        return output.local(*names, into=self.download_folder)
 
     @property
-    def scratch(self) -> Path | None:
-        """Where a shared step puts what it fetches; None on one machine, which has its cache."""
+    def download_folder(self) -> Path | None:
+        """Return the folder for files that a shared step fetches; None on one machine, which has its cache."""
         return self.out.with_name(f"{self.out.name}.in") if self.folder is not None else None
 
     def records(self, step: Step) -> list[dict[str, Any]]:
-        """What is known of a step that several machines have shared, in the order of its shards."""
-        plan = _read(self._folder, PLAN)
+        """Return the records of a shared step, in the order of its shards."""
+        assert self.folder is not None
+        folder, plan = self.folder, _read(self.folder, PLAN)
         shards = plan["shards"] if plan and step.mapped else [None]
         with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
-            found = list(pool.map(lambda shard: _read(self._folder, _record(step, shard)), shards))
+            found = list(pool.map(lambda shard: _read(folder, _record_path(step, shard)), shards))
         if plan is None or None in found:
-            raise RetuneError(
-                f"parts of the step {step.name} are not in {self._folder}", "Clear the stage's first task"
-            )
+            raise RetuneError(f"parts of the step {step.name} are not in {folder}", "Clear the stage's first task")
         return [record for record in found if record is not None]
 
-    @property
-    def _folder(self) -> UPath:
-        assert self.folder is not None
-        return self.folder
 
-
-class Sharded(Stage):
-    """A stage with steps. Called, it does them all here; `plan`, `do` for each step and shard, and `finish` are the
-    same for several machines, with the same result.
+class Sharded(Stage[C]):
+    """A stage with steps. Called, it runs all of them here. `plan`, `run_step` for each step and shard, and `finish`
+    do the same on several machines, with the same result.
 
     Args:
-        splits: the folder of the stage's input whose files make the shards.
-        steps: in order; the work asks for them by `context.did`.
-        work, version, recipe_fields, options: see `Stage`.
+        split_folder: the folder of the stage's first input whose files make the shards.
+        steps: in order; the work asks for their results by `context.result_of`.
+        work, version, options: see `Stage`.
     """
 
     def __init__(
-        self, work: Callable[..., Result], version: int, recipe_fields: Iterable[str], splits: str, steps: Iterable[Step],
+        self,
+        work: Callable[..., Result[C]],
+        version: int,
+        split_folder: str,
+        steps: Iterable[Step],
         **options: Any,
-    ):  # fmt: skip
-        super().__init__(work, version, recipe_fields, **options)
-        self.splits, self.steps = splits, tuple(steps)
+    ):
+        super().__init__(work, version, **options)
+        self.split_folder, self.steps = split_folder, tuple(steps)
 
     @property
-    def ahead(self) -> tuple[Step, ...]:
-        """The steps that `plan` does: those that are done once and wait for no other."""
+    def leading_steps(self) -> tuple[Step, ...]:
+        """Return the steps that `plan` runs: those that run once and wait for no other step."""
         first_mapped = next(i for i, step in enumerate(self.steps) if step.mapped)
         return self.steps[:first_mapped]
 
-    def run(self, context: StageContext, inputs: dict[str, Artifact]) -> str:
+    def run(self, context: StageContext, inputs: dict[str, Output[Any]]) -> str:
         """See `Stage.run`."""
         if not isinstance(context, ShardedContext):
-            context = self._job(context.recipe, context.run_id, context.store, context.record, inputs)
+            context = self._context(context.recipe, context.run_id, context.store, context.record, inputs)
         return super().run(context, inputs)
 
     def plan(self, lineage: Lineage) -> list[Shard]:
-        """The shards of what there is to do; none where the stage's output is there already."""
+        """Return the shards of the work; none where the stage's output is there already."""
         store = Store()
         with recorded(store, lineage["recipe"], lineage["run"], self.name, lineage) as record:
-            recipe, inputs = (
-                pinned_recipe(store, lineage),
-                {name: artifact_of(store, lineage, name) for name in self.input_stages},
-            )
-            context = self._job(recipe, lineage["run"], store, record, inputs)
-            mark = self.fingerprint(context, inputs)
-            if store.find(recipe.name, self.name, mark):
+            recipe = pinned_recipe(store, lineage)
+            inputs = {name: output_of(store, lineage, name) for name in self.input_stages}
+            context = self._context(self.view(recipe), lineage["run"], store, record, inputs)
+            key = self.fingerprint(context, inputs)
+            if store.find(recipe.name, self.name, key):
                 return []
-            context.folder = store.path(recipe.name, self.name, mark)
+            context.folder = store.path(recipe.name, self.name, key)
             with suppress(FileNotFoundError):
-                (context.folder / MANIFEST).unlink()  # a file of it is missing
-            shards = _split(len(context.names), recipe.shard_rows, mark)
+                (context.folder / MANIFEST).unlink()  # one of its files is missing
+            shards = _split(len(context.names), recipe.shard_rows, key)
             began = _read(context.folder, PLAN) or {"began_at": now("milliseconds")}
             with store.writing():
                 atomic_write(context.folder / PLAN, to_json({**began, "shards": shards}))
-            for step in self.ahead:
-                self._do(context, step, None, mark)
-            record.say(f"{len(shards):,} {'shards' if len(shards) > 1 else 'shard'} of rows")
+            for step in self.leading_steps:
+                self._run_step(context, step, None, key)
+            record.progress(f"{len(shards):,} {'shards' if len(shards) > 1 else 'shard'} of rows")
         return shards
 
-    def do(self, lineage: Lineage, step: Step, shard: Shard | None = None) -> None:
-        """One step, for one shard if it is one for files. What is done already is not done again.
+    def run_step(self, lineage: Lineage, step: Step, shard: Shard | None = None) -> None:
+        """Run one step, for one shard if the step runs for files. A finished step is not run again.
 
         Raises:
-            RetuneError: this machine comes to another fingerprint than the one that planned.
+            RetuneError: this machine computes another fingerprint than the machine that planned.
         """
         store = Store()
         part = shard["label"] if shard else step.name
         with recorded(store, lineage["recipe"], lineage["run"], self.name, lineage, part) as record:
             recipe = pinned_recipe(store, lineage)
-            inputs = {name: _unlooked(store, lineage, name) for name in self.input_stages}
-            context = self._job(recipe, lineage["run"], store, record, inputs)
-            mark = self.fingerprint(context, inputs)
-            if shard and shard["of"] != mark:
+            inputs = {name: _output_unchecked(store, lineage, name) for name in self.input_stages}
+            context = self._context(self.view(recipe), lineage["run"], store, record, inputs)
+            key = self.fingerprint(context, inputs)
+            if shard and shard["of"] != key:
                 raise RetuneError(
-                    f"this worker makes {mark} of what another one has planned as {shard['of']}",
+                    f"this worker computes the fingerprint {key}, the worker that planned computed {shard['of']}",
                     "All workers need the same version of Retune, and the same file in decontaminate_against",
                 )
-            context.folder = store.path(recipe.name, self.name, mark)
+            context.folder = store.path(recipe.name, self.name, key)
             if _read(context.folder, MANIFEST) is None:
-                self._do(context, step, shard, mark)
+                self._run_step(context, step, shard, key)
 
     def finish(self, lineage: Lineage) -> Lineage:
-        """Sum up what the steps have done, write the manifest, and remove what only the steps have read."""
+        """Combine the results of the steps, write the manifest, and remove the files that only steps have read."""
         store = Store()
         with recorded(store, lineage["recipe"], lineage["run"], self.name, lineage) as record:
-            recipe, inputs = pinned_recipe(store, lineage), {n: _unlooked(store, lineage, n) for n in self.input_stages}
-            context = self._job(recipe, lineage["run"], store, record, inputs)
-            mark = self.fingerprint(context, inputs)
-            context.folder = store.path(recipe.name, self.name, mark)
+            recipe = pinned_recipe(store, lineage)
+            inputs = {name: _output_unchecked(store, lineage, name) for name in self.input_stages}
+            context = self._context(self.view(recipe), lineage["run"], store, record, inputs)
+            key = self.fingerprint(context, inputs)
+            context.folder = store.path(recipe.name, self.name, key)
             if plan := _read(context.folder, PLAN):
                 record.add_seconds((datetime.now(UTC) - datetime.fromisoformat(plan["began_at"])).total_seconds())
             self.run(context, inputs)
             with store.writing():
                 remove(context.folder / PARTS)
-        return {**lineage, self.name: mark}
+        return {**lineage, self.name: key}
 
-    def _job(
-        self, recipe: Recipe, run: str, store: Store, record: Record, inputs: dict[str, Artifact]
+    def _context(
+        self, recipe: Recipe, run: str, store: Store, record: Record, inputs: dict[str, Output[Any]]
     ) -> ShardedContext:
-        below = f"{self.splits}/"
+        below = f"{self.split_folder}/"
         files = inputs[self.input_stages[0]].manifest["files"]
         names = sorted(name.removeprefix(below) for name in files if name.startswith(below))
         return ShardedContext(recipe, run, store, Path(), record, inputs, names)
 
-    def _do(self, context: ShardedContext, step: Step, shard: Shard | None, mark: str) -> None:
+    def _run_step(self, context: ShardedContext, step: Step, shard: Shard | None, key: str) -> None:
         assert context.folder is not None
-        name, folder = _record(step, shard), context.folder
-        context.out = var() / "work" / context.recipe.name / self.name / f"{mark}.{Path(name).stem}"
+        path, folder = _record_path(step, shard), context.folder
+        context.out = var() / "work" / context.recipe.name / self.name / f"{key}.{Path(path).stem}"
         context.out.parent.mkdir(parents=True, exist_ok=True)
-        what = f"{self.name}: {step.name}" + (f" of {shard['label']}" if shard else "")
+        title = f"{self.name}: {step.name}" + (f" of {shard['label']}" if shard else "")
         with FileLock(context.out.with_name(f".{context.out.name}.lock")):
-            if (known := _read(folder, name)) and _whole(folder, known["files"]):
-                log.info("%s was done", what)
+            if (known := _read(folder, path)) and _is_complete(folder, known["files"]):
+                log.info("%s was done already", title)
                 return
-            _empty(context)
+            _remove_work(context)
             context.out.mkdir()
             names = [context.names[shard["first"] : shard["end"]]] if shard else []
             result = step.work(context, *names, **context.inputs)
             files = describe_files(context.out)
             with context.store.writing():
-                _put(context.out, folder, files)
-                atomic_write(folder / name, to_json({"files": files, "result": result}))
-            _empty(context)
-        log.info("%s done: %s files", what, f"{len(files):,}")
+                _move_into_store(context.out, folder, files)
+                atomic_write(folder / path, to_json({"files": files, "result": result}))
+            _remove_work(context)
+        log.info("%s done: %s files", title, f"{len(files):,}")
 
-    def _commit(self, context: StageContext, mark: str, **facts: Any) -> Artifact:
+    def _commit(self, context: StageContext, key: str, **manifest: Any) -> Artifact:
         assert isinstance(context, ShardedContext)
         if context.folder is None:
             shutil.rmtree(context.out / PARTS, ignore_errors=True)
-            return super()._commit(context, mark, **facts)
-        if artifact := context.store.find(context.recipe.name, self.name, mark):  # another try was faster
-            _empty(context)
+            return super()._commit(context, key, **manifest)
+        if artifact := context.store.find(context.recipe.name, self.name, key):  # another try was faster
+            _remove_work(context)
             return artifact
         own = describe_files(context.out)
         parts = {
-            n: file for step in self.steps for record in context.records(step) for n, file in record["files"].items()
+            name: file
+            for step in self.steps
+            for record in context.records(step)
+            for name, file in record["files"].items()
         }
         files = {name: file for name, file in (parts | own).items() if not name.startswith(f"{PARTS}/")}
-        manifest = {
-            "stage": self.name, "recipe": context.recipe.name, "fingerprint": mark, "made_at": now(),
-            **facts, "packages": installed_packages(), "files": dict(sorted(files.items())),
+        content = {
+            "stage": self.name, "recipe": context.recipe.name, "fingerprint": key, "made_at": now(),
+            **manifest, "packages": installed_packages(), "files": dict(sorted(files.items())),
         }  # fmt: skip
         with context.store.writing():
-            _put(context.out, context.folder, own)
-            atomic_write(context.folder / MANIFEST, to_json(manifest))
-        _empty(context)
-        return Artifact(context.folder, orjson.loads(to_json(manifest)))
+            _move_into_store(context.out, context.folder, own)
+            atomic_write(context.folder / MANIFEST, to_json(content))
+        _remove_work(context)
+        return Artifact(context.folder, orjson.loads(to_json(content)))
 
 
 def sharded(
-    version: int, recipe_fields: Iterable[str], splits: str, steps: Iterable[Step], **options: Any
-) -> Callable[..., Any]:
-    """Makes a `Sharded` of a function; see there for the arguments."""
-    return lambda work: Sharded(work, version, recipe_fields, splits, steps, **options)
+    version: int, split_folder: str, steps: Iterable[Step], **options: Any
+) -> Callable[[Callable[..., Result[C]]], Sharded[C]]:
+    """Make a `Sharded` of a function; see there for the arguments."""
+    return lambda work: Sharded(work, version, split_folder, steps, **options)
 
 
-def _split(files: int, shard_rows: int | None, mark: str) -> list[Shard]:
-    """Shards of whole files, all as large as may be but the last."""
-    size = max((shard_rows or files * ROWS_PER_GROUP) // ROWS_PER_GROUP, -(-files // MOST_SHARDS), 1)
+def _split(files: int, shard_rows: int | None, key: str) -> list[Shard]:
+    """Return shards of whole files, all of the same size except the last one."""
+    size = max((shard_rows or files * ROWS_PER_GROUP) // ROWS_PER_GROUP, -(-files // MAX_SHARDS), 1)
     shards = []
     for first in range(0, files, size):
         end = min(first + size, files)
         upto = "the end" if end == files else f"{end * ROWS_PER_GROUP:,}"
-        shards.append({"first": first, "end": end, "label": f"rows {first * ROWS_PER_GROUP:,} to {upto}", "of": mark})
+        shards.append({"first": first, "end": end, "label": f"rows {first * ROWS_PER_GROUP:,} to {upto}", "of": key})
     return shards
 
 
-def _record(step: Step, shard: Shard | None) -> str:
-    """Where the record of a step is in the stage's folder."""
+def _record_path(step: Step, shard: Shard | None) -> str:
+    """Return the place of a step's record in the stage's folder."""
     return f"{PARTS}/{step.name}{'' if shard is None else '-{first}-{end}'.format(**shard)}.json"
 
 
-def _unlooked(store: Store, lineage: Lineage, name: str) -> Artifact:
-    """What a stage left behind, without a look at each of its files: those that are fetched are compared anyway."""
-    folder = store.path(lineage["recipe"], name, lineage[name])
+def _output_unchecked(store: Store, lineage: Lineage, stage: str) -> Output[Any]:
+    """Return a stage's output without looking at each file; a fetched file is compared with its digest anyway."""
+    folder = store.path(lineage["recipe"], stage, lineage[stage])
     manifest = _read(folder, MANIFEST)
-    return Artifact(folder, manifest) if manifest else artifact_of(store, lineage, name)
+    return Output(Artifact(folder, manifest), CONTRACTS[stage]) if manifest else output_of(store, lineage, stage)
 
 
 def _read(folder: UPath, name: str) -> dict[str, Any] | None:
-    """A JSON document of the store as it is now, whatever a listing of earlier says."""
+    """Return a JSON document of the store as it is now, whatever an earlier listing says; None where there is none."""
     try:
         return orjson.loads(folder.fs.cat_file((folder / name).path))
     except FileNotFoundError:
         return None
 
 
-def _whole(folder: UPath, files: dict[str, Any]) -> bool:
+def _is_complete(folder: UPath, files: dict[str, Any]) -> bool:
     def size(name: str) -> int:
         try:
             return folder.fs.size((folder / name).path)
@@ -331,12 +324,11 @@ def _whole(folder: UPath, files: dict[str, Any]) -> bool:
         return list(pool.map(size, files)) == [file["bytes"] for file in files.values()]
 
 
-def _put(source: Path, folder: UPath, files: Iterable[str]) -> None:
-    """Move files into a folder of the store, each so that a reader sees all of it or none."""
+def _move_into_store(source: Path, folder: UPath, files: Iterable[str]) -> None:
+    """Move files into a folder of the store so that a reader sees each of them whole or not at all."""
     if not is_local(folder):
         upload(source, files, folder)
         return
-
     for name in files:
         target = Path(folder.path) / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -345,12 +337,12 @@ def _put(source: Path, folder: UPath, files: Iterable[str]) -> None:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            aside = Path(folder.path) / PARTS / uuid.uuid4().hex
-            aside.parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, aside)
-            os.replace(aside, target)
+            tmp_path = Path(folder.path) / PARTS / uuid.uuid4().hex
+            tmp_path.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, tmp_path)
+            os.replace(tmp_path, target)
 
 
-def _empty(context: ShardedContext) -> None:
-    for folder in filter(None, (context.out, context.scratch)):
+def _remove_work(context: ShardedContext) -> None:
+    for folder in filter(None, (context.out, context.download_folder)):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,45 +1,100 @@
-"""What every stage does around its own work: fingerprint, reuse, manifest, and the record that people follow."""
+"""The frame of every stage: inputs with types, fingerprint, reuse, commit."""
 
 from __future__ import annotations
 
 import inspect
-import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 import orjson
 from filelock import FileLock
+from pydantic import ValidationError
 
-from include.errors import RetuneError, TransientError, UpToDate
+from include.errors import RetuneError
 from include.paths import var
+from include.pipeline.contracts import CONTRACTS, Contract, ResolveOutput
+from include.pipeline.records import Lineage, Record, log, recorded
 from include.recipe import Recipe
-from include.storage.artifacts import SETTING, Artifact, Store
-from include.storage.files import fingerprint, now
-from include.storage.object_store import object_errors
+from include.recipe.view import RecipeView
+from include.storage.artifacts import Artifact, Store
+from include.storage.files import fingerprint
 
-log = logging.getLogger("airflow.task.retune")  # below Airflow's own task logger, so that the UI shows it
-
-# recipe, run, and the fingerprint of each stage so far: all that goes from task to task; in a sweep, which candidate
-Lineage = dict[str, str]
+C = TypeVar("C", bound=Contract)
 
 
-@dataclass
-class Result:
-    """What a stage has to say: one line for people, and facts (plain JSON values) for later stages."""
+@dataclass(frozen=True)
+class Result(Generic[C]):
+    """The result of a stage's work.
+
+    Args:
+        summary: one line for people.
+        metadata: the stage's contract.
+        unchanged: the stage looked, and everything was already as it should be.
+    """
 
     summary: str
-    metadata: dict[str, Any] = field(default_factory=dict)
-    unchanged: bool = False  # the stage looked, and everything was as it should be already
+    metadata: C
+    unchanged: bool = False
+
+
+@dataclass(frozen=True)
+class Output(Generic[C]):
+    """The committed output of a stage: its artifact, and the metadata as the stage's contract."""
+
+    artifact: Artifact
+    contract: type[C]
+
+    @cached_property
+    def metadata(self) -> C:
+        """Return the metadata.
+
+        Raises:
+            RetuneError: the stored metadata does not have the contract's fields.
+        """
+        try:
+            return self.contract.model_validate(self.artifact.manifest["metadata"])
+        except ValidationError as error:
+            fields = ", ".join(sorted({".".join(map(str, e["loc"])) for e in error.errors()}))
+            raise RetuneError(
+                f"{self.folder} was made by another version of Retune: its metadata differs in {fields}",
+                "Remove that folder and run again",
+            ) from error
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Return the artifact's manifest."""
+        return self.artifact.manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the artifact's fingerprint."""
+        return self.artifact.fingerprint
+
+    @property
+    def folder(self) -> Any:
+        """Return the artifact's folder in the store."""
+        return self.artifact.folder
+
+    def local(self, *names: str, into: Path | None = None) -> Path:
+        """Return the folder on this machine's disk with the named files in it; see `Artifact.local`."""
+        return self.artifact.local(*names, into=into)
 
 
 @dataclass
 class StageContext:
-    """What a stage works with."""
+    """The surroundings of a stage's work.
+
+    Attributes:
+        recipe: the pinned recipe; only the fields that the stage declares can be read.
+        run_id: name of the run.
+        out: the work folder, on this machine's disk; its files become the artifact.
+        record: the stage's record of the run.
+    """
 
     recipe: Recipe
     run_id: str
@@ -47,172 +102,103 @@ class StageContext:
     out: Path
     record: Record
 
-    def say(self, line: str) -> None:
-        """One line to the task's log and to whoever follows the run."""
-        self.record.say(line)
+    def progress(self, line: str) -> None:
+        """Log a line and show it to whoever follows the run."""
+        self.record.progress(line)
 
 
-class Record:
-    """The stage's document in the run's folder: state, line, seconds, error, and the candidate of a sweep.
+class Stage(Generic[C]):
+    """A stage of the pipeline. Called with the lineage so far, it returns the lineage with its own fingerprint.
 
-    Args:
-        quiet: only a failure is written down; for those of several tasks of a stage that neither begin nor end it.
-    """
-
-    def __init__(
-        self, store: Store, recipe: str, run_id: str, stage: str, name: str, candidate: str | None, quiet: bool = False
-    ):
-        self._store, self._recipe, self._run_id, self._name, self._quiet = store, recipe, run_id, name, quiet
-        self._began = time.monotonic()
-        self.content: dict[str, Any] = {
-            "stage": stage,
-            "state": "running",
-            "started_at": now("milliseconds"),
-            "summary": "",
-        }
-        if candidate is not None:
-            self.content["candidate"] = candidate
-        self._write()
-
-    def say(self, line: str) -> None:
-        """A line while the work goes on. Hours of work do not end because a store did not take it."""
-        log.info("%s", line)
-        self.content["summary"] = line
-        with suppress(TransientError):
-            self._write()
-
-    def add_seconds(self, seconds: float) -> None:
-        """Count what the stage's earlier tasks took, too."""
-        self._began -= seconds
-
-    def close(self, state: str, **content: Any) -> None:
-        """The last word."""
-        self._quiet = self._quiet and state != "failed"
-        self.content.update(state=state, seconds=round(time.monotonic() - self._began, 2), **content)
-        self._write()
-
-    def _write(self) -> None:
-        if not self._quiet:
-            self._store.record(self._recipe, self._run_id, self._name, self.content)
-
-
-@contextmanager
-def recorded(
-    store: Store, recipe: str, run_id: str, stage: str, lineage: Lineage | None = None, part: str = ""
-) -> Iterator[Record]:
-    """Keeps the run's record of a stage, also of its failure, and logs the failure in one line.
+    The work's name is the stage's name, under which `include.pipeline.contracts` declares its output. The names of the
+    work's parameters are the stages that it reads, and their annotations say so: `download: Output[DownloadOutput]`.
 
     Args:
-        lineage: needed for a sweep's candidates only, whose records have names of their own (see `record_name`).
-        part: which part of the stage's work this is, where it is not all of it; then only a failure is recorded.
-    """
-    record, lineage = None, lineage or {}
-    try:
-        name = record_name(stage, lineage)
-        record = Record(store, recipe, run_id, stage, name, lineage.get("candidate"), quiet=bool(part))
-        with object_errors(f"the store {store.uri}", SETTING):
-            yield record
-    except UpToDate as error:
-        if record:
-            record.close("skipped", summary=error.what)
-        log.info("%s", error)
-        raise
-    except BaseException as error:
-        what, do = f"{type(error).__name__}: {error}", "See the log; this is a fault of Retune or of its surroundings"
-        if isinstance(error, RetuneError):
-            what, do = error.what, error.do
-        elif isinstance(error, KeyboardInterrupt):
-            what, do = f"{stage} was stopped", "Run again: finished stages are reused"
-        what = f"{part}: {what}" if part else what
-        if record:
-            with suppress(RetuneError):  # where the store is what failed, the log below says so
-                record.close("failed", summary=what, error={"kind": type(error).__name__, "what": what, "do": do})
-        log.error("%s failed: %s. %s.", stage, what, do)
-        raise
+        work: `work(context, **inputs) -> Result`.
+        version: raise it by hand when the code makes another output of the same input.
+        recipe_fields: fields of the recipe that decide the output; part of the fingerprint.
+        other_fields: fields that the stage may read besides: they do not decide the output (timeouts), or
+            `external_inputs` stands for them.
+        external_inputs: `external_inputs(context, **inputs)`, returns JSON values that decide the output and are in
+            no recipe field and no artifact (say, the version that is live now).
+        resumable: keep the work folder of an earlier try, from which the stage can go on.
+        reuse: False for a stage that must run each time.
+        fingerprint_fn: `fingerprint_fn(context)`, computes the fingerprint directly, for callers that need it before
+            the stage runs.
 
-
-def record_name(stage: str, lineage: Lineage) -> str:
-    """The stage's name; in a sweep with the candidate's pinned recipe, since candidates share the run's folder."""
-    return f"{stage}.{lineage['resolve']}" if "candidate" in lineage else stage
-
-
-class Stage:
-    """A stage of the pipeline: called with the lineage of the stages before it, it returns the lineage with its own step.
-
-    Args:
-        work: `work(context, **artifacts) -> Result`; the names of its parameters are the stages that it reads.
-        version: raised by hand when the code gives another output for the same input.
-        recipe_fields: the fields of the recipe that decide the output.
-        external_inputs: `external_inputs(context, **artifacts)`, what else decides the output (say, what is live now), as JSON values.
-        resumable: keep the unfinished work folder of an earlier try, since the stage can go on from it.
-        reuse: False for a stage that must look at the world each time.
-        fingerprint_fn: `fingerprint_fn(context)`, the fingerprint itself, where others must know it without asking the stage.
+    Raises:
+        TypeError: a parameter is not annotated with the output of the stage that it names.
     """
 
     def __init__(
         self,
-        work: Callable[..., Result],
+        work: Callable[..., Result[C]],
         version: int,
-        recipe_fields: Iterable[str],
+        recipe_fields: Iterable[str] = (),
+        other_fields: Iterable[str] = (),
         external_inputs: Callable[..., Any] | None = None,
         resumable: bool = False,
         reuse: bool = True,
         fingerprint_fn: Callable[[StageContext], str] | None = None,
     ):
-        self.work, self.version, self.recipe_fields = work, version, tuple(recipe_fields)
-        self.external_inputs, self.resumable, self.reuse, self.fingerprint_fn = (
-            external_inputs,
-            resumable,
-            reuse,
-            fingerprint_fn,
-        )
+        self.work, self.version = work, version
+        self.recipe_fields, self.other_fields = tuple(recipe_fields), tuple(other_fields)
+        self.external_inputs, self.resumable, self.reuse = external_inputs, resumable, reuse
+        self.fingerprint_fn = fingerprint_fn
         self.name = work.__name__
         self.__name__, self.__doc__ = work.__name__, work.__doc__
-        self.input_stages = tuple(inspect.signature(work).parameters)[1:]
+        self.input_stages = input_stages_of(work)
 
     def __call__(self, lineage: Lineage) -> Lineage:
-        """Make the artifact, or find it made.
+        """Make the output, or find it made.
 
         Args:
-            lineage: what the stages before this one returned; `resolve` begins it.
+            lineage: of the stages before this one; `resolve` begins it.
         """
         store = Store()
         with recorded(store, lineage["recipe"], lineage["run"], self.name, lineage) as record:
-            recipe = pinned_recipe(store, lineage)
-            inputs = {name: artifact_of(store, lineage, name) for name in self.input_stages}
-            mark = self.run(StageContext(recipe, lineage["run"], store, Path(), record), inputs)
-        return {**lineage, self.name: mark}
+            inputs = {name: output_of(store, lineage, name) for name in self.input_stages}
+            context = StageContext(self.view(pinned_recipe(store, lineage)), lineage["run"], store, Path(), record)
+            made = self.run(context, inputs)
+        return {**lineage, self.name: made}
 
-    def fingerprint(self, context: StageContext, inputs: dict[str, Artifact]) -> str:
-        """What decides the output, as the name of its folder."""
+    def view(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with the declared fields only; reading another one raises `UndeclaredField`."""
+        return RecipeView.of(recipe, ("name", *self.recipe_fields, *self.other_fields), f"the stage {self.name}")
+
+    def fingerprint(self, context: StageContext, inputs: dict[str, Output[Any]]) -> str:
+        """Return the digest of everything that decides the output; it names the artifact's folder."""
         if self.fingerprint_fn:
             return self.fingerprint_fn(context)
         return fingerprint(
             {
                 "stage": self.name,
                 "version": self.version,
-                "inputs": {name: artifact.fingerprint for name, artifact in inputs.items()},
-                "recipe": context.recipe.subset(self.recipe_fields),
-                "metadata": self.external_inputs(context, **inputs) if self.external_inputs else None,
+                "inputs": {name: output.fingerprint for name, output in inputs.items()},
+                "recipe": self._settings(context),
+                "external": self.external_inputs(context, **inputs) if self.external_inputs else None,
             }
         )
 
-    def run(self, context: StageContext, inputs: dict[str, Artifact]) -> str:
-        """Reuse or make the artifact; returns its fingerprint. One process of a machine at a time works on one."""
-        recipe, mark = context.recipe.name, self.fingerprint(context, inputs)
-        context.out = var() / "work" / recipe / self.name / mark
+    def _settings(self, context: StageContext) -> dict[str, Any]:
+        return context.recipe.subset(self.recipe_fields)
+
+    def run(self, context: StageContext, inputs: dict[str, Output[Any]]) -> str:
+        """Reuse or make the output; return its fingerprint. One process of a machine at a time works on one."""
+        recipe, key = context.recipe.name, self.fingerprint(context, inputs)
+        context.out = var() / "work" / recipe / self.name / key
         context.out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(context.out.with_name(f".{mark}.lock")):
-            artifact = context.store.find(recipe, self.name, mark) if self.reuse else None
+        with FileLock(context.out.with_name(f".{key}.lock")):
+            artifact = context.store.find(recipe, self.name, key) if self.reuse else None
             reused = artifact is not None
             if artifact is None:
-                artifact, reused = self._make(context, inputs, mark)
-        line = artifact.manifest["summary"]
-        context.record.close("done", reused=reused, summary=line, fingerprint=mark, folder=str(artifact.folder))
-        log.info("%s %s: %s (%s)", self.name, "reused" if reused else "done", line, artifact.folder)
-        return mark
+                artifact, reused = self._make(context, inputs, key)
+        summary = artifact.manifest["summary"]
+        context.record.close("done", reused=reused, summary=summary, fingerprint=key, folder=str(artifact.folder))
+        log.info("%s %s: %s (%s)", self.name, "reused" if reused else "done", summary, artifact.folder)
+        return key
 
-    def _make(self, context: StageContext, inputs: dict[str, Artifact], mark: str) -> tuple[Artifact, bool]:
+    def _make(self, context: StageContext, inputs: dict[str, Output[Any]], key: str) -> tuple[Artifact, bool]:
         if not self.resumable and context.out.exists():
             shutil.rmtree(context.out)
         context.out.mkdir(exist_ok=True)
@@ -220,42 +206,58 @@ class Stage:
         result = self.work(context, **inputs)
         artifact = self._commit(
             context,
-            mark,
+            key,
             version=self.version,
-            inputs={name: artifact.fingerprint for name, artifact in inputs.items()},
-            settings=context.recipe.subset(self.recipe_fields),
+            inputs={name: output.fingerprint for name, output in inputs.items()},
+            settings=self._settings(context),
             seconds=round(time.monotonic() - began, 2),
             summary=result.summary,
-            metadata=result.metadata,
+            metadata=result.metadata.to_json(),
         )
         return artifact, result.unchanged
 
-    def _commit(self, context: StageContext, mark: str, **facts: Any) -> Artifact:
-        return context.store.commit(context.out, context.recipe.name, self.name, mark, **facts)
+    def _commit(self, context: StageContext, key: str, **manifest: Any) -> Artifact:
+        return context.store.commit(context.out, context.recipe.name, self.name, key, **manifest)
 
 
-def stage(version: int, recipe_fields: Iterable[str] = (), **options: Any) -> Callable[[Callable[..., Result]], Stage]:
-    """Makes a `Stage` of a function; see there for the arguments."""
-    return lambda work: Stage(work, version, recipe_fields, **options)
+def stage(version: int, **options: Any) -> Callable[[Callable[..., Result[C]]], Stage[C]]:
+    """Make a `Stage` of a function; see there for the arguments."""
+    return lambda work: Stage(work, version, **options)
 
 
-def artifact_of(store: Store, lineage: Lineage, name: str) -> Artifact:
-    """What a stage on the lineage left behind.
+def input_stages_of(work: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the stages that a function reads, which its parameters after the first name."""
+    names = tuple(inspect.signature(work).parameters)[1:]
+    hints = get_type_hints(work)
+    for name in names:
+        if name != "names" and get_args(hints.get(name)) != (CONTRACTS.get(name),):
+            raise TypeError(f"{work.__qualname__}: annotate {name} as Output[<the contract of the stage {name}>]")
+    return names
+
+
+def find_output(store: Store, recipe: str, stage: str, fingerprint: str) -> Output[Any] | None:
+    """Return the committed output of a stage; None where there is none, or a file of it is missing."""
+    artifact = store.find(recipe, stage, fingerprint)
+    return artifact and Output(artifact, CONTRACTS[stage])
+
+
+def output_of(store: Store, lineage: Lineage, stage: str) -> Output[Any]:
+    """Return the output of a stage of the lineage.
 
     Raises:
         RetuneError: it has been removed from the store since.
     """
-    artifact = store.find(lineage["recipe"], name, lineage[name])
-    if artifact is None:
+    output = find_output(store, lineage["recipe"], stage, lineage[stage])
+    if output is None:
         raise RetuneError(
-            f"the output of {name} ({lineage[name]}) is no longer whole in {store.uri}",
-            f"Clear the task {name} to make it again",
+            f"the output of {stage} ({lineage[stage]}) is no longer whole in {store.uri}",
+            f"Clear the task {stage} to make it again",
         )
-    return artifact
+    return output
 
 
 def pinned_recipe(store: Store, lineage: Lineage) -> Recipe:
-    """The full recipe of a run, with its revisions pinned, as `resolve` left it."""
-    path = artifact_of(store, lineage, "resolve").folder / "recipe.json"
+    """Return the full recipe of a run as `resolve` left it, with its revisions pinned."""
+    path = output_of(store, lineage, "resolve").folder / ResolveOutput.RECIPE
     with store.reading():
         return Recipe.model_validate(orjson.loads(path.fs.cat_file(path.path)))

@@ -5,17 +5,19 @@ from include.recipe.evaluation import AnswerCheck, Gate, Prompt, SmokeTest
 from include.recipe.form import form
 from include.recipe.loading import find_recipe, load_recipe, parse_overrides, validate_recipe
 from include.recipe.model import Model
-from include.recipe.operations import TIMEOUT_HOURS, Operations
+from include.recipe.operations import Operations
 from include.recipe.publishing import Publishing
-from include.recipe.schema import NAME, Recipe
+from include.recipe.schema import NAME, TRAINING_INPUTS, Recipe
 from include.recipe.training import MODULE_SETS, PROJECTIONS, Lora, Training
+from include.recipe.view import AnyRecipe, RecipeView, recipe_to_json
 
 __all__ = [
     "MODULE_SETS",
     "NAME",
     "PROJECTIONS",
-    "TIMEOUT_HOURS",
+    "TRAINING_INPUTS",
     "AnswerCheck",
+    "AnyRecipe",
     "Data",
     "Gate",
     "Lora",
@@ -24,11 +26,13 @@ __all__ = [
     "Prompt",
     "Publishing",
     "Recipe",
+    "RecipeView",
     "SmokeTest",
     "Training",
     "find_recipe",
     "form",
     "load_recipe",
     "parse_overrides",
+    "recipe_to_json",
     "validate_recipe",
 ]

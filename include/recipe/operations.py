@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 import zoneinfo
-from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, field_validator
-
-TIMEOUT_HOURS = {  # of one try of a stage; generous, for what hangs without a word
-    "resolve": 0.5, "pretrain": 2.0, "download": 6.0, "validate": 6.0, "standardize": 6.0, "template": 6.0,
-    "train": 72.0, "smoke_test": 2.0, "evaluate": 6.0, "publish": 6.0, "verify": 4.0,
-}  # fmt: skip
-
-
-def _known(kind: str, values: dict[str, float], names: Iterable[str]) -> dict[str, float]:
-    if unknown := set(values) - set(names):
-        raise ValueError(f"there is no {kind} '{unknown.pop()}' (there are: {', '.join(names)})")
-    return values
 
 
 class Operations(BaseModel):
@@ -42,9 +30,7 @@ class Operations(BaseModel):
     )
     timeout_hours: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {},
-        description="For single stages, the hours after which a try is ended and the stage tried again; in place of "
-        + ", ".join(f"{stage} {hours:g}" for stage, hours in TIMEOUT_HOURS.items())
-        + ".",
+        description="Hours after which one try of a stage is ended and the stage is tried again, by stage: `train: 96`.",
     )
     alert_on: list[Literal["failed", "refused", "published", "late"]] = Field(
         ["failed", "refused", "published", "late"], description="What alert_mail and alert_webhooks are told."
@@ -78,8 +64,3 @@ class Operations(BaseModel):
         if name not in zoneinfo.available_timezones():
             raise ValueError("there is no such time zone")
         return name
-
-    @field_validator("timeout_hours")
-    @classmethod
-    def _known_stages(cls, hours: dict[str, float]) -> dict[str, float]:
-        return _known("stage", hours, TIMEOUT_HOURS)

@@ -98,14 +98,19 @@ class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operation
 
     @property
     def training_inputs(self) -> dict[str, Any]:
-        """Every field that decides what the model is made of, as plain JSON values; operations left out."""
-        return self.model_dump(mode="json", exclude=set(Operations.model_fields))
+        """Return every field that decides the model, as plain JSON values: all but those of `Operations`."""
+        return self.subset(TRAINING_INPUTS)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain JSON values."""
+        return self.model_dump(mode="json")
 
     def subset(self, fields: Iterable[str]) -> dict[str, Any]:
         """The named fields as plain JSON values: what a stage's fingerprint depends on."""
         return self.model_dump(mode="json", include=set(fields))
 
 
+TRAINING_INPUTS = tuple(name for name in Recipe.model_fields if name not in Operations.model_fields)
 SECTIONS: dict[str, type[BaseModel]] = {
     "Data": Data,
     "Model": Model,

@@ -1,0 +1,279 @@
+"""What each stage leaves behind: its files by name, and its metadata with types.
+
+Other stages, the report, the model card, metrics and the approval page read these attributes and nothing else. A class
+belongs to the stage that it names. File and folder names are class variables; the fields are the metadata, which is
+stored as JSON in the artifact's manifest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from include.engine.device_plan import Plan
+from include.evaluation.gate import Verdict
+
+CONTRACTS: dict[str, type[Contract]] = {}
+
+
+class Contract(BaseModel):
+    """Metadata of a stage's output. Subclasses name their stage: `class DownloadOutput(Contract, stage="download")`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __init_subclass__(cls, stage: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if stage:
+            CONTRACTS[stage] = cls
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, stage: str = "", **options: Any) -> None:
+        """Take the class argument, which pydantic passes on here, too."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the metadata as plain JSON values."""
+        return self.model_dump(mode="json")
+
+
+class CheckResult(Contract):
+    """The result of one data check over all rows."""
+
+    check: str
+    says: str
+    severity: str
+    rows: int
+    limit: float | None
+    holds: bool
+
+
+class Bar(Contract):
+    """One bar of a histogram: rows whose value is at most `upto` and above the bar before."""
+
+    upto: int
+    rows: int
+
+
+class CopiedRow(Contract):
+    """A row of which there are exact copies: its number, how many copies, and its first characters."""
+
+    row: int
+    copies: int
+    begins: str
+
+
+class Profile(Contract):
+    """A description of the usable rows: how many have so many turns, turns by role, characters, rows by script."""
+
+    turns: dict[str, int]
+    roles: dict[str, int]
+    characters: list[Bar]
+    scripts: dict[str, int]
+    top_duplicates: list[CopiedRow]
+
+
+class TokenCounts(Contract):
+    """Rows, tokens and trained tokens of one side (training or holdout), and the sha256 of its ids and labels."""
+
+    rows: int
+    tokens: int
+    trained: int
+    ids_sha256: str
+
+
+class Answer(Contract):
+    """A smoke-test prompt, both answers to it, and the failed checks, each with a sentence about the failure."""
+
+    prompt: str
+    system: str | None
+    expect: str | None
+    contains: str | None
+    expect_json: dict[str, Any] | None
+    answer: str
+    base: str
+    stopped: bool
+    checks: dict[str, bool | None]
+    failures: dict[str, str]
+
+
+class OutOfMemoryEvent(Contract):
+    """Training ran out of memory and went on with a smaller micro-batch."""
+
+    what: str
+    micro_batch: int
+
+
+class LiveVersion(Contract):
+    """The version that was live when the candidate was compared."""
+
+    name: str
+    revision: str
+
+
+class PublishedVersion(Contract):
+    """A version in a registry; see `include.registry.Version`."""
+
+    name: str
+    revision: str
+    place: str
+    content: str
+    run: str | None
+
+
+class MergedDistance(Contract):
+    """The merged model against base and adapter: mean KL divergence (nats), share of positions with the same token."""
+
+    kl: float
+    same_tokens: float
+
+
+class ResolveOutput(Contract, stage="resolve"):
+    """The recipe with every revision pinned."""
+
+    RECIPE: ClassVar = "recipe.json"
+
+
+class PretrainOutput(Contract, stage="pretrain"):
+    """The demo's base model in the artifact's folder. Losses are means over ten steps, in nats per token."""
+
+    parameters: int
+    tokens: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+
+
+class DownloadOutput(Contract, stage="download"):
+    """The rows as they came: `row` (int64, from 0) and `content` (one JSON document, bytes)."""
+
+    ROWS: ClassVar = "rows.parquet"
+
+    rows: int
+    sha256: str
+
+
+class ValidateOutput(Contract, stage="validate"):
+    """Rows as conversations, the numbers of the good ones, and every refused or repaired row with its reasons."""
+
+    READINGS: ClassVar = "readings"
+    GOOD: ClassVar = "good.parquet"
+    QUARANTINE: ClassVar = "quarantine.jsonl"
+    REPAIRED: ClassVar = "repaired.jsonl"
+    DOCS: ClassVar = "data_docs"
+
+    rows: int
+    good: int
+    refused: int
+    copies: int
+    repairs: dict[str, int]
+    reasons: dict[str, int]
+    checks: list[CheckResult]
+    docs: str
+    tools_rendered: bool
+    profile: Profile
+
+
+class StandardizeOutput(Contract, stage="standardize"):
+    """The conversations that stay, each with its side, and the pairs of near-duplicates. Numbers are rows."""
+
+    MESSAGES: ClassVar = "messages"
+    NEAR_DUPLICATES: ClassVar = "near_duplicates.jsonl"
+
+    train: int
+    holdout: int
+    near_duplicates: int
+    leaking: int
+    contaminated: int
+    dropped: int
+
+
+class TemplateOutput(Contract, stage="template"):
+    """Token ids and loss masks of both sides, the tokenizer with the chat template, ten rows as text."""
+
+    TRAIN: ClassVar = "train"
+    HOLDOUT: ClassVar = "holdout"
+    TOKENIZER: ClassVar = "tokenizer"
+    SAMPLES: ClassVar = "samples.txt"
+    DOCS: ClassVar = "data_docs"
+
+    train: TokenCounts
+    holdout: TokenCounts
+    too_long: int
+    left_out: int
+    proved_rows: int
+    prefix_mismatches: int
+    encoder: str
+    missing_special_tokens: list[str]
+    stop_tokens: list[int]
+    template_sha256: str
+    lengths: dict[str, int]
+    histogram: list[Bar]
+    samples: list[str]
+    checks: list[CheckResult]
+    docs: str
+
+
+class TrainOutput(Contract, stage="train"):
+    """The adapter (or the whole model) and the training log. Losses are means over the first and last ten log lines."""
+
+    ADAPTER: ClassVar = "adapter"
+    TRAINING_LOG: ClassVar = "training_log.jsonl"
+
+    plan: Plan
+    steps: int
+    resumed_from: str | None
+    seconds: float
+    tokens_per_second: float
+    tokens: int
+    first_losses: float
+    last_losses: float
+    trainable_parameters: int
+    peak_memory_bytes: int
+    out_of_memory: list[OutOfMemoryEvent]
+
+
+class SmokeTestOutput(Contract, stage="smoke_test"):
+    """Answers of the adapter and of the base, with the result of each check; `failed` are sentences for the gate."""
+
+    ANSWERS: ClassVar = "answers.json"
+
+    answers: list[Answer]
+    required: list[str]
+    failed: list[str]
+    passed: int
+
+
+class EvaluateOutput(Contract, stage="evaluate"):
+    """Holdout losses of base, candidate and live adapter (nats per token), and the gate's verdict."""
+
+    LOSSES: ClassVar = "losses.json"
+
+    verdict: Verdict
+    confidence: float
+    margin: float
+    holdout_rows: int
+    live: LiveVersion | None
+
+
+class ApproveOutput(Contract, stage="approve"):
+    """Who approved the candidate and when (ISO 8601, UTC), or why nobody was asked."""
+
+    asked: bool
+    regressions: list[str]
+    summary: str
+    by: str | None = None
+    at: str | None = None
+
+
+class PublishOutput(PublishedVersion, stage="publish"):
+    """The version that is live now, and the version of the merged model where the recipe asks for one."""
+
+    merged: PublishedVersion | None = None
+
+
+class VerifyOutput(Contract, stage="verify"):
+    """Proof that the published version is the tested one: the largest difference of logits, and of the merged model."""
+
+    largest_difference: float
+    same_tokens: bool
+    merged: MergedDistance | None = None

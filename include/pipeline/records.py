@@ -1,0 +1,111 @@
+"""The records of a run: one small document per stage, which the report, the command line and alerts read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from include.errors import RetuneError, TransientError, UpToDate
+from include.storage.artifacts import SETTING, Store
+from include.storage.files import now
+from include.storage.object_store import object_errors
+
+log = logging.getLogger("airflow.task.retune")  # below Airflow's own task logger, so that the UI shows it
+
+# recipe, run, and the fingerprint of each stage so far: all that goes from task to task; in a sweep, which candidate
+Lineage = dict[str, str]
+
+
+class Record:
+    """The document of a stage in the run's folder: state, summary, seconds, error, and the candidate of a sweep.
+
+    Args:
+        failures_only: write only a failure; for tasks that do a part of a stage and neither begin nor end it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        recipe: str,
+        run_id: str,
+        stage: str,
+        name: str,
+        candidate: str | None,
+        failures_only: bool = False,
+    ):
+        self._store, self._recipe, self._run_id, self._name = store, recipe, run_id, name
+        self._failures_only = failures_only
+        self._began = time.monotonic()
+        self.content: dict[str, Any] = {
+            "stage": stage,
+            "state": "running",
+            "started_at": now("milliseconds"),
+            "summary": "",
+        }
+        if candidate is not None:
+            self.content["candidate"] = candidate
+        self._write()
+
+    def progress(self, line: str) -> None:
+        """Log a line and show it to whoever follows the run. A store that does not take it ends no work."""
+        log.info("%s", line)
+        self.content["summary"] = line
+        with suppress(TransientError):
+            self._write()
+
+    def add_seconds(self, seconds: float) -> None:
+        """Add the time that earlier tasks of the stage took."""
+        self._began -= seconds
+
+    def close(self, state: str, **content: Any) -> None:
+        """Write the final state (`done`, `failed`, `skipped`, `waiting`) and the seconds."""
+        self._failures_only = self._failures_only and state != "failed"
+        self.content.update(state=state, seconds=round(time.monotonic() - self._began, 2), **content)
+        self._write()
+
+    def _write(self) -> None:
+        if not self._failures_only:
+            self._store.record(self._recipe, self._run_id, self._name, self.content)
+
+
+@contextmanager
+def recorded(
+    store: Store, recipe: str, run_id: str, stage: str, lineage: Lineage | None = None, part: str = ""
+) -> Iterator[Record]:
+    """Keep the run's record of a stage, also when it fails, and log a failure in one line.
+
+    Args:
+        lineage: needed for the candidates of a sweep, whose records have names of their own (see `record_name`).
+        part: names the part of the stage's work that this task does; then only a failure is recorded.
+    """
+    record, lineage = None, lineage or {}
+    try:
+        name = record_name(stage, lineage)
+        record = Record(store, recipe, run_id, stage, name, lineage.get("candidate"), failures_only=bool(part))
+        with object_errors(f"the store {store.uri}", SETTING):
+            yield record
+    except UpToDate as error:
+        if record:
+            record.close("skipped", summary=error.what)
+        log.info("%s", error)
+        raise
+    except BaseException as error:
+        what, do = f"{type(error).__name__}: {error}", "See the log; this is a fault of Retune or of its surroundings"
+        if isinstance(error, RetuneError):
+            what, do = error.what, error.do
+        elif isinstance(error, KeyboardInterrupt):
+            what, do = f"{stage} was stopped", "Run again: finished stages are reused"
+        what = f"{part}: {what}" if part else what
+        if record:
+            with suppress(RetuneError):  # if the store itself failed, the log line below still tells
+                record.close("failed", summary=what, error={"kind": type(error).__name__, "what": what, "do": do})
+        log.error("%s failed: %s. %s.", stage, what, do)
+        raise
+
+
+def record_name(stage: str, lineage: Lineage) -> str:
+    """Return the stage's name; for a candidate of a sweep with the fingerprint of its pinned recipe behind it."""
+    return f"{stage}.{lineage['resolve']}" if "candidate" in lineage else stage
