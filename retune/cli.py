@@ -65,7 +65,7 @@ def stage(
     For data checks before a training (--until template), and for a debugger. Stages whose inputs are unchanged are
     reused.
     """
-    from retune.stages import run_until
+    from retune.in_process import run_until
 
     _log_to(sys.stderr)
     raise typer.Exit(0 if run_until(recipe, until, values or []) else 1)

@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 
 from include.errors import NotFound, RetuneError
 from include.recipe import find_recipe, load_recipe, parse_overrides
-from tasks.__main__ import run
 from tasks.approve import refuse_where_nobody_asks
-from tasks.report import STAGES, report
+from tasks.report import report
+from tasks.stages import NAMES, run_stages
 
 
 def run_until(recipe: str, until: str, values: list[str]) -> bool:
@@ -20,15 +20,15 @@ def run_until(recipe: str, until: str, values: list[str]) -> bool:
         NotFound: there is no such recipe or stage.
         BadRecipe: the recipe or a value is wrong.
     """
-    if until not in STAGES:
-        raise NotFound(f"there is no stage '{until}'", f"Choose one of: {', '.join(STAGES)}")
+    if until not in NAMES:
+        raise NotFound(f"there is no stage '{until}'", f"Choose one of: {', '.join(NAMES)}")
     overrides = parse_overrides(values)
     checked = load_recipe(find_recipe(recipe), overrides)
-    if STAGES.index(until) >= STAGES.index("approve"):
+    if NAMES.index(until) >= NAMES.index("approve"):
         refuse_where_nobody_asks(checked)
     run_id = f"shell__{datetime.now(UTC).isoformat()}"
     try:
-        run(recipe, overrides, run_id, until)
+        run_stages(recipe, overrides, run_id, until)
     except RetuneError:
         return False
     finally:
