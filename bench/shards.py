@@ -158,9 +158,9 @@ def main() -> None:
             f"shard_rows: {arguments.shard_rows}\n"
         )
         os.environ.update(RETUNE_VAR=name, RETUNE_STORE=f"file://{name}/store", RETUNE_RECIPES=str(recipe))
-        from tasks.__main__ import run
+        from tasks.stages import run_stages
 
-        lineage = run("bench", {}, "bench", "validate")
+        lineage = run_stages("bench", {}, "bench", "validate")
         for _ in range(arguments.rounds):
             for workers, costs in rounds.items():
                 costs.append(share(folder, lineage, workers))

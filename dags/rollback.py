@@ -9,7 +9,7 @@ from airflow.sdk import DAG, Param, task
 
 from include.errors import RetuneError
 from include.paths import recipe_files
-from include.pipeline.stage import log
+from include.pipeline.records import log
 from include.recipe import load_recipe
 from include.registry import open_registry, registry_uri
 from plugins.credentials import hub_account

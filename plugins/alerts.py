@@ -25,7 +25,7 @@ from tenacity.wait import wait_exponential_jitter
 
 from include.errors import PermanentError, TransientError
 from include.paths import HEADLESS
-from include.pipeline.stage import log
+from include.pipeline.records import log
 from include.recipe import Recipe
 from include.storage.artifacts import Store
 

@@ -9,7 +9,7 @@ from airflow.sdk import ExceptionRetryPolicy, RetryAction, RetryRule
 from airflow.sdk.exceptions import AirflowTaskTimeout
 
 from include.errors import ApprovalTimeout, Conflict, PermanentError, ProcessLost, Rejected, RetuneError, TransientError
-from include.pipeline.stage import log
+from include.pipeline.records import log
 
 POLICY = ExceptionRetryPolicy(
     rules=[

@@ -21,12 +21,13 @@ from upath import UPath
 from include.errors import RetuneError
 from include.paths import recipe_files, var
 from include.pipeline.outcomes import FOLDER as OUTCOMES
-from include.pipeline.stage import log
-from include.recipe import TIMEOUT_HOURS, Recipe, find_recipe, load_recipe
+from include.pipeline.records import log
+from include.recipe import Recipe, find_recipe, load_recipe
 from include.registry import merged_uri, open_registry, registry_uri
 from include.storage.artifacts import Store
 from include.storage.files import MANIFEST, OLD, remove
 from include.storage.object_store import list_dir, read_all
+from tasks.stages import longest_try
 
 RUNS = "runs"
 HUB_CACHES = ("hub", "huggingface/hub")  # laid out by huggingface_hub; the latter is what `datasets` has fetched
@@ -117,10 +118,6 @@ def _folders(place: UPath) -> list[UPath]:
     return [place / name for name, is_folder in sorted(list_dir(place).items()) if is_folder]
 
 
-def _longest_try(recipe: Recipe) -> timedelta:
-    return timedelta(hours=max((TIMEOUT_HOURS | recipe.timeout_hours).values()))
-
-
 def _time(text: Any) -> datetime:
     """A time that was written down; now where it cannot be read, so that nothing is removed for it."""
     try:
@@ -171,7 +168,7 @@ class _Run:
 
 def _runs(store: Store, recipe: Recipe) -> list[_Run]:
     """The recipe's runs, the newest last."""
-    given_up = timedelta(days=recipe.keep_days, hours=recipe.approve_within_hours) + _longest_try(recipe)
+    given_up = timedelta(days=recipe.keep_days, hours=recipe.approve_within_hours) + longest_try(recipe)
     found = []
     for folder in _folders(store.path(recipe.name, RUNS)):
         records = store.records(recipe.name, folder.name)
@@ -349,7 +346,7 @@ def _remove_caches(dry_run: bool) -> str:
     for file in recipe_files():
         with suppress(RetuneError):
             recipes.append(load_recipe(file))
-    longest = max((timedelta(days=recipe.keep_days) + _longest_try(recipe) for recipe in recipes), default=None)
+    longest = max((timedelta(days=recipe.keep_days) + longest_try(recipe) for recipe in recipes), default=None)
     if longest is None:
         return "removed no caches of this machine: there is no recipe that can be read"
     oldest = datetime.now(UTC) - longest

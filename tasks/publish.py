@@ -69,7 +69,7 @@ def publish(
 
     registry = open_registry(str(context.recipe.registry))
     compared = evaluate.metadata.live
-    version = registry.publish(folder, compared and compared.revision, context.recipe.private)
+    version = registry.publish(folder, compared.revision if compared else None, context.recipe.private)
     shutil.rmtree(folder)
     unchanged = version.run != context.run_id
     merged = None

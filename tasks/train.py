@@ -101,7 +101,7 @@ class StoredCheckpoint:
     """
 
     def __init__(self, context: StageContext):
-        self._job, self._folder = context, context.out / CHECKPOINTS
+        self._context, self._folder = context, context.out / CHECKPOINTS
         self._stored = context.store.path(context.recipe.name, "train", f"{context.out.name}.{CHECKPOINTS}")
 
     def fetch(self) -> None:
@@ -110,9 +110,9 @@ class StoredCheckpoint:
         Raises:
             NoPermission, TransientError: the store cannot be read, or does not answer.
         """
-        if self._job.store.is_local:
+        if self._context.store.is_local:
             return
-        with self._job.store.reading():
+        with self._context.store.reading():
             paths = [
                 self._stored / name / MANIFEST for name in list_dir(self._stored) if name.startswith("checkpoint-")
             ]
@@ -122,18 +122,18 @@ class StoredCheckpoint:
             if newest is None or (here and _step(here) >= _step(newest)):
                 return
             for name, content in read_all(self._stored / name for name in RESUME_FILES).items():
-                atomic_write(self._job.out / name.name, content)
+                atomic_write(self._context.out / name.name, content)
             download(newest, [*manifests[newest]["files"], MANIFEST], self._folder / newest.name)
-        self._job.say(f"fetched {newest.name} from the store")
+        self._context.progress(f"fetched {newest.name} from the store")
 
     def keep(self, checkpoint: Path) -> None:
         """Copy a checkpoint to the store, its manifest last, and remove the ones before it.
 
         Hours of training do not end because a store did not take one: the next may be taken.
         """
-        if self._job.store.is_local:
+        if self._context.store.is_local:
             return
-        target, held = self._stored / checkpoint.name, self._job.out.with_name(f".{self._job.out.name}.held")
+        target, held = self._stored / checkpoint.name, self._context.out.with_name(f".{self._context.out.name}.held")
         shutil.rmtree(held, ignore_errors=True)
         try:  # the training goes on meanwhile, and removes what is not its newest, and all at its end
             shutil.copytree(checkpoint, held, copy_function=os.link)
@@ -144,13 +144,13 @@ class StoredCheckpoint:
             if describe_files(held) == files:
                 self._store(held, files, target)
         except TransientError as error:
-            self._job.say(f"WARNING: {checkpoint.name} is on this machine only: {error}")
+            self._context.progress(f"WARNING: {checkpoint.name} is on this machine only: {error}")
         finally:
             shutil.rmtree(held)
 
     def _store(self, held: Path, files: dict[str, Any], target: UPath) -> None:
-        out = self._job.out
-        with self._job.store.writing():
+        out = self._context.out
+        with self._context.store.writing():
             upload(held, files, target)
             upload(out, (name for name in RESUME_FILES if (out / name).exists()), self._stored)
             atomic_write(target / MANIFEST, (held / MANIFEST).read_bytes())
@@ -160,8 +160,8 @@ class StoredCheckpoint:
 
     def drop(self) -> None:
         """Remove it: the training is finished."""
-        if not self._job.store.is_local:
-            with self._job.store.writing():
+        if not self._context.store.is_local:
+            with self._context.store.writing():
                 remove(self._stored)
 
 

@@ -132,18 +132,18 @@ def small_recipe(write_recipe: Callable[..., Path], dataset: Path, tiny_base: Pa
 @pytest.fixture
 def pipeline() -> Callable[..., dict[str, str]]:
     """Runs the stages in this process, without Airflow, up to one of them; returns the lineage."""
-    from tasks.__main__ import run
+    from tasks.stages import run_stages
 
-    return lambda recipe, until="verify", run_id="test", **values: run(recipe.stem, values, run_id, until)
+    return lambda recipe, until="verify", run_id="test", **values: run_stages(recipe.stem, values, run_id, until)
 
 
 @pytest.fixture
 def artifact() -> Callable[[dict[str, str]], Any]:
     """The artifact of the newest stage on a lineage, or of a named one."""
-    from include.pipeline.stage import artifact_of
+    from include.pipeline.stage import output_of
     from include.storage.artifacts import Store
 
-    return lambda lineage, name=None: artifact_of(Store(), lineage, name or list(lineage)[-1])
+    return lambda lineage, name=None: output_of(Store(), lineage, name or list(lineage)[-1])
 
 
 @pytest.fixture

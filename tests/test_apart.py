@@ -155,7 +155,7 @@ def test_a_training_killed_on_one_machine_goes_on_on_another_from_the_newest_sto
     assert second > first
     lineage = done(start("train", lineage, disks / "one"))  # which has an older checkpoint of its own
     found = Store().find("small", "train", lineage["train"])
-    assert int(found.metadata["resumed_from"].removeprefix("checkpoint-")) == second
+    assert int(found.metadata.resumed_from.removeprefix("checkpoint-")) == second
     log = [
         json.loads(line)
         for line in (s3.folder / "retune/store" / "small/train" / lineage["train"] / "training_log.jsonl")

@@ -15,7 +15,7 @@ import orjson
 from safetensors.torch import load_file
 
 from include.storage.files import describe_files, file_digest
-from tasks.report import STAGES
+from tasks.stages import NAMES
 from tests.conftest import PROJECT, last_run
 
 
@@ -61,7 +61,7 @@ def test_the_demo_survives_being_killed_and_is_published_once(var: Path, retune:
     assert "Published v1" in finished.stdout
     summary = last_run(var)
     assert (summary["recipe"], summary["verdict"], summary["version"]) == ("demo", "published", "v1")
-    assert tuple(summary["stages"]) == tuple(stage for stage in STAGES if stage not in ("candidates", "choose"))
+    assert tuple(summary["stages"]) == tuple(stage for stage in NAMES if stage not in ("candidates", "choose"))
     assert summary["stages"]["pretrain"]["reused"]
     assert "went on from checkpoint-1" in summary["stages"]["train"]["summary"], "of step 100 or later"
     assert all(Path(s["folder"].removeprefix("file://")).is_dir() for s in summary["stages"].values())

@@ -238,7 +238,7 @@ def input_stages_of(work: Callable[..., Any]) -> tuple[str, ...]:
 def find_output(store: Store, recipe: str, stage: str, fingerprint: str) -> Output[Any] | None:
     """Return the committed output of a stage; None where there is none, or a file of it is missing."""
     artifact = store.find(recipe, stage, fingerprint)
-    return artifact and Output(artifact, CONTRACTS[stage])
+    return Output(artifact, CONTRACTS[stage]) if artifact else None
 
 
 def output_of(store: Store, lineage: Lineage, stage: str) -> Output[Any]:

@@ -71,6 +71,14 @@ class RecipeView:
     def __repr__(self) -> str:
         return f"RecipeView({self._values!r}, {self._reader!r})"
 
+    def subset(self, fields: Iterable[str]) -> dict[str, Any]:
+        """Return the named fields as plain JSON values.
+
+        Raises:
+            UndeclaredField: the view does not hold one of them.
+        """
+        return RecipeView.of(cast(Recipe, self), fields, self._reader).to_json()
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         return Recipe.model_construct(**self._values).model_dump(mode="json", include=set(self._values))

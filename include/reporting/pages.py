@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from include.data.sources import is_hub_id
 from include.paths import PROJECT
+from include.pipeline.contracts import Contract, EvaluateOutput, SmokeTestOutput
 from include.recipe import Recipe
 from include.reporting.plots import loss_plot
 
@@ -39,7 +41,7 @@ def page_templates() -> Environment:
 
 
 def approval_page(
-    recipe: Recipe, smoke_test: dict[str, Any], evaluate: dict[str, Any], regressions: list[str], report_address: str,
+    recipe: Recipe, smoke_test: SmokeTestOutput, evaluate: EvaluateOutput, regressions: list[str], report_address: str,
     training_inputs: str,
 ) -> str:  # fmt: skip
     """What a person must know to approve a candidate, as Markdown.
@@ -49,19 +51,19 @@ def approval_page(
         regressions: see `tasks.approve`.
         training_inputs: the candidate's data and base, in a line.
     """
-    answers = sorted(smoke_test["answers"], key=lambda answer: not answer["failures"])[:ANSWERS_SHOWN]
+    answers = sorted(smoke_test.answers, key=lambda answer: not answer.failures)[:ANSWERS_SHOWN]
     return page_templates().get_template("approval.md").render(
         recipe=recipe, smoke_test=smoke_test, evaluate=evaluate, regressions=regressions, answers=answers,
         report_address=report_address, training_inputs=training_inputs,
     )  # fmt: skip
 
 
-def run_page(summary: dict[str, Any], details: dict[str, dict[str, Any]], training_log: bytes | None = None) -> str:
+def run_page(summary: dict[str, Any], details: Mapping[str, Contract | None], training_log: bytes | None = None) -> str:
     """One self-contained HTML page about a run.
 
     Args:
         summary: what `var/last_run.json` holds.
-        details: the facts of each stage; empty for one that did not finish.
+        details: the metadata of each stage; None for a stage that did not finish.
         training_log: the content of the training's log.
     """
     picture = base64.b64encode(loss_plot(training_log)).decode() if training_log else None

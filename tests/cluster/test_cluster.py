@@ -262,7 +262,7 @@ def test_two_cpu_workers_share_the_data_and_make_what_one_makes(
     assert lineage["template"] == shared["fingerprint"]
     alone = artifact(lineage)
     assert shared_facts is not None
-    assert shared_facts.metadata["train"]["ids_sha256"] == alone.metadata["train"]["ids_sha256"]
+    assert shared_facts.metadata.train.ids_sha256 == alone.metadata.train.ids_sha256
     rows = {name: file for name, file in alone.manifest["files"].items() if not name.startswith("data_docs/")}
     assert {name: shared_facts.manifest["files"][name] for name in rows} == rows
 

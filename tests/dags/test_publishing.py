@@ -132,7 +132,7 @@ def test_a_rollback_between_evaluate_and_publish_is_met_as_a_race(
     assert registry.live().name == "v3", "evaluate has compared again"
 
     assert merged.live().content == registry.live().content
-    assert 0 < proof.metadata["merged"]["kl"] < 0.01
+    assert 0 < proof.metadata.merged.kl < 0.01
     folder = merged.fetch("v1")
     weights = load_file(folder / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}

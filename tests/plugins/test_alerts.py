@@ -18,7 +18,7 @@ import pytest
 from aiosmtpd.controller import Controller
 
 from plugins.alerts import ended, late
-from tasks.report import STAGES
+from tasks.stages import NAMES
 from tests.conftest import last_run
 from tests.services.airflow import eventually, up
 
@@ -152,7 +152,7 @@ def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
         assert len([post for post in webhooks.got["/flaky"] if post.startswith("*Retune: small published v1*")]) == 1
         assert mails.subjects().count("Retune: small published v1") == 1
         (news,) = (mail for mail in mails.got if "small is late" in mail["Subject"])
-        assert news["Subject"].endswith((*STAGES, "before its first stage")), "which, is the machine's speed"
+        assert news["Subject"].endswith((*NAMES, "before its first stage")), "which, is the machine's speed"
         assert "it should have ended by 20" in news.get_body(("plain",)).get_content()
 
         # one that is skipped is told to nobody

@@ -99,7 +99,7 @@ def test_a_dataset_is_fetched_by_its_address_and_pinned_by_its_content(
     (tmp_path / "web" / name).write_bytes(content)
     recipe = small_recipe(dataset=f"{web}/{name}")
     first = pipeline(recipe, "download")
-    assert artifact(first).metadata["rows"] == 40
+    assert artifact(first).metadata.rows == 40
     assert pipeline(recipe, "download") == first
     fewer = {
         "a.jsonl": lines(ROWS[:30]),
@@ -108,7 +108,7 @@ def test_a_dataset_is_fetched_by_its_address_and_pinned_by_its_content(
     }
     (tmp_path / "web" / name).write_bytes(fewer[name])
     second = pipeline(recipe, "download")
-    assert artifact(second).metadata["rows"] == 30
+    assert artifact(second).metadata.rows == 30
     (tmp_path / "web" / name).unlink()
     with pytest.raises(NotFound, match="field 'dataset': there is no file http"):
         pipeline(recipe, "download")
@@ -122,7 +122,7 @@ def test_a_dataset_in_an_object_store_is_fetched(
     with fsspec.open("memory://bucket/rows.jsonl", "wb") as file:
         file.write(lines(ROWS))
     found = artifact(pipeline(small_recipe(dataset="memory://bucket/rows.jsonl"), "download"))
-    assert found.metadata["rows"] == 40
+    assert found.metadata.rows == 40
 
 
 def row(*turns: tuple[Any, Any], **more: Any) -> bytes:
@@ -213,7 +213,7 @@ def test_every_form_of_the_table_of_bad_inputs_is_refused_repaired_or_used_and_l
         assert any(reason in said for said in entry["reasons"]), (form, entry)
         assert entry["content"] == raw.decode("utf-8", "backslashreplace")
         assert entry.get("copy_of") == (3 if form == "a copy" else None), number
-    assert (found.metadata["good"], found.metadata["refused"], found.metadata["copies"]) == (
+    assert (found.metadata.good, found.metadata.refused, found.metadata.copies) == (
         40 + len(USED), len(REFUSED) - 1, 1
     )  # fmt: skip
     kept, repaired = messages(artifact(lineage)), listed(found, "repaired.jsonl")
@@ -222,7 +222,7 @@ def test_every_form_of_the_table_of_bad_inputs_is_refused_repaired_or_used_and_l
         assert " ".join(kept[number].contents) == said, form
         assert repaired.get(number, {}).get("repairs") == (repair and [repair]), form
         assert number not in repaired or repaired[number]["content"] == raw.decode()
-    counts = {validate_recipe["check"]: validate_recipe["rows"] for validate_recipe in found.metadata["checks"]}
+    counts = {validate_recipe["check"]: validate_recipe["rows"] for validate_recipe in found.metadata.checks}
     assert [counts[n] for n in ("special_token_text", "broken_characters", "control_characters")] == [1, 1, 1]
     assert "sharegpt_rows" in (found.local() / "data_docs" / "index.html").read_text()
 
@@ -235,7 +235,7 @@ def test_tool_turns_and_tool_lists_are_kept_where_the_template_renders_them(
     path.write_bytes(lines(rows))
     lineage = pipeline(small_recipe(dataset=str(path), max_seq_length=20_000), "template")
     kept = messages(artifact(lineage, "standardize"))
-    assert artifact(lineage, "validate").metadata["refused"] == 0
+    assert artifact(lineage, "validate").metadata.refused == 0
     assert sum("tool" in said.roles for said in kept.values()) > 100
     assert sum(said.tools is not None for said in kept.values()) > 100
     prepared = load_rows(artifact(lineage).local() / "train")
@@ -251,7 +251,7 @@ def test_merged_turns_and_the_limit_of_a_single_check(
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(ROWS) + row(ASKED, ("human", "and?"), TOLD) + b"\n" + row(("human", "<|x|>"), TOLD))
     found = artifact(pipeline(small_recipe(dataset=str(path), merge_turns=True), "validate"))
-    assert (found.metadata["good"], found.metadata["repairs"]) == (42, {"turns of one role merged": 1})
+    assert (found.metadata.good, found.metadata.repairs) == (42, {"turns of one role merged": 1})
     strict = small_recipe(dataset=str(path), merge_turns=True, check_limits={"special_token_text": 0})
     with pytest.raises(BadData, match=r"looks like a special token .* row 41; check_limits allows .* 0.0%"):
         pipeline(strict, "validate")
@@ -281,8 +281,8 @@ def test_near_duplicates_are_listed_dropped_when_asked_and_never_train_beside_a_
     assert leaking, "some pair has one row on each side"
     for one, other in leaking:
         assert sides.get(one, sides.get(other)), "the held-out one of the two stays"
-    assert made["report"].metadata["leaking"] == len(leaking)
-    assert made["report"].metadata["near_duplicates"] == 60 - len(leaking)
+    assert made["report"].metadata.leaking == len(leaking)
+    assert made["report"].metadata.near_duplicates == 60 - len(leaking)
     assert sorted(kept["drop"]) == sorted(set(sides) - {b for a, b in twins if a in sides and b in sides})
     pairs = [json.loads(line) for line in (made["report"].local() / "near_duplicates.jsonl").read_text().splitlines()]
     assert {(pair["nearly_equals"], pair["row"]) for pair in pairs if "nearly_equals" in pair} == set(twins) - set(
@@ -299,7 +299,7 @@ def test_rows_that_hold_a_benchmarks_prompt_do_not_train(
     recipe = small_recipe(dataset=str(path), decontaminate_against=str(tmp_path / "benchmark.txt"))
     made = artifact(pipeline(recipe, "standardize"))
     assert set(range(41)) - set(messages(made)) == {7, 40}
-    assert made.metadata["contaminated"] == 2
+    assert made.metadata.contaminated == 2
 
 
 def test_the_profile_tells_what_the_data_is_like(
@@ -311,7 +311,7 @@ def test_the_profile_tells_what_the_data_is_like(
         "conversations": [{"from": "system", "value": "你好"}, *conversation("你是谁？", "我是模型。")["conversations"]]
     }
     path.write_bytes(lines([*ROWS, russian, chinese, ROWS[0], ROWS[0]]) + b"{cut")
-    profile = artifact(pipeline(small_recipe(dataset=str(path)), "validate")).metadata["profile"]
+    profile = artifact(pipeline(small_recipe(dataset=str(path)), "validate")).metadata.profile
     assert profile["turns"] == {"2": 41, "3": 1}
     assert profile["roles"] == {"user": 42, "assistant": 42, "system": 1}
     assert profile["scripts"] == {"Latin": 40, "Cyrillic": 1, "Han": 1}
@@ -349,7 +349,7 @@ def test_alpaca_rows_become_conversations_when_the_recipe_says_so(
     found = messages(artifact(lineage))
     assert found[0].messages == [{"role": "user", "content": "Add 0."}, {"role": "assistant", "content": "1"}]
     assert found[30].contents == ["Be brief.", "Add them.\n\n1, 2", "3"]
-    assert artifact(lineage, "validate").metadata["refused"] == 1, "a ShareGPT row among them"
+    assert artifact(lineage, "validate").metadata.refused == 1, "a ShareGPT row among them"
 
 
 def test_real_alpaca_rows(material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable) -> None:
@@ -416,10 +416,10 @@ def test_what_is_prepared_is_what_the_trainer_gets(
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(rows))
     found = artifact(pipeline(small_recipe(dataset=str(path)), "template"))
-    assert found.metadata["too_long"] == 1, "the long row is counted, not cut"
+    assert found.metadata.too_long == 1, "the long row is counted, not cut"
     train, holdout = (load_rows(found.local() / side) for side in ("train", "holdout"))
     assert len(train) + len(holdout) == 40
-    assert sum(map(len, train["input_ids"])) == found.metadata["train"]["tokens"]
+    assert sum(map(len, train["input_ids"])) == found.metadata.train.tokens
     assert max(map(len, train["input_ids"])) <= 256
     for row in train:
         assert len(row["input_ids"]) == len(row["labels"])
@@ -473,9 +473,9 @@ def test_too_long_conversations_are_dropped_split_or_truncated_and_counted(
             *load_rows(made.local() / "train"),
             *load_rows(made.local() / "holdout"),
         ]
-        assert made.metadata["too_long"] == 3
+        assert made.metadata.too_long == 3
         assert all(len(row["input_ids"]) <= 256 for row in rows)
-        found[policy] = (made.metadata["left_out"], [row for row in rows if row["row"] >= 40])
+        found[policy] = (made.metadata.left_out, [row for row in rows if row["row"] >= 40])
     assert found["drop"] == (3, [])
 
     left_out, pieces = found["split"]

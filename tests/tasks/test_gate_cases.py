@@ -114,7 +114,7 @@ def recipe(small_recipe: Callable, state: Path, base: Path, monkeypatch: pytest.
 @pytest.fixture
 def judged(artifact: Callable) -> Callable[[Lineage], dict[str, Any]]:
     """The gate's verdict on the adapter of a lineage."""
-    return lambda lineage: artifact(lineage, "evaluate").metadata["verdict"]
+    return lambda lineage: artifact(lineage, "evaluate").metadata.verdict
 
 
 def test_a_good_one_passes(recipe: Callable, pipeline: Callable, judged: Callable) -> None:

@@ -96,7 +96,7 @@ def test_bad_pairs_are_refused_with_their_reasons(
     dataset = write_pairs([*GOOD, *(row for row, _ in BAD)])
     recipe = small_recipe(method="dpo", dataset=dataset, max_refused_share=0.2)
     validated = artifact(pipeline(recipe, "validate"))
-    assert (validated.metadata["good"], validated.metadata["refused"]) == (len(GOOD), len(BAD))
+    assert (validated.metadata.good, validated.metadata.refused) == (len(GOOD), len(BAD))
     quarantine = (validated.local() / "quarantine.jsonl").read_text().splitlines()
     reasons = {entry["row"]: entry["reasons"] for entry in map(json.loads, quarantine)}
     for number, (row, reason) in enumerate(BAD, len(GOOD)):
@@ -152,5 +152,5 @@ def test_dpo_trains_on_the_templates_tokens_and_its_loss_is_the_papers(
     log = [json.loads(line) for line in (artifact(lineage, "train").local() / "training_log.jsonl").open()]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5), "no step has been made before the first"
     assert log[-1]["loss"] < 0.5
-    assert artifact(lineage, "evaluate").metadata["verdict"]["publish"]
-    assert artifact(lineage, "verify").metadata["largest_difference"] == 0
+    assert artifact(lineage, "evaluate").metadata.verdict.publish
+    assert artifact(lineage, "verify").metadata.largest_difference == 0

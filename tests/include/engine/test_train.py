@@ -150,8 +150,8 @@ def test_a_training_goes_on_with_an_empty_disk_from_the_checkpoint_in_the_store(
     killer.join()
     shutil.rmtree(var)
     found = artifact(pipeline(recipe, "train"))
-    assert int(found.metadata["resumed_from"].removeprefix("checkpoint-")) >= 4
-    assert found.metadata["steps"] == 40
+    assert int(found.metadata.resumed_from.removeprefix("checkpoint-")) >= 4
+    assert found.metadata.steps == 40
     assert not list(found.folder.parent.glob("*.checkpoints/*")), "no checkpoint is left behind"
 
 
@@ -209,9 +209,9 @@ def test_a_whole_model_is_trained_and_published(
         for folder in (tiny_base, artifact(lineage, "train").local() / "adapter")
     )
     assert not torch.equal(base["model.norm.weight"], trained["model.norm.weight"]), "no projection, and yet trained"
-    assert artifact(lineage, "evaluate").metadata["verdict"]["publish"]
-    assert artifact(lineage, "verify").metadata["largest_difference"] == 0
-    published = AutoModelForCausalLM.from_pretrained(artifact(lineage, "publish").metadata["place"])
+    assert artifact(lineage, "evaluate").metadata.verdict.publish
+    assert artifact(lineage, "verify").metadata.largest_difference == 0
+    published = AutoModelForCausalLM.from_pretrained(artifact(lineage, "publish").metadata.place)
     assert published.num_parameters() == sum(tensor.numel() for tensor in trained.values())
 
 
@@ -282,9 +282,9 @@ def test_out_of_memory_halves_the_micro_batch_holds_the_effective_one_and_goes_o
     straight = artifact(pipeline(small_recipe("straight", **fields), "train"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     found = artifact(pipeline(small_recipe("capped", **fields), "train"))
-    assert [event["micro_batch"] for event in found.metadata["out_of_memory"]] == [4, 2]
-    assert "a micro-batch of 8 did not fit into memory" in found.metadata["out_of_memory"][0]["what"]
-    assert (found.metadata["plan"]["micro_batch"], found.metadata["plan"]["accumulation"]) == (2, 4)
+    assert [event["micro_batch"] for event in found.metadata.out_of_memory] == [4, 2]
+    assert "a micro-batch of 8 did not fit into memory" in found.metadata.out_of_memory[0]["what"]
+    assert (found.metadata.plan.micro_batch, found.metadata.plan.accumulation) == (2, 4)
     one, other = ([e["loss"] for e in log_of(a.local())] for a in (straight, found))
     assert len(one) == 8
     assert other == pytest.approx(one, rel=1e-3), "the same eight conversations in every step"

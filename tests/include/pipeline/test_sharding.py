@@ -20,7 +20,7 @@ import pytest
 
 from include.errors import RetuneError, TransientError
 from include.pipeline.sharding import MOST_SHARDS, PARTS, _split
-from include.pipeline.stage import artifact_of
+from include.pipeline.stage import output_of
 from include.storage.artifacts import Artifact, Store
 from include.storage.files import MANIFEST, file_digest
 from tasks.report import report
@@ -146,7 +146,7 @@ def test_two_machines_make_what_one_makes(
         workers.run()
         store, made = Store(), workers.lineage
         for name, said in alone.items():
-            found = artifact_of(store, made, name)
+            found = output_of(store, made, name)
             assert known(found) == said, name
             below = {path.removeprefix(found.folder.path + "/") for path in found.folder.fs.find(found.folder.path)}
             assert below == {*found.manifest["files"], MANIFEST}, "nothing of the parts is left"
@@ -156,7 +156,7 @@ def test_two_machines_make_what_one_makes(
         assert workers.say("standardize", "plan") == [], "it is there already"
 
         # what is fetched is what was made
-        found = artifact_of(store, made, "template")
+        found = output_of(store, made, "template")
         local = found.local("holdout", "samples.txt", into=tmp_path / "some")
         fetched = {path.relative_to(local).parts[0] for path in local.rglob("*") if path.is_file()}
         assert fetched == {"holdout", "samples.txt"}
@@ -212,7 +212,7 @@ def test_a_shard_that_is_killed_or_done_twice_does_no_harm(
     late = workers.start("two", "standardize", "do", "write", first)  # delivered once more after the end
     ended(late)
     for name, said in alone.items():
-        found = artifact_of(Store(), workers.lineage, name)
+        found = output_of(Store(), workers.lineage, name)
         assert known(found) == said, name
         files = {path.relative_to(found.local()).as_posix() for path in found.local().rglob("*") if path.is_file()}
         assert files == {*found.manifest["files"], MANIFEST}
