@@ -171,10 +171,17 @@ def docs(
         console.print(escape(line), soft_wrap=True)
 
 
-def main() -> int:
-    """Run the command line; print an error as one line and return status 1."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; print an error as one line and return status 1.
+
+    Args:
+        arguments: by default those of the process.
+
+    Raises:
+        SystemExit: with the status of a command that ended without an error of Retune's own; 2 after wrong usage.
+    """
     try:
-        app(prog_name="python -m retune")
+        app(arguments, prog_name="python -m retune")
     except RetuneError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 1
