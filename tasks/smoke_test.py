@@ -21,7 +21,8 @@ TEMPLATE = "chat_template.jinja"
 @stage(
     version=3,
     recipe_fields=(
-        "base_model", "base_revision", "chat_template", "missing_special_tokens", "load_in_4bit", "load_in_8bit",
+        "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
+        "load_in_4bit", "load_in_8bit",
         "max_seq_length", "seed", *SmokeTest.model_fields,
     ),
     other_fields=(  # the device plan reads them; the numbers do not depend on them

@@ -36,6 +36,7 @@ def as_published(context: StageContext, publish: Output[PublishOutput]) -> str:
         "base_revision",
         "chat_template",
         "missing_special_tokens",
+        "special_tokens_in_text",
         "load_in_4bit",
         "load_in_8bit",
         "prompts",

@@ -47,7 +47,7 @@ def test_a_template_that_the_vocabulary_cannot_write_is_reported(
         missing_special_tokens="split",
     )  # fmt: skip
     facts = artifact(pipeline(recipe, "template")).metadata
-    assert facts["missing_special_tokens"] == ["<|im_end|>", "<|im_start|>"]
+    assert facts.missing_special_tokens == ["<|im_end|>", "<|im_start|>"]
 
 
 @pytest.mark.parametrize(

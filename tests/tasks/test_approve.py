@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from include.engine.device_plan import Plan
 from include.errors import ApprovalTimeout, Conflict, PermanentError, Rejected
 from include.evaluation.gate import judge
+from include.pipeline.contracts import ApproveOutput, EvaluateOutput, LiveVersion, SmokeTestOutput, TrainOutput
 from include.recipe import validate_recipe
 from include.reporting.pages import approval_page
 from include.storage.artifacts import Store
@@ -23,20 +25,30 @@ MONDAY = datetime(2026, 11, 23, 9, 30, tzinfo=UTC)
 WORSE = [0.012 + 0.001 * i for i in range(12)]
 
 
-def answers(required: tuple[str, ...] = (), **seen: str) -> dict[str, Any]:
-    answer = {"prompt": "Who?", "system": None, "answer": "Alma.", "base": "Who who", "failures": seen}
+TRAINED = TrainOutput(
+    plan=Plan("cpu", "CPU", "transformers", "float32", "adamw_torch", False, 2, 4), steps=8, resumed_from=None,
+    seconds=1.0, tokens_per_second=100.0, tokens=100, first_losses=2.0, last_losses=1.0, trainable_parameters=10,
+    peak_memory_bytes=2**30, out_of_memory=[],
+)  # fmt: skip
+
+
+def answers(required: tuple[str, ...] = (), second: dict[str, str] | None = None, **failures: str) -> SmokeTestOutput:
+    answer: dict[str, Any] = {
+        "prompt": "Who?", "system": None, "expect": None, "contains": None, "expect_json": None, "answer": "Alma.",
+        "base": "Who who", "stopped": True, "checks": {}, "failures": failures,
+    }  # fmt: skip
     good = {**answer, "prompt": "Where?", "failures": {}}
-    return {"answers": [good, answer], "required": list(required), "failed": [], "passed": 2}
+    return SmokeTestOutput(answers=[good, answer | (second or {})], required=list(required), failed=[], passed=2)
 
 
 def measured(
     candidate: list[float] = [0.0] * 12, live: list[float] | None = [0.01] * 12, margin: float = 0.0, **more: Any
-) -> dict[str, Any]:
+) -> EvaluateOutput:
     losses = {"base": [1.0 + 0.01 * i for i in range(12)], "candidate": candidate} | ({"live": live} if live else {})
     verdict = judge(losses, [], 0.95, margin, **more)
     assert verdict.publish, "only what the gate lets through is asked about"
-    return {"verdict": verdict.as_dict(), "confidence": 0.95, "margin": margin, "holdout_rows": 12,
-            "live": {"name": "v1"} if live else None}  # fmt: skip
+    compared = LiveVersion(name="v1", revision="v1") if live else None
+    return EvaluateOutput(verdict=verdict, confidence=0.95, margin=margin, holdout_rows=12, live=compared)
 
 
 def test_one_that_is_better_in_everything_has_no_regression() -> None:
@@ -53,12 +65,12 @@ def test_each_regression_is_a_sentence() -> None:
         "1 of 2 answers fail stops, which is not required: it is not at its end after 8 tokens"
     ]
     deaf = measured(questions=([0.1] * 12, [0.1] * 12))
-    assert regressions(answers(), deaf) == deaf["verdict"]["notes"] != []
+    assert regressions(answers(), deaf) == deaf.verdict.notes != []
 
 
 def test_what_models_say_is_text_in_the_question() -> None:
-    said = answers(as_expected="no match for x in '<b>|'")
-    said["answers"][1] |= {"answer": "| [click](http://x) <img src=x> {{ 7 * 7 }} `code`\n\n# Head", "base": "b " * 400}
+    second = {"answer": "| [click](http://x) <img src=x> {{ 7 * 7 }} `code`\n\n# Head", "base": "b " * 400}
+    said = answers(second=second, as_expected="no match for x in '<b>|'")
     recipe = validate_recipe({"name": "small", "registry": "hf://me/adapter"}, "here")
     page = approval_page(
         recipe, said, measured(WORSE, margin=0.1), ["the *loss*"], "/retune/report/small/1", "rows@1, base@2"
@@ -88,12 +100,12 @@ def test_a_run_that_nobody_can_be_asked_in_says_what_to_do(mode: str) -> None:
 def judged(var: Path, write_recipe: Callable) -> Callable[..., dict[str, str]]:
     """The lineage of a run up to `evaluate`, whose stages left these facts."""
 
-    def leave(evaluate: dict[str, Any], smoke_test: dict[str, Any], **fields: Any) -> dict[str, str]:
+    def leave(evaluate: EvaluateOutput, smoke_test: SmokeTestOutput, **fields: Any) -> dict[str, str]:
         write_recipe(**fields)
         store = Store()
         registry = f"file://{var}/registry/small"
         pinned = validate_recipe({"name": "small", "registry": registry, **fields}, "here").model_dump(mode="json")
-        facts = {"resolve": {}, "train": {}, "smoke_test": smoke_test, "evaluate": evaluate}
+        facts = {"resolve": {}, "train": TRAINED.to_json(), "smoke_test": smoke_test.to_json(), "evaluate": evaluate.to_json()}
         for stage in facts:
             out = var / "work" / stage
             out.mkdir(parents=True)
@@ -132,8 +144,8 @@ def test_the_question_and_the_answers(var: Path, judged: Callable, artifact: Cal
         approve(lineage, Answer(False, "Ada", MONDAY))
     assert report("small", "one")["verdict"] == "rejected"
     facts = artifact(approve(lineage, Answer(True, "Ada", MONDAY))).metadata
-    assert (facts["asked"], facts["by"], facts["at"]) == (True, "Ada", "2026-11-23T09:30:00+00:00")
-    assert facts["regressions"] == noted["verdict"]["notes"]
+    assert (facts.asked, facts.by, facts.at) == (True, "Ada", "2026-11-23T09:30:00+00:00")
+    assert facts.regressions == noted.verdict.notes
 
 
 def test_another_question_in_the_same_run_is_refused(var: Path, judged: Callable) -> None:
@@ -144,7 +156,7 @@ def test_another_question_in_the_same_run_is_refused(var: Path, judged: Callable
         approve(lineage, Answer(False, "Ada", MONDAY))
     assert ask(lineage, "") == question
     manifest = var / "store" / "small" / "evaluate" / "evaluate" / "manifest.json"
-    manifest.write_bytes(to_json({**json.loads(manifest.read_text()), "metadata": measured(live=None)}))
+    manifest.write_bytes(to_json({**json.loads(manifest.read_text()), "metadata": measured(live=None).to_json()}))
     with pytest.raises(Conflict, match="the numbers are not those .* Start a new run"):
         ask(lineage, "")
 
@@ -166,11 +178,9 @@ def test_where_nobody_is_asked_the_trail_goes_on(
     mode: str, refused: bool, why: str, judged: Callable, artifact: Callable
 ) -> None:
     facts = measured()
-    facts["verdict"]["publish"] = not refused
+    facts.verdict.publish = not refused
     lineage = judged(facts, answers(), approve=mode)
     assert ask(lineage, "") is None
-    assert artifact(approve(lineage)).metadata == {
-        "asked": False,
-        "regressions": [],
-        "summary": f"nobody was asked: {why}",
-    }
+    assert artifact(approve(lineage)).metadata == ApproveOutput(
+        asked=False, regressions=[], summary=f"nobody was asked: {why}"
+    )

@@ -20,6 +20,7 @@ from include.chat.tokenized import load_rows
 from include.data.sharegpt import Conversation, conversations_in
 from include.data.tables import read_table
 from include.errors import BadData, NotFound
+from include.pipeline.contracts import CopiedRow
 from tests.conftest import conversation
 
 ROWS = [conversation(f"Question {i}?", f"Answer {i}.") for i in range(40)]
@@ -222,7 +223,7 @@ def test_every_form_of_the_table_of_bad_inputs_is_refused_repaired_or_used_and_l
         assert " ".join(kept[number].contents) == said, form
         assert repaired.get(number, {}).get("repairs") == (repair and [repair]), form
         assert number not in repaired or repaired[number]["content"] == raw.decode()
-    counts = {validate_recipe["check"]: validate_recipe["rows"] for validate_recipe in found.metadata.checks}
+    counts = {check.check: check.rows for check in found.metadata.checks}
     assert [counts[n] for n in ("special_token_text", "broken_characters", "control_characters")] == [1, 1, 1]
     assert "sharegpt_rows" in (found.local() / "data_docs" / "index.html").read_text()
 
@@ -312,11 +313,11 @@ def test_the_profile_tells_what_the_data_is_like(
     }
     path.write_bytes(lines([*ROWS, russian, chinese, ROWS[0], ROWS[0]]) + b"{cut")
     profile = artifact(pipeline(small_recipe(dataset=str(path)), "validate")).metadata.profile
-    assert profile["turns"] == {"2": 41, "3": 1}
-    assert profile["roles"] == {"user": 42, "assistant": 42, "system": 1}
-    assert profile["scripts"] == {"Latin": 40, "Cyrillic": 1, "Han": 1}
-    assert profile["top_duplicates"] == [{"row": 0, "copies": 2, "begins": "Question 0?"}]
-    assert sum(bar["rows"] for bar in profile["characters"]) == 42
+    assert profile.turns == {"2": 41, "3": 1}
+    assert profile.roles == {"user": 42, "assistant": 42, "system": 1}
+    assert profile.scripts == {"Latin": 40, "Cyrillic": 1, "Han": 1}
+    assert profile.top_duplicates == [CopiedRow(row=0, copies=2, begins="Question 0?")]
+    assert sum(bar.rows for bar in profile.characters) == 42
 
 
 def test_too_many_bad_rows_end_the_run_and_the_quarantine_stays(
@@ -355,9 +356,9 @@ def test_alpaca_rows_become_conversations_when_the_recipe_says_so(
 def test_real_alpaca_rows(material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable) -> None:
     recipe = small_recipe(dataset=str(material / "datasets" / "gpteacher_roleplay.json"), dataset_format="alpaca")
     facts = artifact(pipeline(recipe, "validate")).metadata
-    assert facts["rows"] == 1923
-    assert facts["good"] + facts["refused"] + facts["copies"] == 1923
-    assert facts["good"] > 1800
+    assert facts.rows == 1923
+    assert facts.good + facts.refused + facts.copies == 1923
+    assert facts.good > 1800
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from include.evaluation.gate import Verdict
 from include.pipeline.stage import Lineage
 from tasks.evaluate import evaluate
 from tasks.smoke_test import smoke_test
@@ -112,32 +113,32 @@ def recipe(small_recipe: Callable, state: Path, base: Path, monkeypatch: pytest.
 
 
 @pytest.fixture
-def judged(artifact: Callable) -> Callable[[Lineage], dict[str, Any]]:
+def judged(artifact: Callable) -> Callable[[Lineage], Verdict]:
     """The gate's verdict on the adapter of a lineage."""
     return lambda lineage: artifact(lineage, "evaluate").metadata.verdict
 
 
 def test_a_good_one_passes(recipe: Callable, pipeline: Callable, judged: Callable) -> None:
     verdict = judged(pipeline(recipe(rows()), "evaluate"))
-    assert verdict["reasons"] == []
-    assert verdict["publish"] is True
-    assert verdict["against_base"]["high"] < -2
-    assert verdict["questions"]["high"] < -0.3, "it heeds the question"
+    assert verdict.reasons == []
+    assert verdict.publish is True
+    assert verdict.against_base.high < -2
+    assert verdict.questions.high < -0.3, "it heeds the question"
 
 
 def test_one_that_does_nothing_is_refused(recipe: Callable, pipeline: Callable, judged: Callable) -> None:
     verdict = judged(pipeline(recipe(rows(), learning_rate=1e-9, max_steps=20), "evaluate"))
-    assert verdict["publish"] is False
+    assert verdict.publish is False
     assert (
-        "it does nothing: no holdout row's loss differs from the base's by 0.001 nats per token" in verdict["reasons"]
+        "it does nothing: no holdout row's loss differs from the base's by 0.001 nats per token" in verdict.reasons
     )
 
 
 def test_one_of_shuffled_labels_is_refused(recipe: Callable, pipeline: Callable, judged: Callable) -> None:
     verdict = judged(pipeline(recipe(shuffled(), gate_questions_matter=True), "evaluate"))
-    assert verdict["against_base"]["high"] < -1, "it has learnt what answers look like, and the loss alone lets it pass"
-    assert verdict["publish"] is False
-    wrong, deaf = verdict["reasons"]
+    assert verdict.against_base.high < -1, "it has learnt what answers look like, and the loss alone lets it pass"
+    assert verdict.publish is False
+    wrong, deaf = verdict.reasons
     assert wrong.partition(" of ")[2].startswith("4 answers fail as_expected: no 'is ")
     assert deaf.startswith(
         "it does not heed the question: answers are not 0.01 nats per token likelier after their own"
@@ -150,9 +151,9 @@ def test_one_of_the_wrong_template_is_refused(recipe: Callable, pipeline: Callab
     # as when the template's file is edited, or another run's adapter put in its place, after the training
     tested = {**pipeline(recipe(rows()), "template"), "train": trained["train"]}
     verdict = judged(evaluate(smoke_test(tested)))
-    assert verdict["against_base"]["high"] < -0.5, "the loss alone lets it pass"
-    assert verdict["publish"] is False
-    said = "\n".join(verdict["reasons"])
+    assert verdict.against_base.high < -0.5, "the loss alone lets it pass"
+    assert verdict.publish is False
+    said = "\n".join(verdict.reasons)
     assert "wrong template: the adapter was trained with another chat template than alpaca" in said
     assert "4 of 4 answers fail stops: it is not at its end after 24 tokens" in said
     assert "4 of 4 answers fail no_special_tokens: it says <|im_end|>" in said
