@@ -4,7 +4,7 @@ PORT ?= 8080
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run rollback up compose-env cluster docs test test-fast test-cluster lint bench-data bench-shards bench-train clean
+.PHONY: help setup demo run rollback up compose-env cluster docs test-fast test test-cluster lint bench-data bench-shards bench-train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,14 +41,14 @@ cluster: $(READY) ## run docker-compose.yaml without containers (PORT=...); Ctrl
 docs: $(READY) ## write the generated parts of docs/
 	@.venv/bin/python -m retune docs
 
-test: $(READY) ## all tests, except those of the cluster
-	@.venv/bin/python -m pytest -n 2 --dist worksteal --ignore tests/cluster/test_cluster.py
+test-fast: $(READY) ## the tests that start no engine, no Airflow and no cluster (two minutes)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not engine and not airflow and not cluster"
 
-test-fast: $(READY) ## the tests that start no engine, no Airflow and no cluster: under two minutes
-	@.venv/bin/python -m pytest -n 2 -m "not engine and not airflow and not cluster"
+test: $(READY) ## all tests, except those of the cluster
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not cluster"
 
 test-cluster: $(READY) ## the tests of the cluster: needs the programs of PostgreSQL and Redis
-	@.venv/bin/python -m pytest tests/cluster/test_cluster.py
+	@.venv/bin/python -m pytest -m cluster
 
 lint: $(READY) ## check style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -102,15 +102,15 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
 
 
 def test_stages_run_here_and_the_report_of_a_run_is_found(
-    data_recipe: Path, var: Path, capsys: pytest.CaptureFixture[str]
+    data_recipe: Path, var: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert call("stage", "small", "--until", "download") == 0
-    assert "download done: 60 rows" in capsys.readouterr().err
+    assert "download done: 60 rows" in caplog.text
     assert [path.name for path in (var / "store" / "small").iterdir() if path.name != "runs"] != []
     assert not (var / "store" / "small" / "validate").exists(), "no stage after the last one that was asked for"
     first = json.loads((var / "last_run.json").read_text())
     assert call("stage", "small", "--until", "download", "--set", "max_rows=7") == 0
-    assert "download done: 7 rows" in capsys.readouterr().err
+    assert "download done: 7 rows" in caplog.text
     second = json.loads((var / "last_run.json").read_text())
 
     # the time of a run's end is written in whole seconds: make the order of the two certain
@@ -128,12 +128,14 @@ def test_stages_run_here_and_the_report_of_a_run_is_found(
     assert f"small has no run none. Runs that have ended: {first['run']}, {second['run']}" in capsys.readouterr().out
 
 
-def test_a_stage_that_fails_is_status_1_and_has_a_report(
-    data_recipe: Path, var: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+def test_a_stage_that_fails_is_status_1_logs_why_and_has_a_report(
+    data_recipe: Path, var: Path, dataset: Path, retune: Callable
 ) -> None:
     dataset.write_bytes(b"")
-    assert call("stage", "small", "--until", "download") == 1
-    assert "download failed: " in capsys.readouterr().err
+    done = retune("stage", "small", "--until", "download")
+    assert done.returncode == 1
+    assert "download failed: " in done.stderr
+    assert "Traceback" not in done.stderr
     assert json.loads((var / "last_run.json").read_text())["verdict"] == "failed"
 
 
@@ -144,7 +146,7 @@ def test_a_run_that_has_not_ended_has_no_report_yet(data_recipe: Path, capsys: p
 
 
 def test_maintenance_only_says_what_it_would_remove(
-    data_recipe: Path, var: Path, capsys: pytest.CaptureFixture[str]
+    data_recipe: Path, var: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert call("stage", "small", "--until", "download") == 0
     for manifest in (var / "store" / "small").glob("*/*/manifest.json"):
@@ -153,23 +155,22 @@ def test_maintenance_only_says_what_it_would_remove(
     for record in (var / "store" / "small" / "runs").rglob("*.json"):
         record.write_bytes(record.read_bytes().replace(b'_at": "20', b'_at": "19'))
     before = sorted((var / "store").rglob("*"))
-    capsys.readouterr()
     assert call("maintain", "small", "--dry-run") == 0
-    text = capsys.readouterr().out
-    assert re.search(r"^would remove \d artifacts? of small, ", text, re.MULTILINE), text
+    assert any(re.match(r"would remove \d artifacts? of small, ", line) for line in caplog.messages)
     assert sorted((var / "store").rglob("*")) == before
     assert call("maintain", "small") == 0
-    assert re.search(r"^removed \d artifacts? of small, ", capsys.readouterr().out, re.MULTILINE)
+    assert any(re.match(r"removed \d artifacts? of small, ", line) for line in caplog.messages)
     assert sorted((var / "store").rglob("*")) != before
 
 
 def test_a_line_about_a_stage_says_how_it_ended(var: Path) -> None:
-    with recorded(Store(), "small", "run", "train", {"candidate": "r=[8]"}) as record:
-        record.say("step 3 of 8")
-        assert "r=\\[8]: step 3 of 8" in stage_line({**record.content, "seconds": 2.0}), "no markup in a text"
+    with recorded(Store(), "small", "run", "train", {"candidate": "m=[q_proj]", "resolve": "f00"}) as record:
+        record.progress("step 3 of 8")
+        assert "m=\\[q_proj]: step 3 of 8" in stage_line({**record.content, "seconds": 2.0}), "no markup in a text"
         record.close("done", reused=True, summary="8 steps")
     assert (
-        stage_line({**record.content, "seconds": 2.04}) == "[green]✓[/] train           2.0 s  r=\\[8]: reused, 8 steps"
+        stage_line({**record.content, "seconds": 2.04})
+        == "[green]✓[/] train           2.0 s  m=\\[q_proj]: reused, 8 steps"
     )
     failed = {**record.content, "state": "failed", "seconds": 90.0, "reused": False}
-    assert stage_line(failed) == "[red]✗[/] train          90.0 s  r=\\[8]: 8 steps"
+    assert stage_line(failed) == "[red]✗[/] train          90.0 s  m=\\[q_proj]: 8 steps"
