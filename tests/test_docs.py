@@ -85,7 +85,7 @@ RECIPES = [
     for number, (language, text) in enumerate(blocks(path))
     if language == "yaml"
 ]
-CHEAP = [arguments for _, arguments in RETUNE_COMMANDS if arguments.split()[-1] in ("--help", "--check", "--dry-run")]
+CHEAP = [arguments for _, arguments in RETUNE_COMMANDS if arguments.endswith(("--help", "--check", "--dry-run"))]
 TARGETS = re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
