@@ -1,9 +1,9 @@
-"""Ways to train the same adapter on the same rows, on the device at hand: `make bench-train`.
+"""Time several ways to train the same adapter on the same rows, on the device at hand: `make bench-train`.
 
 On a GPU: a random-weight Llama-3.2-3B (weights change neither speed nor memory), 4-bit, r=16 on seven projections, rows
-of FineTome's lengths. Elsewhere a tiny Llama, which shows that the ways run and what they cost beside each other, and
-nothing about a GPU. Each setting is a process of its own, in turn, as often as --repeats says; the first steps, which
-compile and warm up, are left out. The ways:
+of FineTome's lengths. On a CPU: a tiny Llama, which shows that the ways run and how they compare there, and
+nothing about a GPU. Each way runs in a process of its own, --repeats times in turn; the first steps, which compile and
+warm up, do not count. The ways:
 
 - plain: transformers, PEFT, bitsandbytes as the tutorial has them (2 x 4, gradient checkpointing);
 - reference: Unsloth with the reference recipe's settings (2 x 4, its gradient checkpointing);
@@ -44,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {"engine": "transformers", **AS_WRITTEN},
     "reference": {"engine": "unsloth", **AS_WRITTEN},
     "Retune": {"engine": "auto"},
-    "Retune in 8 GB": {"engine": "auto", "device_memory_gb": 8},
+    "Retune in 8 GB": {"engine": "auto", "device_memory_gib": 8},
     "TRL": {"packing": True},
     "Retune packed": PACKED,
     "Unsloth packed": {**PACKED, "engine": "unsloth"},
@@ -70,8 +70,8 @@ def make_base(folder: str, device: str) -> None:
 
 
 def make_rows(folder: str, rows: str, longest: str) -> None:
-    """Write prepared rows: random ids, 5 of 8 trained; lengths like FineTome's (mean 378, median 282 tokens) where the
-    longest is 2,040.
+    """Write prepared rows: random ids, 5 of 8 trained. Lengths are like FineTome's (mean 378, median 282 tokens) if
+    `longest` is 2,040, and in proportion otherwise.
     """
     import numpy as np
 
@@ -87,31 +87,37 @@ def make_rows(folder: str, rows: str, longest: str) -> None:
     write_rows(Path(folder) / "00000.arrow", [batch(Encoded(ids, trained, ends), numbers, numbers)])
 
 
-def train(recipe: dict[str, Any], work: Path, out: Path) -> dict[str, Any]:
+def train(fields: dict[str, Any], work: Path, out: Path) -> dict[str, Any]:
     """Run the train job of the engine, and read its log.
 
+    Args:
+        fields: of the recipe; the others have their defaults.
+
     Raises:
-        RetuneError: it failed.
+        RetuneError: the training failed.
     """
     from include.engine import supervise
+    from include.engine.jobs import TrainJob
+    from include.recipe import validate_recipe
 
-    job = {
-        "recipe": recipe, "base": work / "base", "base_name": "bench", "base_revision": None,
-        "tokenizer": work / "base", "rows": work / "rows", "holdout": work / "rows", "out": out,
-    }  # fmt: skip
+    job = TrainJob(
+        recipe=validate_recipe({"name": "bench", **fields}, "bench"), base=work / "base", base_name="bench",
+        base_revision=None, tokenizer=work / "base", rows=work / "rows", holdout=work / "rows", out=out,
+        run_name="bench",
+    )  # fmt: skip
     began = time.monotonic()
-    done = supervise.run("train", job, out, lambda _: None)
+    result = supervise.run(job, out, lambda _: None)
     seconds = time.monotonic() - began
     entries = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
     return _rates(entries) | {
-        "first_step_after": seconds - done["seconds"] + entries[0]["seconds"],
-        "peak_gib": done["peak_memory_bytes"] / 2**30, "predicted_gib": done["plan"]["predicted_bytes"] / 2**30,
-        "plan": done["plan"],
+        "first_step_after": seconds - result.seconds + entries[0]["seconds"],
+        "peak_gib": result.peak_memory_bytes / 2**30, "predicted_gib": result.plan.predicted_bytes / 2**30,
+        "plan": result.plan.as_dict(),
     }  # fmt: skip
 
 
 def _rates(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates of a training log (tokens without padding), its first steps left out, and its last loss."""
+    """Return the rates of a training log (tokens without padding) without its first steps, and its last loss."""
     first, last = entries[SKIPPED - 1], entries[-1]
     seconds = last["seconds"] - first["seconds"]
     return {
@@ -121,7 +127,7 @@ def _rates(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def trl(folder: str, out: str, steps: str, length: str) -> None:
-    """Train with TRL alone, with the settings that are fastest there; writes what `train` returns."""
+    """Train with TRL alone, with its fastest settings; write what `train` returns."""
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
@@ -173,7 +179,7 @@ def trl(folder: str, out: str, steps: str, length: str) -> None:
 
 
 def _alone(function: list[str]) -> Any:
-    """Call a function of this module, with its arguments, in a process of its own; what it wrote for us, if it did."""
+    """Call a function of this module, with its arguments, in a process of its own; return what it wrote, if it did."""
     with tempfile.TemporaryFile("w+") as log:
         try:
             subprocess.run(
@@ -193,26 +199,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--add", action="store_true", help="to the runs that --out has, of the same device")
+    parser.add_argument("--add", action="store_true", help="keep the runs in --out, which must be of the same device")
     parser.add_argument("--out", help="bench/train.json on a GPU, var/train.json elsewhere")
     arguments = parser.parse_args()
     import torch
 
     from include.errors import RetuneError
-    from include.recipe import validate_recipe
 
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     device, length = ("cuda", 2048) if torch.cuda.is_available() else ("cpu", 256)
     if not arguments.out:
         arguments.out = PROJECT / ("bench" if device == "cuda" else "var") / "train.json"
-    recipe = validate_recipe({"name": "bench"}, "bench").model_dump(mode="json")
     name = torch.cuda.get_device_name() if device == "cuda" else "no GPU: a tiny Llama on the CPU"
     print(f"{name}, torch {torch.__version__}")
     runs: dict[str, list[Any]] = {way: [] for way in WAYS}
     if arguments.add:
         before = json.loads(Path(arguments.out).read_text())
         if before["device"] != name:
-            parser.error(f"{arguments.out} is of another device, {before['device']}")
+            parser.error(f"{arguments.out} was measured on another device, {before['device']}")
         runs.update({way: found["runs"] for way, found in before["ways"].items()})
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -229,7 +233,7 @@ def main() -> None:
             for way in arguments.ways:
                 if device == "cpu" and WAYS[way].get("engine") == "unsloth":
                     continue
-                fields = {**recipe, **WAYS[way], "max_steps": arguments.steps, "save_steps": arguments.steps * 2,
+                fields = {**WAYS[way], "max_steps": arguments.steps, "save_steps": arguments.steps * 2,
                           "max_seq_length": length}  # fmt: skip
                 out = work / f"{way} {repeat}"
                 try:

@@ -1,6 +1,6 @@
-"""`make compose-env`: the cluster's secrets, fresh and random, in a file that only its owner reads.
+"""`make compose-env`: write new random secrets of the cluster to a file that only its owner can read.
 
-Needs nothing but Python, so that a machine with containers needs no virtual environment.
+This module imports the standard library only, so that a machine with containers needs no virtual environment.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ SECRETS = ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET", "API_SECRET", "JW
 
 
 def fernet_key() -> str:
-    """A new key for what Airflow encrypts in its database: 32 random bytes, as the Fernet specification has it."""
+    """Return a new key for values that Airflow encrypts in its database: 32 random bytes (Fernet specification)."""
     return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
 
 
 def write_env(path: Path, **values: str) -> None:
-    """Write every variable that docker-compose.yaml wants and has no default for, and some more.
+    """Write every variable of docker-compose.yaml that has no default, and the given values.
 
     Raises:
-        FileExistsError: there is one already; new secrets would lock its owner out of the database.
+        FileExistsError: the file exists; new secrets would lock its owner out of the database.
     """
     values |= {name: secrets.token_urlsafe(32) for name in SECRETS}
     values["FERNET_KEY"] = fernet_key()
@@ -37,6 +37,6 @@ if __name__ == "__main__":
     try:
         write_env(target, COMPOSE_PROFILES="gpu")
     except FileExistsError:
-        sys.exit(f"{target} is there already. docs/operations.md says how to change a secret in it.")
-    print(f"{target} has fresh secrets. Next: docker compose up -d   (without a GPU: docker compose --profile")
+        sys.exit(f"{target} exists already. docs/operations.md says how to change a secret in it.")
+    print(f"{target} has new secrets. Next: docker compose up -d   (without a GPU: docker compose --profile")
     print("cpu-train up -d), then http://127.0.0.1:8080, user admin, the password is ADMIN_PASSWORD in that file.")

@@ -1,8 +1,8 @@
-"""docker-compose.yaml without containers: the same commands with the same settings, as processes of this machine.
+"""docker-compose.yaml without containers: the same commands and settings as processes of this machine.
 
-A service's volumes are a folder of its own, `<folder>/<service>`; names of hosts are loopback, ports are free ones.
-Only the logs of tasks that run share a folder: workers of one host cannot all serve them on the same port. Postgres and
-Redis are the machine's own programs; the S3 server comes with `requirements.txt`.
+Each service has its own folder `<folder>/<service>` in place of volumes. Host names become loopback addresses, and
+ports become free ports. Only the logs of running tasks are in a shared folder, because workers on one host cannot all
+serve them on the same port. Postgres and Redis must be installed; the S3 server comes with `requirements.txt`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def interpolate(value: Any, variables: Mapping[str, str]) -> Any:
-    """A part of a compose file with its variables filled in, as the Compose specification has it (chapter 12).
+    """Return a part of a compose file with its variables filled in (Compose specification, chapter 12).
 
     Raises:
-        RetuneError: a variable that must be set is not.
+        RetuneError: a required variable is not set.
     """
     if isinstance(value, dict):
         return {name: interpolate(entry, variables) for name, entry in value.items()}
@@ -55,32 +55,32 @@ def interpolate(value: Any, variables: Mapping[str, str]) -> Any:
 
 
 def _fill(found: re.Match[str], variables: Mapping[str, str]) -> str:
-    name, kind, otherwise = found.groups()
+    name, operator, default = found.groups()
     if name is None:
         return "$"
-    if not variables.get(name) and kind == ":?":
-        raise RetuneError(f"{name} is not set", otherwise)
-    return variables.get(name) or otherwise or ""
+    if not variables.get(name) and operator == ":?":
+        raise RetuneError(f"{name} is not set", default)
+    return variables.get(name) or default or ""
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody uses."""
+    """Return a free port of the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 class Process:
-    """A service of the compose file as a process, which may be started again.
+    """A service of the compose file as a process that can be restarted.
 
     Args:
-        name: the service's, or another for one more of it (a second worker).
-        service: its part of the compose file, interpolated for this process.
-        folder: its disk.
-        log: where it writes what it says.
+        name: name of the service, or another name for one more process of it (a second worker).
+        service: the service's part of the compose file, interpolated for this process.
+        folder: the service's disk.
+        log: file for the process's output.
 
     Attributes:
-        environment: what it is started with.
+        environment: environment variables of the process.
     """
 
     def __init__(self, name: str, service: dict[str, Any], folder: Path, log: Path):
@@ -97,13 +97,13 @@ class Process:
         }
 
     def start(self) -> None:
-        """Start it."""
+        """Start the process."""
         with self._changing:
             self._start()
             self._wanted = True
 
     def revive(self) -> None:
-        """Start it again if it has ended by itself and its restart policy says so."""
+        """Restart the process if it ended by itself and its restart policy says so."""
         with self._changing:
             if self._wanted and not self.runs and self.service["restart"] == "unless-stopped":
                 self._start()
@@ -117,17 +117,17 @@ class Process:
         with self.log.open("ab") as output:
             self.popen = subprocess.Popen(
                 command, cwd=self._cwd, env=self.environment, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_with_parent, user=user, group=user,
+                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent, user=user, group=user,
                 extra_groups=[] if user else None,
             )  # fmt: skip
 
     @property
     def runs(self) -> bool:
-        """Whether it was started and has not ended."""
+        """Return whether the process was started and has not ended."""
         return self.popen is not None and self.popen.poll() is None
 
     def healthy(self) -> bool:
-        """What the service's health check says; without one, that it runs."""
+        """Return the result of the service's health check; without a health check, whether the process runs."""
         test = self.service.get("healthcheck", {}).get("test")
         if not self.runs or test is None:
             return self.runs
@@ -141,10 +141,10 @@ class Process:
         return done.returncode == 0
 
     def stop(self, number: int | None = None) -> None:
-        """End it as a container engine does: the signal goes to the first process, and in the end SIGKILL to all.
+        """Stop the process as a container engine does: signal the first process, and after the grace period kill all.
 
         Args:
-            number: in place of the service's own signal; SIGKILL takes all its processes at once, like a lost machine.
+            number: a signal in place of the service's own; SIGKILL kills all processes at once, like a lost machine.
         """
         with self._changing:
             self._wanted = False
@@ -176,9 +176,9 @@ class Cluster:
     """All processes of the compose file on this machine.
 
     Args:
-        folder: where disks, logs and secrets are.
-        port: of the UI.
-        variables: more of the compose file's variables.
+        folder: folder of disks, logs and secrets.
+        port: port of the UI.
+        variables: further variables of the compose file.
     """
 
     def __init__(self, folder: Path, port: int, **variables: str):
@@ -197,7 +197,7 @@ class Cluster:
         self.processes: dict[str, Process] = {}
 
     def process(self, service: str, name: str | None = None) -> Process:
-        """A service, or one more of it under another name, as a process that has not been started."""
+        """Return the process of a service, not started; under another name, one more process of the service."""
         name = name or service
         folder = self.folder / name
         variables = {**self.variables, "RETUNE_DISK": str(folder), "WORKER_LOG_PORT": str(free_port())}
@@ -208,7 +208,7 @@ class Cluster:
         return made
 
     def services(self, profile: str) -> Iterator[str]:
-        """The services of a profile, each after those that it depends on."""
+        """Yield the services of a profile, each after its dependencies."""
         wanted = {
             name: set(service.get("depends_on", ()))
             for name, service in self._compose.items()
@@ -217,10 +217,10 @@ class Cluster:
         yield from TopologicalSorter(wanted).static_order()
 
     def up(self, *names: str) -> None:
-        """Start services in the order given and wait until all are healthy, each one's dependencies before it starts.
+        """Start services in the given order and wait until all are healthy. A service waits for its dependencies.
 
         Raises:
-            RetuneError: one ended, or did not become healthy in time.
+            RetuneError: a service ended, or did not become healthy in time.
         """
         for name in names:
             for dependency, how in self._compose[name].get("depends_on", {}).items():
@@ -231,7 +231,7 @@ class Cluster:
                 self.wait(name)
 
     def wait(self, name: str, ended: bool = False) -> None:
-        """Wait until a process is healthy, or has done its work.
+        """Wait until a process is healthy or, with `ended`, until it has ended with status 0.
 
         Raises:
             RetuneError: see `up`.
@@ -245,11 +245,11 @@ class Cluster:
             if not ended and process.healthy():
                 return
             time.sleep(0.5)
-        said = process.log.read_text(errors="replace").splitlines()[-3:] if process.log.exists() else []
-        raise RetuneError(f"{name} did not start: {' / '.join(said)}", f"See {process.log}")
+        output = process.log.read_text(errors="replace").splitlines()[-3:] if process.log.exists() else []
+        raise RetuneError(f"{name} did not start: {' / '.join(output)}", f"See {process.log}")
 
     def down(self) -> None:
-        """Stop all: first what runs tasks, last what they need."""
+        """Stop all processes, each before its dependencies."""
         for name in reversed(list(self.processes)):
             self.processes[name].stop()
         self.processes.clear()
@@ -257,21 +257,21 @@ class Cluster:
 
 @contextmanager
 def cluster(folder: Path, port: int, **variables: str) -> Iterator[Cluster]:
-    """A cluster whose processes are kept up while it lasts, and stopped in the end, whatever happens."""
-    made, over = Cluster(folder, port, **variables), threading.Event()
+    """Provide a cluster whose processes are restarted if they end, and stopped when the context ends."""
+    made, ended = Cluster(folder, port, **variables), threading.Event()
 
-    def keep_up() -> None:
-        while not over.wait(2):
+    def supervise() -> None:
+        while not ended.wait(2):
             for process in list(made.processes.values()):
                 process.revive()
 
-    keeper = threading.Thread(target=keep_up)
-    keeper.start()
+    supervisor = threading.Thread(target=supervise)
+    supervisor.start()
     try:
         yield made
     finally:
-        over.set()
-        keeper.join()
+        ended.set()
+        supervisor.join()
         made.down()
 
 
@@ -283,35 +283,35 @@ def _seconds(duration: str) -> float:
     return float(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
 
 
-def _with_parent() -> None:
-    """In the child: it ends when the process that started it dies."""
+def _end_with_parent() -> None:
+    """Make this child process end when its parent dies."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def program(name: str) -> str:
-    """The path of a program of Postgres or Redis; Debian keeps some of them beside the path.
+    """Return the path of a program of Postgres or Redis. Debian installs some of them outside of `PATH`.
 
     Raises:
-        RetuneError: it is not installed.
+        RetuneError: the program is not installed.
     """
-    beside = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    found = shutil.which(name) or shutil.which(name, path=str(beside[-1]) if beside else "")
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    found = shutil.which(name) or shutil.which(name, path=str(folders[-1]) if folders else "")
     if not found:
-        raise RetuneError(f"{name} is not installed", f"apt-get install {PACKAGES[name]}, or take docker compose")
+        raise RetuneError(f"{name} is not installed", f"apt-get install {PACKAGES[name]}, or use docker compose")
     return found
 
 
 def _make_database(folder: Path, environment: Mapping[str, str]) -> str | None:
-    """What the container's entry point does: make the database, once; returns the account that must run it.
+    """Create the database if there is none, as the container's entry point does, and return the account that runs it.
 
-    Postgres refuses to be run by root; Debian's package has made an account for it.
+    Postgres does not run as root; Debian's package creates an account for it. None: the current account.
     """
     user = "postgres" if os.geteuid() == 0 else None
     if user:
         shutil.chown(folder, user, user)
     if not (folder / "PG_VERSION").exists():
         account: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if user else {}
-        with tempfile.NamedTemporaryFile("w") as password:  # only its owner reads it
+        with tempfile.NamedTemporaryFile("w") as password:  # readable only by its owner
             password.write(environment["POSTGRES_PASSWORD"])
             password.flush()
             if user:
@@ -322,7 +322,7 @@ def _make_database(folder: Path, environment: Mapping[str, str]) -> str | None:
                 capture_output=True, text=True, check=False, **account,
             )  # fmt: skip
         if done.returncode:
-            raise RetuneError(f"initdb failed: {done.stderr.strip()}", f"See whether {user or 'you'} may use {folder}")
+            raise RetuneError(f"initdb failed: {done.stderr.strip()}", f"Check that {user or 'you'} may use {folder}")
         subprocess.run(
             [program("postgres"), "--single", "-D", str(folder), "postgres"],
             input=f'CREATE DATABASE "{environment["POSTGRES_DB"]}"\n', capture_output=True, text=True, check=True,

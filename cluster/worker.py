@@ -1,8 +1,8 @@
-"""How a GPU worker ends: its trainings save a checkpoint, at once, and their next tries go on from there elsewhere.
+"""Shutdown of a GPU worker: its trainings save a checkpoint at once, and their retries continue on another worker.
 
-Celery's own ways are to wait for hours until the tasks have ended (SIGTERM), or to leave without them (SIGQUIT), which
-in a container ends them. `CONFIG` is Airflow's own: that `[celery] celery_config_options` names it makes the worker
-load this module.
+Celery itself either waits for hours until the tasks have ended (SIGTERM), or leaves them behind (SIGQUIT), and the end
+of the container kills them. `CONFIG` is Airflow's own configuration: the worker loads this module because
+`[celery] celery_config_options` names it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ __all__ = ["CONFIG"]
 
 @worker_shutting_down.connect
 def end_trainings(**_: object) -> None:
-    """Pass SIGTERM on to every process of the engine, also to those that are yet to come, while the worker waits."""
+    """Send SIGTERM to every engine process, also to processes that start while the worker shuts down."""
     threading.Thread(target=_end_trainings, daemon=True).start()
 
 
 def _end_trainings() -> None:
-    told: set[int] = set()
+    signalled: set[int] = set()
     while True:
         for process in psutil.Process().children(recursive=True):
             try:
                 engine, parent = _is_engine(process), process.parent()
-                # the first one of several knows what to do with the others
-                if engine and process.pid not in told and not (parent and _is_engine(parent)):
-                    told.add(process.pid)
+                # the first process of several passes the signal on
+                if engine and process.pid not in signalled and not (parent and _is_engine(parent)):
+                    signalled.add(process.pid)
                     process.terminate()
             except psutil.NoSuchProcess:
                 continue

@@ -56,7 +56,7 @@ def finetune(recipe: Recipe) -> DAG:
 
 
 def sweep(recipe: Recipe, lineage: Any, stages: list[PipelineStage]) -> tuple[Any, list[PipelineStage]]:
-    """Add the stages up to `choose`; those of the GPU run once per candidate. Return the lineage and the other stages."""
+    """Add the stages up to `choose`, the GPU stages once per candidate; return the lineage and the remaining stages."""
     names = [stage.name for stage in stages]
     first, last = names.index("candidates"), names.index("choose")
     for stage in stages[:first]:

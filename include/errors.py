@@ -1,18 +1,17 @@
-"""Errors for people: what was wrong, where, and what to do.
+"""Errors that tell a person what is wrong and what to do.
 
-A stage raises one of these. Whether a retry can help is a property of the class, so that one retry policy decides
-for every task (see `dags/finetune.py`).
+Stages raise these classes only. The class decides whether Airflow retries the task: see `plugins/retry_policy.py`.
 """
 
 from __future__ import annotations
 
 
 class RetuneError(Exception):
-    """One clear sentence about a failure.
+    """Base class of all errors: one clear sentence about the failure, and one about the remedy.
 
     Args:
-        what: what was wrong, with the value and the place.
-        do: what the reader can do about it.
+        what: what is wrong, with the value and the place.
+        do: what the reader can do about it; empty if there is nothing to do.
     """
 
     retryable = False
@@ -26,17 +25,17 @@ class RetuneError(Exception):
 
 
 class PermanentError(RetuneError):
-    """A retry would fail in the same way: bad recipe, bad data, refused by the gate, missing permission."""
+    """A retry would fail in the same way, for example with a bad recipe or a missing permission."""
 
 
 class TransientError(RetuneError):
-    """A retry may succeed: the network, a lost process, a device that went away."""
+    """A retry may succeed, for example after a network failure or a lost process."""
 
     retryable = True
 
 
 class BadRecipe(PermanentError):
-    """A recipe file or a value given at trigger time is wrong; the message names the field."""
+    """A field of a recipe file, or a value given at trigger time, is wrong. The message names the field."""
 
 
 class UndeclaredField(PermanentError):
@@ -44,57 +43,57 @@ class UndeclaredField(PermanentError):
 
 
 class BadData(PermanentError):
-    """The dataset cannot be trained on."""
+    """The dataset cannot be used for training."""
 
 
 class NotFound(PermanentError):
-    """A file, folder, dataset, model or version that was named does not exist."""
+    """A file, folder, dataset, model or version does not exist."""
 
 
 class NoPermission(PermanentError):
-    """The account or the file system does not allow it."""
+    """The account or the file system does not permit the access."""
 
 
 class GateRefused(PermanentError):
-    """The candidate may not go live: the gate did not let it through, or a person has taken it back."""
+    """The candidate must not go live: the gate refused it, or the version was rolled back earlier."""
 
 
 class Rejected(PermanentError):
-    """A person was asked whether the candidate may go live, and said no."""
+    """A person rejected the candidate."""
 
 
 class ApprovalTimeout(PermanentError):
-    """A person was to be asked whether the candidate may go live, and nobody answered."""
+    """The candidate needs a person's approval, and nobody answered in time or nobody could be asked."""
 
 
 class Conflict(RetuneError):
-    """The world has moved on since an earlier stage looked: something else went live, a file has changed.
+    """Something changed after an earlier stage read it: another version went live, or a source file changed.
 
-    A new run, or clearing that stage, looks again and may succeed; a retry of this one alone cannot.
+    A retry of the failed stage cannot succeed. A new run can, and so can clearing the earlier stage.
     """
 
     retryable = True
 
 
 class UpToDate(RetuneError):
-    """Recipe, data and base are those of a run whose candidate was published or refused; there is nothing to do."""
+    """An earlier run with the same recipe, data and base was published or refused. There is nothing to do."""
 
 
 class Unreachable(TransientError):
-    """A service did not answer."""
+    """A service does not answer."""
 
 
 class NoSpace(TransientError):
-    """A disk is full; somebody may free some space before the next try."""
+    """A disk is full. A retry may succeed after somebody has freed space."""
 
 
 class ProcessLost(TransientError):
-    """The training process died or was told to stop; the next try goes on from its last checkpoint."""
+    """The engine process died or was stopped. A retry continues from the last checkpoint."""
 
 
 class ProcessTimeout(ProcessLost):
-    """The training process gave no sign of life for too long and was ended."""
+    """The engine process sent no event for too long and was killed."""
 
 
 class OutOfMemory(ProcessLost):
-    """The device's memory did not hold a micro-batch; the next try takes a smaller one."""
+    """The device's memory is too small for a micro-batch. A retry uses a smaller micro-batch."""

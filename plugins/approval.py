@@ -1,4 +1,4 @@
-"""The task that asks a person, where the recipe wants it, before a candidate is published."""
+"""The approval task: waits for a person's answer before a candidate is published, if the recipe asks for it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tasks.approve import Answer, approve, ask
 
 
 class Approval(ApprovalOperator):
-    """Airflow's approval, asked only where `tasks.approve` has a question; passes the lineage on.
+    """Asks in Airflow's UI if `tasks.approve` has a question, and passes the lineage on.
 
-    It waits in `awaiting_input`, without a worker's slot. Approved, it succeeds; rejected or unanswered, it fails and
-    is not tried again. Cleared, it asks anew.
+    The task waits in the state `awaiting_input`, without a worker's slot. It succeeds if the candidate is approved. It
+    fails without a retry if the candidate is rejected or nobody answers. A cleared task asks again.
 
     Args:
-        lineage: what `evaluate` returned.
+        lineage: the lineage up to `evaluate`.
     """
 
-    template_fields = ("lineage",)  # not the question: what a model says is no template
+    template_fields = ("lineage",)  # not the question: answers of models must not be rendered as templates
 
     def __init__(self, *, lineage: Any, **options: Any):
         super().__init__(subject="May this candidate go live?", defaults=self.REJECT, **options)
@@ -31,7 +31,7 @@ class Approval(ApprovalOperator):
         self.doc_md = approve.__doc__
 
     def execute(self, context: Any) -> Any:
-        """Ask and wait, or pass the lineage on."""
+        """Ask and wait for the answer, or pass the lineage on."""
         run = context["dag_run"]
         with hub_account():
             question = ask(self.lineage, report_address(run.dag_id, run.run_id))
@@ -42,7 +42,7 @@ class Approval(ApprovalOperator):
         return super().execute(context)
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> Any:
-        """The answer; where nobody gave one, Airflow has put in the default and names no person."""
+        """Record the answer. If nobody answered in time, Airflow gives the default answer and names no user."""
         user = event["responded_by_user"]
         approved = event["chosen_options"] == [self.APPROVE]
         answer = Answer(approved, user and user["name"], event["responded_at"])
@@ -51,4 +51,4 @@ class Approval(ApprovalOperator):
         except TransientError as error:
             if approved:
                 raise
-            raise PermanentError(f"not approved; {error.what}", error.do) from error  # another try would ask again
+            raise PermanentError(f"not approved; {error.what}", error.do) from error  # a retry would ask again

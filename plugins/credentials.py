@@ -1,4 +1,4 @@
-"""The account on the Hub, from an Airflow connection."""
+"""The account of the Hugging Face Hub, from an Airflow connection."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from include.storage.hub import CONNECTION
 
 @contextmanager
 def hub_account() -> Iterator[None]:
-    """The token (and the address, if set) of the connection `huggingface_default` in this process's environment.
+    """Set `HF_TOKEN` and `HF_ENDPOINT` from the connection `huggingface_default` while the context lasts.
 
-    Without such a connection the environment stays as it is. The stages and their subprocesses read it there and
-    nowhere else.
+    Without this connection the environment stays as it is. Stages and their subprocesses read the account from the
+    environment only. The token is masked in Airflow's logs.
     """
     values: dict[str, str] = {}
     try:

@@ -6,9 +6,9 @@ from include.recipe import Recipe
 from include.registry import registry_uri
 
 _APPROVAL = {
-    "always": "a person must approve each candidate that the gate lets through",
-    "on_regression": "a person must approve a candidate of which something is worse",
-    "never": "none: the gate decides alone",
+    "always": "a person must approve each candidate that passes the gate",
+    "on_regression": "a person must approve a candidate that passes the gate and regresses",
+    "never": "none: only the gate decides",
 }
 
 
@@ -30,21 +30,21 @@ def dag_doc(recipe: Recipe) -> str:
 | adapter | {trained} |
 | training | {recipe.method}, {length} of {recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}, \
 lr {recipe.learning_rate:g} |{_sweep(recipe)}
-| gate | better than the base and than what is live; {len(recipe.prompts)} smoke-test prompts |
+| gate | better than the base and than the live adapter; {len(recipe.prompts)} smoke-test prompts |
 | approval | {_APPROVAL[recipe.approve]} |
 | runs | {_times(recipe)} |
 | registry | `{registry_uri(recipe)}` |
 
-Press **Trigger** to run it, with other values if you like. A value given there holds for that run only.
+Press **Trigger** to start a run. You can change values of the recipe there for that run only.
 """
 
 
 def _sweep(recipe: Recipe) -> str:
     grid = " x ".join(f"{name} {values}" for name, values in recipe.sweep.items())
-    return f"\n| sweep | {grid}: the best of {len(recipe.candidates())} goes on |" if grid else ""
+    return f"\n| sweep | {grid}: the best of {len(recipe.candidates())} candidates is published |" if grid else ""
 
 
 def _times(recipe: Recipe) -> str:
-    times = [f"at `{recipe.cron}` ({recipe.timezone}), skipped when nothing is new"] if recipe.cron else []
-    times += [f"on each new revision of the dataset, looked for every {recipe.watch_every:g} s"] if recipe.watch else []
+    times = [f"at `{recipe.cron}` ({recipe.timezone}), skipped if nothing is new"] if recipe.cron else []
+    times += [f"on each new revision of the dataset, checked every {recipe.watch_every:g} s"] if recipe.watch else []
     return "; ".join([*times, "when somebody presses **Trigger**"])

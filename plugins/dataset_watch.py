@@ -1,4 +1,4 @@
-"""The trigger that starts a recipe's run when its dataset has a new revision. It lives in the triggerer."""
+"""The trigger that starts a run of a recipe for each new revision of its dataset. It runs in the triggerer."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from include.recipe import find_recipe, load_recipe
 from include.storage.artifacts import Store
 from plugins.credentials import hub_account
 
-FIRED = "fired"  # key in the asset's state: the revision that was last fired for, how often, and when
-SHORTEST_PAUSE, LONGEST_PAUSE = 30.0, 86_400.0  # seconds between two runs for a revision; an event is no run at once
-_one_look_at_a_time = threading.Lock()  # the Hub's account stands in the environment, which all triggers share
+EVENTS = "events"  # key in the asset's state: the revision of the last event, how many events it had, and when
+MIN_PAUSE, MAX_PAUSE = 30.0, 86_400.0  # seconds between two events for one revision; Airflow starts runs with a delay
+_environment_lock = threading.Lock()  # all triggers share the environment, which holds the Hub's account
 
 
 class NewRevision(BaseEventTrigger):
-    """Fires for a revision of the dataset until a run of it has been published or refused.
+    """Sends an event for the newest revision of the dataset until a run on it was published, refused or rejected.
 
-    It looks at what is so, and does not count on having seen it change: a revision without an outcome in the store is
-    fired for, unless a run of the recipe is waiting or going on. So it stays true to its word over restarts, over a
-    time in which nobody looked, and after a run that failed; one that keeps failing is tried again after pauses that
-    double, up to a day.
+    The trigger compares the newest revision with the outcomes in the store, so that it needs no memory of changes: it
+    survives restarts and outages, and it repeats a revision whose run failed. It sends no event while a run of the
+    recipe is queued or running. Pauses between events for one revision double, up to a day.
 
     Args:
-        recipe: its name, which is the DAG's, too.
-        every: seconds between two looks.
+        recipe: name of the recipe and of its DAG.
+        every: seconds between two checks of the dataset.
     """
 
     def __init__(self, recipe: str, every: float):
@@ -41,34 +40,35 @@ class NewRevision(BaseEventTrigger):
         self.recipe, self.every = recipe, every
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
-        """See `BaseTrigger`."""
+        """Return the arguments from which Airflow creates the trigger again."""
         return "plugins.dataset_watch.NewRevision", {"recipe": self.recipe, "every": self.every}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Look, fire, wait, for ever; what goes wrong is logged, and the next look may go well."""
+        """Check the dataset for ever and yield an event for a revision without an outcome. Errors are logged."""
         while True:
             try:
-                if event := await asyncio.to_thread(self._look):
+                if event := await asyncio.to_thread(self._check):
                     self.log.info("%s: new revision %s, was %s", self.recipe, event["new"], event["old"])
                     yield TriggerEvent(event)
             except RetuneError as error:
-                self.log.warning("%s: the dataset was not seen: %s", self.recipe, error)
-            except Exception:  # a watch that ended would not be missed until somebody wonders
-                self.log.exception("%s: the dataset was not seen", self.recipe)
+                self.log.warning("%s: the dataset could not be checked: %s", self.recipe, error)
+            except Exception:  # nobody would notice a trigger that ended
+                self.log.exception("%s: the dataset could not be checked", self.recipe)
             await asyncio.sleep(self.every)
 
-    def _look(self) -> dict[str, Any] | None:
-        with _one_look_at_a_time, hub_account():
+    def _check(self) -> dict[str, Any] | None:
+        """Return the event for the newest revision; None if no event is due."""
+        with _environment_lock, hub_account():
             recipe = load_recipe(find_recipe(self.recipe))
             new = pin_dataset(recipe)
         done = [entry["revision"] for entry in completed_revisions(Store(), self.recipe, located(recipe.dataset))]
         if new in done or RuntimeTaskInstance.get_dr_count(self.recipe, states=["queued", "running"]):
             return None
         assert self.asset_state_store is not None
-        fired: Any = self.asset_state_store.get(FIRED) or {}
-        times = fired["times"] if fired.get("revision") == new else 0
-        pause = max(SHORTEST_PAUSE, min(self.every * 2 ** (times - 1), LONGEST_PAUSE))
-        if times and time.time() < fired["at"] + pause:
+        last: Any = self.asset_state_store.get(EVENTS) or {}
+        count = last["count"] if last.get("revision") == new else 0
+        pause = max(MIN_PAUSE, min(self.every * 2 ** (count - 1), MAX_PAUSE))
+        if count and time.time() < last["at"] + pause:
             return None
-        self.asset_state_store.set(FIRED, {"revision": new, "times": times + 1, "at": time.time()})
+        self.asset_state_store.set(EVENTS, {"revision": new, "count": count + 1, "at": time.time()})
         return {"dataset": recipe.dataset, "old": done[-1] if done else None, "new": new}

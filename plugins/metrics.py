@@ -1,4 +1,4 @@
-"""What runs tell Airflow's own metrics (StatsD, Datadog or OpenTelemetry): nothing unless its `[metrics]` are on.
+"""Metrics of runs through Airflow's own metrics (StatsD, Datadog or OpenTelemetry); none if `[metrics]` is off.
 
 | metric | kind | tags |
 |---|---|---|
@@ -7,8 +7,8 @@
 | `retune.validate.rows_refused` | gauge | `recipe` |
 | `retune.runs` | counter | `recipe`, `verdict` |
 
-Plain StatsD has no tags. For it each metric is also sent with the tags' values at the end of its name, as Airflow does
-with its own as long as `[metrics] legacy_names_on` is true: `retune.stage.seconds.my_model.train`.
+Plain StatsD has no tags. If `[metrics] legacy_names_on` is true, each metric is also sent with the tags' values at the
+end of its name, like Airflow's own metrics: `retune.stage.seconds.my_model.train`.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from include.storage.artifacts import Store
 BACKENDS = ("statsd_on", "statsd_datadog_enabled", "otel_on")
 
 
-def _if_on(tell: Callable[..., None]) -> Callable[..., None]:
-    """Does nothing where nobody listens; what goes wrong is logged: no run fails for its metrics."""
+def _if_on(function: Callable[..., None]) -> Callable[..., None]:
+    """Call the function only if a metrics backend is on, and log its errors: metrics never fail a run."""
 
-    @functools.wraps(tell)
-    def told(*arguments: Any) -> None:
+    @functools.wraps(function)
+    def wrapper(*arguments: Any) -> None:
         try:
             if any(conf.getboolean("metrics", backend, fallback=False) for backend in BACKENDS):
-                tell(*arguments)
+                function(*arguments)
         except Exception as error:
             log.warning("metrics were not sent: %s: %s", type(error).__name__, error)
 
-    return told
+    return wrapper
 
 
 @_if_on
 def stage_done(stage: str, lineage: Lineage) -> None:
-    """What a stage took and found, unless its output was there already. Gauges, since hours lie between two values."""
+    """Send a stage's seconds and key numbers, unless its output was reused. Gauges, because values are hours apart."""
     store, recipe = Store(), lineage["recipe"]
     records = store.records(recipe, lineage["run"]).values()
     record = next(one for one in records if (one.get("stage"), one.get("fingerprint")) == (stage, lineage[stage]))
@@ -61,7 +61,7 @@ def stage_done(stage: str, lineage: Lineage) -> None:
 
 @_if_on
 def run_ended(summary: dict[str, Any]) -> None:
-    """The verdict on a run."""
+    """Count a run by its verdict."""
     _send(stats.incr, "retune.runs", 1, recipe=summary["recipe"], verdict=summary["verdict"])
 
 

@@ -1,4 +1,4 @@
-"""The report of a run, in Airflow's UI: a tab of the run's page, for those who may see the run."""
+"""The report tab of a run in Airflow's UI, for users who may read the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from include.recipe import NAME
 from include.storage.artifacts import Store
 from plugins.links import REPORTS, report_address
 
-# the page is static and shows what models and datasets say: nothing in it may run, load, send or be framed elsewhere
+# the page shows text of models and datasets: it must not run scripts, load, send, or be framed by another site
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'self'; sandbox",
@@ -22,29 +22,29 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-NONE_YET = """<!doctype html><meta charset="utf-8"><title>No report</title>
+NO_REPORT = """<!doctype html><meta charset="utf-8"><title>No report</title>
 <body style="font: 15px/1.5 system-ui, sans-serif; margin: 2rem">
-<p>This run has no report. A run of a recipe has one when it has ended, or waits for approval.</p>"""
+<p>This run has no report. A run of a recipe has a report after its end, or while it waits for approval.</p>"""
 
 UNREADABLE = """<!doctype html><meta charset="utf-8"><title>The report cannot be read</title>
 <body style="font: 15px/1.5 system-ui, sans-serif; margin: 2rem">
-<p>The report cannot be read now: {}</p>"""
+<p>The report cannot be read: {}</p>"""
 
 
 @cache
 def _app() -> Any:
-    # imported here: every task's process loads the plugins, and only the API server has these already
+    # imported here, because every task's process loads the plugins, and only the API server needs these modules
     from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
     from airflow.api_fastapi.core_api.security import requires_access_dag
     from fastapi import Depends, FastAPI
     from fastapi.responses import HTMLResponse
 
     app = FastAPI(openapi_url=None)
-    may_see_run = Depends(requires_access_dag(method="GET", access_entity=DagAccessEntity.RUN))
+    may_read_run = Depends(requires_access_dag(method="GET", access_entity=DagAccessEntity.RUN))
 
-    @app.get("/report/{dag_id}/{run_id}", dependencies=[may_see_run])
+    @app.get("/report/{dag_id}/{run_id}", dependencies=[may_read_run])
     def page(dag_id: str, run_id: str) -> HTMLResponse:
-        if re.fullmatch(NAME, dag_id) and set(run_id) != {"."}:  # no way out of the recipe's folder of runs
+        if re.fullmatch(NAME, dag_id) and set(run_id) != {"."}:  # stay inside the recipe's folder of runs
             store = Store()
             path = store.run_folder(dag_id, run_id) / "report.html"
             try:
@@ -54,18 +54,18 @@ def _app() -> Any:
                 pass
             except RetuneError as error:
                 return HTMLResponse(UNREADABLE.format(html.escape(str(error))), 503, HEADERS)
-        return HTMLResponse(NONE_YET, 404, HEADERS)
+        return HTMLResponse(NO_REPORT, 404, HEADERS)
 
     return app
 
 
 async def reports(scope: Any, receive: Any, send: Any) -> None:
-    """Serves a run's report page, and nothing else, to those who may see the run."""
+    """Serve the report page of a run, and nothing else, to users who may read the run."""
     await _app()(scope, receive, send)
 
 
 class ReportPage(AirflowPlugin):
-    """See the module."""
+    """Registers the app and the tab."""
 
     name = "retune_report_page"
     fastapi_apps = [{"app": reports, "url_prefix": REPORTS, "name": "Retune's reports"}]  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""What the DAGs share: when Airflow tries again and what a failure's last words are, and the account on the Hub."""
+"""Retries by cause, and the last log line of a failed try."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from include.pipeline.records import log
 POLICY = ExceptionRetryPolicy(
     rules=[
         RetryRule(Rejected, RetryAction.FAIL, reason="a person has decided"),
-        RetryRule(ApprovalTimeout, RetryAction.FAIL, reason="a new run, or clearing it, asks again"),
+        RetryRule(ApprovalTimeout, RetryAction.FAIL, reason="a new run asks again, and so does clearing the task"),
         RetryRule(PermanentError, RetryAction.FAIL, reason="a retry would fail in the same way"),
-        RetryRule(Conflict, RetryAction.FAIL, reason="an earlier stage must look again"),
-        RetryRule(ProcessLost, RetryAction.RETRY, timedelta(seconds=5), "it goes on from what was saved"),
+        RetryRule(Conflict, RetryAction.FAIL, reason="an earlier stage must run again"),
+        RetryRule(ProcessLost, RetryAction.RETRY, timedelta(seconds=5), "training continues from the last checkpoint"),
         RetryRule(TransientError, RetryAction.RETRY, reason="the next try may succeed"),
-        RetryRule(AirflowTaskTimeout, RetryAction.RETRY, reason="it may have hung"),
+        RetryRule(AirflowTaskTimeout, RetryAction.RETRY, reason="the process may have hung"),
     ]
 )
 
 
 def explain(context: Any) -> None:
-    """The last words of a failed try: what failed, why, what to do, and whether it will be tried again."""
+    """Log the last line of a failed try: what failed, why, what to do, and whether Airflow retries."""
     ti, error = context["ti"], context.get("exception")
     what, do = f"{type(error).__name__}: {error}", "See the log above"
     if isinstance(error, RetuneError):
         what, do = error.what, error.do
     elif isinstance(error, AirflowTaskTimeout):
-        what, do = "it took longer than its timeout", "Raise timeout_hours in the recipe if it only takes long"
-    reason = POLICY.evaluate(error, ti.try_number, ti.max_tries).reason or "its cause is not known to be lasting"
+        what, do = "it took longer than its timeout", "If it only needs more time, raise timeout_hours in the recipe"
+    reason = POLICY.evaluate(error, ti.try_number, ti.max_tries).reason or "the cause may be temporary"
     if ti.state == "up_for_retry":
-        then = f"It will be tried again, {reason} (try {ti.try_number + 1} of {ti.max_tries + 1})"
+        then = f"It will be tried again: {reason} (try {ti.try_number + 1} of {ti.max_tries + 1})"
     elif ti.try_number > ti.max_tries:
         then = f"It will not be tried again: all {ti.max_tries + 1} tries are used up"
     else:
         then = f"It will not be tried again: {reason}"
-    log.info("::endgroup::")  # Airflow folds what comes after a failure
+    log.info("::endgroup::")  # Airflow folds the lines after a failure
     log.error("%s failed: %s. %s. %s.", ti.task_id, what, do or "The report has the details", then)
 
 
 RETRIES = {
     "retries": 6,
-    "retry_delay": timedelta(seconds=20),  # then 40, 80 ... and each up to twice as long, by Airflow's jitter
+    "retry_delay": timedelta(seconds=20),  # then 40, 80 ...; Airflow's jitter makes each up to twice as long
     "retry_exponential_backoff": 2.0,
     "max_retry_delay": timedelta(hours=1),
     "retry_policy": POLICY,

@@ -1,4 +1,4 @@
-"""What a run's `report` has to say becomes the run's note, which the grid shows. Tasks cannot write notes."""
+"""Writes the note of a run, which Airflow's grid shows, from the XCom of `report`. Tasks cannot write notes."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from plugins.links import NOTE
 
 
 class _Listener:
-    """Airflow calls it where a run ends, with a session that it commits."""
+    """Airflow calls these hooks at the end of a run, with a session that it commits."""
 
     @hookimpl
     def on_dag_run_success(self, dag_run: Any, msg: str) -> None:
-        _take_note(dag_run)
+        _write_note(dag_run)
 
     @hookimpl
     def on_dag_run_failed(self, dag_run: Any, msg: str) -> None:
-        _take_note(dag_run)
+        _write_note(dag_run)
 
 
-def _take_note(dag_run: Any) -> None:
+def _write_note(dag_run: Any) -> None:
     session = object_session(dag_run)
-    if session is None or dag_run.note:  # a person's own note stays
+    if session is None or dag_run.note:  # keep the note of a person
         return
-    said = XComModel.get_many(run_id=dag_run.run_id, dag_ids=dag_run.dag_id, task_ids="report", key=NOTE, limit=1)
-    if row := session.scalars(said).first():
+    query = XComModel.get_many(run_id=dag_run.run_id, dag_ids=dag_run.dag_id, task_ids="report", key=NOTE, limit=1)
+    if row := session.scalars(query).first():
         dag_run.note = XComModel.deserialize_value(row)
 
 
 class RunNotes(AirflowPlugin):
-    """See the module."""
+    """Registers the listener."""
 
     name = "retune_run_notes"
     listeners = [_Listener()]  # noqa: RUF012

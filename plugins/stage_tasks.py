@@ -129,7 +129,8 @@ def _choose(choose: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return run
 
 
-FUNCTION_TASKS: dict[str, Callable[..., Any]] = {"resolve": _resolve, "candidates": _candidates, "choose": _choose}  # not instances of `Stage`
+# stages that are plain functions and no `Stage`
+FUNCTION_TASKS: dict[str, Callable[..., Any]] = {"resolve": _resolve, "candidates": _candidates, "choose": _choose}
 
 
 @task(task_id="report", doc_md=report.__doc__, retries=1)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from include.errors import NotFound, RetuneError
 from include.recipe import find_recipe, load_recipe, parse_overrides
-from tasks.approve import refuse_where_nobody_asks
+from tasks.approve import refuse_if_approval_needed
 from tasks.report import report
 from tasks.stages import NAMES, run_stages
 
@@ -25,7 +25,7 @@ def run_until(recipe: str, until: str, values: list[str]) -> bool:
     overrides = parse_overrides(values)
     checked = load_recipe(find_recipe(recipe), overrides)
     if NAMES.index(until) >= NAMES.index("approve"):
-        refuse_where_nobody_asks(checked)
+        refuse_if_approval_needed(checked)
     run_id = f"shell__{datetime.now(UTC).isoformat()}"
     try:
         run_stages(recipe, overrides, run_id, until)

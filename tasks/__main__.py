@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from include.errors import RetuneError
 from include.recipe import find_recipe, load_recipe, parse_overrides
-from tasks.approve import refuse_where_nobody_asks
+from tasks.approve import refuse_if_approval_needed
 from tasks.report import report
 from tasks.stages import NAMES, run_stages
 
@@ -29,7 +29,7 @@ def main() -> int:
     try:
         values = parse_overrides(arguments.set)
         if NAMES.index(arguments.until) >= NAMES.index("approve"):
-            refuse_where_nobody_asks(load_recipe(find_recipe(arguments.recipe), values))
+            refuse_if_approval_needed(load_recipe(find_recipe(arguments.recipe), values))
     except RetuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

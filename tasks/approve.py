@@ -1,4 +1,4 @@
-"""approve: whether a person must agree before a candidate goes live, what that person is shown, and the answer."""
+"""approve: decide whether a person must approve the candidate, ask, and record the answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tasks.report import report
 
 @dataclass(frozen=True)
 class Question:
-    """What a person is asked: a headline, the numbers as Markdown, and how many hours there are for an answer."""
+    """The question for a person: a headline, the numbers as Markdown, and the hours in which to answer."""
 
     subject: str
     body: str
@@ -32,7 +32,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """A person's answer: whether the candidate may go live, who says so (None: nobody did in time) and when (UTC)."""
+    """A person's answer: whether the candidate may go live, the name (None: no answer in time), the time (UTC)."""
 
     approved: bool
     by: str | None
@@ -40,8 +40,8 @@ class Answer:
 
 
 @dataclass
-class _Case:
-    """What a decision is about."""
+class _Decision:
+    """The recipe, the outputs and the record that a decision needs."""
 
     recipe: Recipe
     train: Output[TrainOutput]
@@ -54,22 +54,22 @@ class _Case:
     def regressions(self) -> list[str]:
         return regressions(self.smoke_test.metadata, self.evaluate.metadata)
 
-    def why_nobody(self) -> str | None:
-        """Why no person is asked; None where one is."""
+    def why_not_asked(self) -> str | None:
+        """Return why no person is asked; None if a person is."""
         if self.recipe.approve == "never":
             return "the recipe asks for no approval"
         if not self.evaluate.metadata.verdict.publish:
-            return "the gate refuses the candidate"
+            return "the gate refused the candidate"
         if self.recipe.approve == "on_regression" and not self.regressions:
-            return "nothing of it is worse"
+            return "nothing regressed"
         live = open_registry(str(self.recipe.registry)).live()
         if live and live.content == candidate_content(self.train):
-            return f"it is live already, as {live.name}"
+            return f"the candidate is live already, as {live.name}"
         return None
 
 
 def ask(lineage: Lineage, report_address: str) -> Question | None:
-    """What a person must be asked before the candidate goes live; None where nobody needs to be.
+    """Return the question that a person must answer before the candidate goes live; None if nobody needs to be asked.
 
     The run's report is made, so that it can be looked at, and the run is recorded as waiting.
 
@@ -79,8 +79,8 @@ def ask(lineage: Lineage, report_address: str) -> Question | None:
     Raises:
         Conflict: the run has asked another question before, which Airflow would show again: it keeps a run's first.
     """
-    with _case(lineage) as case:
-        if case.why_nobody():
+    with _decision(lineage) as case:
+        if case.why_not_asked():
             return None
         recipe, worse = case.recipe, case.regressions
         until = f"{datetime.now(UTC) + timedelta(hours=recipe.approve_within_hours):%Y-%m-%d %H:%M} UTC"
@@ -94,7 +94,7 @@ def ask(lineage: Lineage, report_address: str) -> Question | None:
         asked = case.record.content.setdefault("question", fingerprint(body))
         if asked != fingerprint(body):
             raise Conflict(
-                "the numbers are not those that this run has asked about before, which Airflow would show again",
+                "the approval question has changed since this run first asked it; Airflow would show the first one",
                 "Start a new run: finished stages are reused",
             )
         case.record.close("waiting")
@@ -103,7 +103,7 @@ def ask(lineage: Lineage, report_address: str) -> Question | None:
 
 
 def approve(lineage: Lineage, answer: Answer | None = None) -> Lineage:
-    """Record who let the candidate go live, or that nobody had to be asked; `publish` puts it into the manifest.
+    """Record who approved the candidate, or why nobody was asked. `publish` copies it into the manifest.
 
     Args:
         answer: a person's, where `ask` had a question.
@@ -112,15 +112,15 @@ def approve(lineage: Lineage, answer: Answer | None = None) -> Lineage:
         Rejected: the person said no.
         ApprovalTimeout: nobody answered in time, or nobody was asked who had to be.
     """
-    with _case(lineage) as case:
-        asked, nothing = answer is not None, "Nothing is published, what was live stays live"
+    with _decision(lineage) as case:
+        asked, nothing = answer is not None, "Nothing is published; the live version does not change"
         by: str | None = None
         at: str | None = None
         if answer is None:
-            because = case.why_nobody()
+            because = case.why_not_asked()
             if because is None:
-                raise ApprovalTimeout(_where_nobody_asks(case.recipe), "Run it in Airflow's UI (make up)")
-            summary = f"nobody was asked: {because}"
+                raise ApprovalTimeout(_cannot_ask(case.recipe), "Run it in Airflow's UI (make up)")
+            summary = f"skipped: {because}"
         elif answer.by is None:
             hours = case.recipe.approve_within_hours
             raise ApprovalTimeout(f"nobody answered within {hours:g} h", f"{nothing}; clear approve to ask again")
@@ -153,10 +153,8 @@ def approve(lineage: Lineage, answer: Answer | None = None) -> Lineage:
 
 
 def regressions(smoke_test: SmokeTestOutput, evaluate: EvaluateOutput) -> list[str]:
-    """What of a candidate that the gate lets through is worse than it could be, a sentence each.
-
-    A loss above the live adapter's, which `gate_margin` may allow; checks that answers fail and the recipe does not
-    require; what the gate has noted.
+    """Return a sentence for each regression of a candidate that passed the gate: a loss above the live adapter's
+    (within `gate_margin`), failed checks that the recipe does not require, and the gate's warnings.
 
     Args:
         smoke_test, evaluate: the metadata that these stages recorded.
@@ -177,29 +175,29 @@ def regressions(smoke_test: SmokeTestOutput, evaluate: EvaluateOutput) -> list[s
     return found + evaluate.verdict.notes
 
 
-def refuse_where_nobody_asks(recipe: Recipe) -> None:
-    """For runs outside of the scheduler, which would wait for ever, or publish without asking.
+def refuse_if_approval_needed(recipe: Recipe) -> None:
+    """Refuse a recipe that may ask for approval, for runs without Airflow's UI, which cannot ask.
 
     Raises:
         PermanentError: the recipe may ask for a person's approval.
     """
     if recipe.approve != "never":
         raise PermanentError(
-            _where_nobody_asks(recipe),
+            _cannot_ask(recipe),
             "Run it in Airflow's UI (make up), or here without approval: --set approve=never (make: SET=approve=never)",
         )
 
 
-def _where_nobody_asks(recipe: Recipe) -> str:
+def _cannot_ask(recipe: Recipe) -> str:
     return f"{recipe.name} says approve: {recipe.approve}, and a run without Airflow's UI cannot ask a person"
 
 
 @contextmanager
-def _case(lineage: Lineage) -> Iterator[_Case]:
+def _decision(lineage: Lineage) -> Iterator[_Decision]:
     store = Store()
     earlier = store.records(lineage["recipe"], lineage["run"]).get("approve", {})
     with recorded(store, lineage["recipe"], lineage["run"], "approve") as record:
         if "question" in earlier:
             record.content["question"] = earlier["question"]
         train, smoke_test, evaluate = (output_of(store, lineage, n) for n in ("train", "smoke_test", "evaluate"))
-        yield _Case(pinned_recipe(store, lineage), train, smoke_test, evaluate, record, store)
+        yield _Decision(pinned_recipe(store, lineage), train, smoke_test, evaluate, record, store)

@@ -1,4 +1,4 @@
-"""download: the dataset's rows, untouched, as parquet, with the digest of what was fetched."""
+"""download: fetch the dataset's rows, untouched, as parquet, with their digest."""
 
 from __future__ import annotations
 

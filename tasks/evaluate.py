@@ -1,4 +1,4 @@
-"""evaluate: the candidate against the base and against what is live, row by row on the holdout, and the verdict."""
+"""evaluate: compare the candidate with the base and with the live adapter, row by row on the holdout."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from include.base_model import fetch_base
 from include.engine import supervise
+from include.engine.jobs import LossesJob
 from include.evaluation.gate import judge, rows_needed
 from include.evaluation.prompt_control import write_with_shuffled_prompts
 from include.pipeline.contracts import EvaluateOutput, LiveVersion, SmokeTestOutput, TemplateOutput, TrainOutput
@@ -18,7 +19,7 @@ from tasks.smoke_test import TEMPLATE
 
 
 def candidate_content(train: Output[TrainOutput]) -> str:
-    """The digest that the candidate would have as a published version."""
+    """Return the content digest that the candidate would have as a published version."""
     prefix = f"{TrainOutput.ADAPTER}/"
     files = {
         name.removeprefix(prefix): file for name, file in train.manifest["files"].items() if name.startswith(prefix)
@@ -27,7 +28,7 @@ def candidate_content(train: Output[TrainOutput]) -> str:
 
 
 def live_version(context: StageContext, train: Output[TrainOutput]) -> Version | None:
-    """What is live now, unless it is the candidate itself."""
+    """Return the live version; None where nothing is live, or the candidate itself is."""
     live = open_registry(str(context.recipe.registry)).live()
     return None if live is None or live.content == candidate_content(train) else live
 
@@ -38,11 +39,10 @@ def live_version(context: StageContext, train: Output[TrainOutput]) -> Version |
         "method", "beta", "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length",
         "max_holdout_rows", *Gate.model_fields,
     ),
-    other_fields=(  # the device plan reads them; the numbers do not depend on them
-        "engine", "per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "optim", "packing",
-        "full_finetuning", "registry",
-    ),
-    external_inputs=lambda context, train, **_: (live := live_version(context, train)) and [live.revision, live.content],
+    other_fields=("registry",),
+    external_inputs=lambda context, train, **_: [
+        [live.revision, live.content] for live in [live_version(context, train)] if live
+    ],
 )  # fmt: skip
 def evaluate(
     context: StageContext,
@@ -50,59 +50,55 @@ def evaluate(
     train: Output[TrainOutput],
     smoke_test: Output[SmokeTestOutput],
 ) -> Result[EvaluateOutput]:
-    """Measure the loss of every holdout row for base, candidate and live adapter, and judge; leave `losses.json`."""
+    """Measure every holdout row's loss for base, candidate and live adapter; write `losses.json` and the verdict."""
     recipe = context.recipe
     registry, live = open_registry(str(recipe.registry)), live_version(context, train)
     adapters = {"candidate": train.local() / TrainOutput.ADAPTER}
     if live:
         adapters["live"] = registry.fetch(live.revision)
     rows, held_out = context.out / "rows", template.local(TemplateOutput.HOLDOUT) / TemplateOutput.HOLDOUT
-    count, swapped = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
+    count, shuffled = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
     names = ("base", *adapters)
-    measured = supervise.run(
-        "losses",
-        {
-            "recipe": recipe.to_json(),
-            "base": fetch_base(recipe, context.store),
-            "rows": rows,
-            "most": count + len(swapped),
-            "adapters": adapters,
-        },
-        context.out,
-        context.progress,
+    job = LossesJob(
+        recipe=recipe,
+        base=fetch_base(recipe, context.store),
+        rows=rows,
+        max_rows=count + len(shuffled),
+        adapters=adapters,
     )
+    measured = supervise.run(job, context.out, context.progress)
     shutil.rmtree(rows)
-    losses = {name: measured["losses"][name][:count] for name in names}
-    other_question = {name: measured["losses"][name][count:] for name in names}
+    losses = {name: measured.losses[name][:count] for name in names}
+    shuffled_prompts = {name: measured.losses[name][count:] for name in names}
     (context.out / EvaluateOutput.LOSSES).write_bytes(
         to_json(
             {
-                "row": measured["row"][:count],
-                "tokens": measured["tokens"][:count],
+                "row": measured.row[:count],
+                "tokens": measured.tokens[:count],
                 "losses": losses,
-                "other_question": {"row": measured["row"][count:], "losses": other_question},
-                "plan": measured["plan"],
+                "shuffled_prompts": {"row": measured.row[count:], "losses": shuffled_prompts},
+                "device": measured.device.as_dict(),
             }
         )
     )
-    questions = None
-    if len(swapped) >= rows_needed(recipe.gate_confidence):
-        questions = [losses["candidate"][place] for place in swapped], other_question["candidate"]
+    prompt_control = None
+    if len(shuffled) >= rows_needed(recipe.gate_confidence):
+        prompt_control = [losses["candidate"][place] for place in shuffled], shuffled_prompts["candidate"]
     verdict = judge(
-        losses, smoke_test.metadata.failed, recipe.gate_confidence, recipe.gate_margin, questions,
+        losses, smoke_test.metadata.failed, recipe.gate_confidence, recipe.gate_margin, prompt_control,
         recipe.gate_questions_matter,
     )  # fmt: skip
     if live and _template_differs(adapters):
         verdict.notes.append(
-            f"{live.name} was trained with another chat template; here it is measured with the candidate's, which puts "
-            "it at a disadvantage"
+            f"{live.name} was trained with another chat template. Both are measured with the candidate's template, "
+            f"which puts {live.name} at a disadvantage"
         )
     against = verdict.against_base
     summary = f"loss {against.other:.3f} (base) -> {against.candidate:.3f}"
     if live and verdict.against_live:
         summary += f", live {live.name} {verdict.against_live.other:.3f}"
     for reason in verdict.reasons:
-        context.progress(f"against it: {reason}")
+        context.progress(f"reason against this candidate: {reason}")
     for note in verdict.notes:
         context.progress(f"WARNING: {note}")
     summary += f" on {count} holdout rows: "
@@ -122,6 +118,6 @@ def evaluate(
 
 
 def _template_differs(adapters: dict[str, Path]) -> bool:
-    """Whether the live adapter names another chat template than the candidate, with whose rows both are measured."""
+    """Return whether the live adapter was trained with another chat template than the candidate."""
     files = [folder / TEMPLATE for folder in adapters.values()]
     return all(file.is_file() for file in files) and len({file.read_text("utf-8") for file in files}) > 1

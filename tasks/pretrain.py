@@ -1,4 +1,4 @@
-"""pretrain: makes the demo's own base model, once; recipes that name a real base have no such task."""
+"""pretrain: make the demo's base model, once. Recipes with a real base do not have this stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from include.pipeline.stage import Result, StageContext, stage
     fingerprint_fn=lambda context: str(context.recipe.base_revision),
 )
 def pretrain(context: StageContext) -> Result[PretrainOutput]:
-    """Pretrain the little Llama of `include/demo/village.py` and keep it in the store under its revision."""
+    """Pretrain the small Llama of `include/demo` and keep it in the store under its revision."""
     from include.demo.village import pretrain as train_little_llama
 
     made = PretrainOutput(**train_little_llama(context.out, context.progress))

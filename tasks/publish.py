@@ -1,4 +1,4 @@
-"""publish: the adapter with its card and its manifest becomes one version of the registry, and goes live."""
+"""publish: make the adapter, with model card and manifest, one version of the registry, and make it live."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from include.base_model import base_license, fetch_base
 from include.engine import supervise
+from include.engine.jobs import MergeJob
 from include.errors import Conflict, GateRefused
 from include.pipeline.contracts import (
     ApproveOutput,
@@ -39,7 +40,7 @@ def publish(
     standardize: Output[StandardizeOutput], template: Output[TemplateOutput], train: Output[TrainOutput],
     smoke_test: Output[SmokeTestOutput], evaluate: Output[EvaluateOutput], approve: Output[ApproveOutput],
 ) -> Result[PublishOutput]:  # fmt: skip
-    """Publish what the gate let through; the same content again is the same version.
+    """Publish a candidate that passed the gate. The same content again is the same version.
 
     Raises:
         GateRefused: the gate did not let the candidate through, and why; or it is an older version, which a person may
@@ -51,7 +52,7 @@ def publish(
     if not verdict.publish:
         raise GateRefused(
             "the candidate is not published: " + "; ".join(verdict.reasons),
-            "What was live stays live; the report shows the numbers and the answers",
+            "The live version does not change; the report shows the numbers and the answers",
         )
     outputs = (download, validate, standardize, template, train, smoke_test, evaluate, approve)
     folder = context.out / "version"
@@ -82,17 +83,14 @@ def publish(
 
 
 def publish_merged(context: StageContext, version: Version, adapter: Path, manifest: dict[str, Any]) -> Version:
-    """Make the merged model of the live adapter live, too; merged only where no earlier try or run has done it."""
+    """Publish the merged model of the live adapter; merge only if no earlier try or run has done it."""
     recipe, registry = context.recipe, open_registry(merged_uri(str(context.recipe.registry)))
     for known in registry.versions():
         if known.content == version.content:
             return registry.promote(known.revision, f"the adapter's {version.name} is live")
     folder = context.out / "merged"
-    work = {
-        "recipe": recipe.to_json(), "base": fetch_base(recipe, context.store), "adapter": adapter,
-        "out": folder,
-    }  # fmt: skip
-    made = supervise.run("merge", work, context.out, context.progress)
+    job = MergeJob(base=fetch_base(recipe, context.store), adapter=adapter, out=folder)
+    made = supervise.run(job, context.out, context.progress)
     repository = str(recipe.registry).removeprefix("hf://") if str(recipe.registry).startswith("hf://") else None
     manifest = {
         "run": context.run_id,
@@ -101,7 +99,7 @@ def publish_merged(context: StageContext, version: Version, adapter: Path, manif
                     "repository": repository},
         "recipe": manifest["recipe"],
         "base": manifest["base"],
-        "dtype": made["dtype"],
+        "dtype": made.dtype,
         "packages": installed_packages(),
         "files": describe_files(folder),
     }  # fmt: skip
@@ -120,7 +118,7 @@ def publish_merged(context: StageContext, version: Version, adapter: Path, manif
 
 
 def build_manifest(context: StageContext, outputs: dict[str, Output[Any]]) -> dict[str, Any]:
-    """All that is known about how the adapter came to be; the card is made from it.
+    """Return the manifest: data, base, settings, losses and verdicts of the adapter. The model card is made from it.
 
     Rows of the data and the recipe's operations (addresses) stay out of it: the adapter may be public.
     """

@@ -1,4 +1,4 @@
-"""report: one page about a run, and `var/last_run.json` for programs; also when the run failed."""
+"""report: write one page about a run, and `var/last_run.json` for programs, also if the run failed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tasks.stages import NAMES
 
 
 def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, Any]:
-    """Sum up what the stages recorded, and make the page of it; returns what `var/last_run.json` holds.
+    """Summarize the records of a run, write its page, and return the summary that `var/last_run.json` holds.
 
     The verdict is `published`, `unchanged` (what was made was live already), `refused` (by the gate), `rejected` (by a
     person), `skipped` (nothing was new) or `failed`. All but the last two are an outcome: that recipe on that data and
@@ -65,14 +65,20 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
     atomic_write(var() / "last_run.json", to_json(summary))
     if summary["verdict"] in FINAL:
         resolved = {"recipe": name, "run": run_id, "resolve": stages["resolve"]["fingerprint"]}
-        record_outcome(store, pinned_recipe(store, resolved), summary["verdict"], run=run_id, version=summary["version"],
-               from_recipe_file=stages["resolve"]["from_recipe_file"])  # fmt: skip
+        record_outcome(
+            store,
+            pinned_recipe(store, resolved),
+            summary["verdict"],
+            run=run_id,
+            version=summary["version"],
+            from_recipe_file=stages["resolve"]["from_recipe_file"],
+        )
     log.info("report: %s%s", page, "" if store.is_local else " (in Airflow: the tab Report of the run's page)")
     return summary
 
 
 def note(summary: dict[str, Any]) -> str:
-    """A run in one line of Markdown: verdict, version, dataset and base with their revisions, and what went wrong."""
+    """Return a run in one line of Markdown: verdict, version, dataset and base with revisions, and the error."""
     parts = [f"**{summary['verdict']}** {summary['version'] or ''}".strip()]
     parts += [
         summary["stages"][stage]["summary"] for stage in ("resolve", "choose", "evaluate") if stage in summary["stages"]

@@ -1,4 +1,4 @@
-"""resolve: the recipe and what was typed at trigger time become one full recipe with everything pinned."""
+"""resolve: make one full recipe of the file and the values given for this run, with every revision pinned."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from include.base_model import pin_base
 from include.data.sources import is_hub_id, located, pin_dataset
+from include.engine.arguments import check_arguments
 from include.errors import UpToDate
 from include.paths import var
 from include.pipeline.contracts import ResolveOutput
@@ -28,7 +29,7 @@ def resolve(
     revision: str | None = None,
     force: bool = True,
 ) -> Lineage:
-    """Check the recipe, pin the dataset and the base model to their revisions, and pin the result.
+    """Check the recipe, pin the dataset and the base model to their revisions, and store the result.
 
     Args:
         recipe_file: name or path of the recipe.
@@ -36,7 +37,7 @@ def resolve(
         run_id: the run's name; its records and report are kept under it.
         to_publish: whether the run may end in a publication; then its registry is looked at, too.
         revision: the dataset's, when the run was started for one; otherwise the newest that the recipe allows.
-        force: run also when nothing is new.
+        force: run even if a run with the same recipe, data and base was finished.
 
     Raises:
         UpToDate: a run of the same recipe on the same data and base was published or refused.
@@ -48,6 +49,7 @@ def resolve(
     store, name = Store(), Path(recipe_file).stem
     with recorded(store, name, run_id, "resolve") as record:
         recipe = load_recipe(find_recipe(recipe_file), values)
+        check_arguments(recipe)
         longest_try(recipe)  # names the stages of timeout_hours that do not exist
         dataset, base = pin_dataset(recipe, revision), pin_base(recipe)
         pinned = recipe.model_copy(
@@ -86,7 +88,7 @@ def resolve(
 
 
 def pin(store: Store, recipe: Recipe, line: str) -> tuple[Artifact, bool]:
-    """The artifact that holds a recipe with everything pinned, and whether it was there already."""
+    """Store a recipe with every revision pinned; return the artifact and whether it was there already."""
     content = recipe.to_json()
     key = fingerprint(content)
     if artifact := store.find(recipe.name, "resolve", key):

@@ -65,7 +65,9 @@ PIPELINE = (
         shardable=True,
     ),
     PipelineStage("template", 6, "renders the chat template once, to token ids and loss masks", shardable=True),
-    PipelineStage("candidates", 0.5, "pins one recipe for each combination of a sweep", module="sweep", applies=_has_sweep),
+    PipelineStage(
+        "candidates", 0.5, "pins one recipe for each combination of a sweep", module="sweep", applies=_has_sweep
+    ),
     PipelineStage(
         "train", 72, "trains the adapter in a process of its own, with checkpoints", gpu=True, per_candidate=True
     ),

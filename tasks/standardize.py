@@ -1,4 +1,4 @@
-"""standardize: rows are compared with each other, and every row gets its side: training or holdout."""
+"""standardize: compare the rows with each other and put each row on its side, training or holdout."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _benchmark_digest(context: StageContext, **_: Output[ValidateOutput]) -> str
 
 @Step
 def compare(context: ShardedContext, names: list[str], validate: Output[ValidateOutput]) -> list[None]:
-    """What the comparison of all rows needs of each good row: its number, its side, its MinHash signature, and whether
-    it holds a benchmark's prompt; 266 bytes a row, in a file for each of the readings.
+    """Write the columns that comparing all rows needs: number, side, MinHash signature, whether the row holds a
+    benchmark's prompt. One file per file of readings, 266 bytes per good row.
     """
     import pyarrow as pa
 
@@ -44,9 +44,9 @@ def compare(context: ShardedContext, names: list[str], validate: Output[Validate
 
 @Step
 def decide(context: ShardedContext, validate: Output[ValidateOutput]) -> dict[str, int]:
-    """The one comparison of all rows with each other: which of them stay, and the pairs of near-duplicates.
+    """Compare all rows with each other: decide which rows stay, and list the pairs of near-duplicates.
 
-    It holds 266 bytes a row in memory, and some 100 more while it sorts.
+    Memory: 266 bytes per row, and some 100 more while sorting.
 
     Raises:
         BadData: one of the two sides is empty, or most rows nearly equal a held-out one.
@@ -92,7 +92,7 @@ def decide(context: ShardedContext, validate: Output[ValidateOutput]) -> dict[st
 
 @Step
 def write(context: ShardedContext, names: list[str], validate: Output[ValidateOutput]) -> list[None]:
-    """The conversations of the rows that stay, each with its side."""
+    """Write the conversations of the rows that stay, each with its side."""
     readings = (
         context.fetch(validate, *(f"{ValidateOutput.READINGS}/{name}" for name in names)) / ValidateOutput.READINGS
     )
@@ -113,11 +113,11 @@ def write(context: ShardedContext, names: list[str], validate: Output[ValidateOu
     steps=(compare, decide, write),
 )
 def standardize(context: ShardedContext, validate: Output[ValidateOutput]) -> Result[StandardizeOutput]:
-    """Write `messages/` (an Arrow file for each of the readings: `row`, the conversation's columns and `holdout`) and
+    """Write `messages/` (one Arrow file per file of readings: `row`, the conversation's columns and `holdout`) and
     `near_duplicates.jsonl` (pairs of rows).
 
-    The side of a row follows from its content alone, so that it keeps it when the data around it changes. Rows that
-    nearly equal a held-out one, and rows that hold a benchmark's prompt, are left out.
+    A row's side depends on its content alone, so the row keeps its side when other rows change. Rows that nearly equal
+    a held-out row, and rows that hold a benchmark's prompt, are left out.
 
     Raises:
         BadData: see `decide`.
@@ -135,7 +135,7 @@ def standardize(context: ShardedContext, validate: Output[ValidateOutput]) -> Re
 
 
 def _good(validate: Output[ValidateOutput], first: int, last: int) -> Any:
-    """The numbers of the good rows from one row to another (int64); of a large file only the part that has them."""
+    """Return the numbers of the good rows between two rows (int64); read only the row groups that can have them."""
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -171,7 +171,7 @@ def _compare(file: Path, out: Path, good: Any, holdout_share: float, benchmark: 
 
 
 def _signatures(table: Any) -> Any:
-    """The signatures of a file of `compare` (uint32, rows x SLOTS)."""
+    """Return the signatures in a file of `compare` (uint32, rows x SLOTS)."""
     import numpy as np
 
     found = [
@@ -182,7 +182,7 @@ def _signatures(table: Any) -> Any:
 
 
 def _words_said(table: Any) -> tuple[Any, Any]:
-    """The words of each row; without the system's, which many rows share and which would make them alike."""
+    """Return the words of each row and their counts, without system messages, which would make rows alike."""
     import numpy as np
 
     contents = table["contents"].combine_chunks()
@@ -214,5 +214,5 @@ def _write_pairs(target: Path, rows: Any, earlier: Any, held_out: Any) -> None:
 
 
 def is_holdout(digest: bytes, share: float) -> bool:
-    """The side of a row, from the first 64 bits of its content's sha256."""
+    """Return whether a row is held out: the first 64 bits of its content's sha256, as a number, are below the share."""
     return int.from_bytes(digest[:8]) < share * 2**64

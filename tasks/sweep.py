@@ -1,4 +1,4 @@
-"""sweep: a candidate for each combination of the recipe's `sweep`, before training; the best of them, afterwards."""
+"""sweep: before training, one candidate per combination of the recipe's `sweep`; afterwards, the best of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CANDIDATE_STAGES = tuple(stage.name for stage in PIPELINE if stage.per_candidate
 
 
 def candidates(lineage: Lineage) -> list[Lineage]:
-    """A lineage for each combination of the sweep's values, in the grid's order, with a pinned recipe of its own."""
+    """Return one lineage per combination of the sweep's values, in the grid's order, each with a pinned recipe."""
     store = Store()
     with recorded(store, lineage["recipe"], lineage["run"], "candidates") as record:
         recipe = pinned_recipe(store, lineage)
@@ -33,7 +33,7 @@ def candidates(lineage: Lineage) -> list[Lineage]:
 
 
 def choose(grid: list[Lineage], lineages: Iterable[Lineage]) -> Lineage:
-    """The lineage of the best candidate: of those that the gate lets through, or else of all, the lowest holdout loss.
+    """Return the lineage of the candidate with the lowest holdout loss of those that passed the gate, else of all.
 
     Its records become those of the run. The first of the grid wins a tie.
 
@@ -42,7 +42,7 @@ def choose(grid: list[Lineage], lineages: Iterable[Lineage]) -> Lineage:
         lineages: of those that came through `evaluate`.
 
     Raises:
-        PermanentError: none came through; it says what became of the first.
+        PermanentError: every candidate failed; the message has the first one's failure.
     """
     store, recipe, run = Store(), grid[0]["recipe"], grid[0]["run"]
     with recorded(store, recipe, run, "choose") as record:
@@ -69,7 +69,7 @@ def choose(grid: list[Lineage], lineages: Iterable[Lineage]) -> Lineage:
 
 
 def _result(store: Store, records: dict[str, Any], lineage: Lineage, through: Lineage | None) -> dict[str, Any]:
-    """A candidate's row of the table: what was measured, or what it failed of."""
+    """Return a candidate's row of the table: its losses and the verdict, or its failure."""
     found = [records[name] for stage in CANDIDATE_STAGES if (name := record_name(stage, lineage)) in records]
     failures = [record["summary"] for record in found if record["state"] == "failed"]
     row: dict[str, Any] = {
@@ -88,7 +88,7 @@ def _result(store: Store, records: dict[str, Any], lineage: Lineage, through: Li
 
 
 def sweep_of(records: dict[str, Any]) -> dict[str, Any] | None:
-    """What a published version says of the sweep that it was chosen in: grid, losses and verdicts, no texts."""
+    """Return the sweep for the manifest of the published version: grid, losses and verdicts, no texts."""
     if "choose" not in records:
         return None
     rows = [{name: row[name] for name in ("candidate", "loss", "publish", "chosen")}

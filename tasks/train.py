@@ -1,9 +1,10 @@
-"""train: the adapter, by QLoRA (or what else the recipe says), in a process of its own that survives retries."""
+"""train: train the adapter (or the whole model) in a process of its own, with checkpoints for retries."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from upath import UPath
 from include.base_model import fetch_base
 from include.data.sources import is_hub_id
 from include.engine import supervise
+from include.engine.checkpoints import CHECKPOINTS, TRAINING_LOG, checkpoint_step, newest_checkpoint
 from include.engine.device_plan import PLAN
-from include.engine.train import CHECKPOINTS, TRAINING_LOG, newest_checkpoint
+from include.engine.jobs import TrainJob
 from include.errors import BadRecipe, OutOfMemory, TransientError
 from include.pipeline.contracts import TemplateOutput, TrainOutput
 from include.pipeline.stage import Output, Result, StageContext, stage
@@ -36,52 +38,51 @@ RESUME_FILES = (TRAINING_LOG, OOM_EVENTS)  # what a training goes on with, besid
     resumable=True,
 )  # fmt: skip
 def train(context: StageContext, template: Output[TemplateOutput]) -> Result[TrainOutput]:
-    """Train on the ids and masks of `template`; leave `adapter/` and `training_log.jsonl`.
+    """Train on the ids and masks of `template`; write `adapter/` and `training_log.jsonl`.
 
-    An earlier try's whole checkpoints are in the work folder, and training goes on from the newest of them.
+    Training resumes from the newest complete checkpoint of an earlier try, in the work folder or in the store.
 
     Raises:
-        ProcessLost: the process died or was stopped; a retry goes on.
-        BadRecipe, BadData: the settings do not fit the model or the device, or the loss is not a number any more.
+        ProcessLost: the process died or was stopped; a retry resumes.
+        BadRecipe, BadData: the settings do not fit the model or the device, or the loss is not a finite number.
     """
     recipe, prepared = context.recipe, template.local()
     on_hub = is_hub_id(recipe.base_model)
     base = fetch_base(recipe, context.store)
-    work = {
-        "recipe": recipe.to_json(),
-        "base": base,
-        "base_name": recipe.base_model if on_hub else str(base),
-        "base_revision": recipe.base_revision if on_hub else None,
-        "tokenizer": prepared / TemplateOutput.TOKENIZER,
-        "rows": prepared / TemplateOutput.TRAIN,
-        "holdout": prepared / TemplateOutput.HOLDOUT,
-        "out": context.out,
-    }
-    done = _train_with_what_fits(context, work)
-    resumed = f", went on from {done['resumed_from']}" if done["resumed_from"] else ""
-    summary = (
-        f"{done['steps']} steps, loss {done['first_losses']:.3f} -> {done['last_losses']:.3f}, "
-        f"{done['tokens_per_second']:,.0f} tokens/s on {done['plan']['device_name']}{resumed}"
+    job = TrainJob(
+        recipe=recipe,
+        base=base,
+        base_name=recipe.base_model if on_hub else str(base),
+        base_revision=recipe.base_revision if on_hub else None,
+        tokenizer=prepared / TemplateOutput.TOKENIZER,
+        rows=prepared / TemplateOutput.TRAIN,
+        holdout=prepared / TemplateOutput.HOLDOUT,
+        out=context.out,
+        run_name=recipe.name,
     )
-    return Result(summary, TrainOutput.model_validate(done))
+    output = _train_with_what_fits(context, job)
+    resumed = f", went on from {output.resumed_from}" if output.resumed_from else ""
+    summary = (
+        f"{output.steps} steps, loss {output.first_losses:.3f} -> {output.last_losses:.3f}, "
+        f"{output.tokens_per_second:,.0f} tokens/s on {output.plan.device_name}{resumed}"
+    )
+    return Result(summary, output)
 
 
-def _train_with_what_fits(context: StageContext, work: dict[str, Any]) -> dict[str, Any]:
-    """Train; after running out of memory go on from the last checkpoint with half the micro-batch, which the next tries
-    keep. The effective batch stays the recipe's.
+def _train_with_what_fits(context: StageContext, job: TrainJob) -> TrainOutput:
+    """Train. After running out of memory, resume from the last checkpoint with half the micro-batch and twice the
+    accumulation; later tries keep the smaller micro-batch. The effective batch stays the recipe's.
     """
     recipe, kept, checkpoints = context.recipe, context.out / OOM_EVENTS, StoredCheckpoint(context)
     checkpoints.fetch()
     batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps // recipe.num_processes
     events: list[dict[str, Any]] = orjson.loads(kept.read_bytes()) if kept.exists() else []
     while True:
-        most = {"micro_batch": events[-1]["micro_batch"]} if events else {}
+        job = replace(job, micro_batch=events[-1]["micro_batch"] if events else None)
         try:
-            done = supervise.run(
-                "train", {**work, **most}, context.out, context.progress, recipe.hang_timeout, checkpoints.keep
-            )
+            result = supervise.run(job, context.out, context.progress, recipe.hang_timeout, checkpoints.keep)
             checkpoints.drop()
-            return {**done, "out_of_memory": events}
+            return TrainOutput.model_validate({**asdict(result), "out_of_memory": events})
         except OutOfMemory as error:
             micro = orjson.loads((context.out / PLAN).read_bytes())["micro_batch"]
             smaller = max((n for n in range(1, micro // 2 + 1) if batch % n == 0), default=0)
@@ -96,8 +97,8 @@ def _train_with_what_fits(context: StageContext, work: dict[str, Any]) -> dict[s
 
 
 class StoredCheckpoint:
-    """The newest whole checkpoint of an unfinished training, kept in a store that is not this machine's disk, with the
-    training's log. A retry on another machine goes on from it.
+    """The newest complete checkpoint of an unfinished training, with its log, in a store that is not on this machine.
+    A retry on another machine resumes from it.
     """
 
     def __init__(self, context: StageContext):
@@ -105,7 +106,7 @@ class StoredCheckpoint:
         self._stored = context.store.path(context.recipe.name, "train", f"{context.out.name}.{CHECKPOINTS}")
 
     def fetch(self) -> None:
-        """Bring it here, unless this machine has a newer one.
+        """Fetch the checkpoint, unless this machine has a newer one.
 
         Raises:
             NoPermission, TransientError: the store cannot be read, or does not answer.
@@ -117,9 +118,9 @@ class StoredCheckpoint:
                 self._stored / name / MANIFEST for name in list_dir(self._stored) if name.startswith("checkpoint-")
             ]
             manifests = {path.parent: orjson.loads(content) for path, content in read_all(paths).items()}
-            newest = max(manifests, key=_step, default=None)
+            newest = max(manifests, key=checkpoint_step, default=None)
             here = newest_checkpoint(self._folder)
-            if newest is None or (here and _step(here) >= _step(newest)):
+            if newest is None or (here and checkpoint_step(here) >= checkpoint_step(newest)):
                 return
             for name, content in read_all(self._stored / name for name in RESUME_FILES).items():
                 atomic_write(self._context.out / name.name, content)
@@ -127,9 +128,9 @@ class StoredCheckpoint:
         self._context.progress(f"fetched {newest.name} from the store")
 
     def keep(self, checkpoint: Path) -> None:
-        """Copy a checkpoint to the store, its manifest last, and remove the ones before it.
+        """Copy a checkpoint to the store, its manifest last, and remove earlier ones.
 
-        Hours of training do not end because a store did not take one: the next may be taken.
+        A store that does not take it only causes a warning: hours of training must not end for it.
         """
         if self._context.store.is_local:
             return
@@ -159,11 +160,7 @@ class StoredCheckpoint:
                     remove(self._stored / older)
 
     def drop(self) -> None:
-        """Remove it: the training is finished."""
+        """Remove the checkpoint from the store when the training is finished."""
         if not self._context.store.is_local:
             with self._context.store.writing():
                 remove(self._stored)
-
-
-def _step(checkpoint: Path | UPath) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])

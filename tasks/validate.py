@@ -1,4 +1,4 @@
-"""validate: every row is read and judged before anything is spent on it."""
+"""validate: read and check every row before anything is spent on it."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool:
     external_inputs=_tools_rendered,
 )
 def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[ValidateOutput]:
-    """Read the raw rows and judge them with Great Expectations.
+    """Read the raw rows and check them with Great Expectations.
 
-    Leaves `readings/` (an Arrow file for each row group: `row`, `digest`, and the conversation's columns, see
-    `sharegpt.read_all`), `good.parquet` (the `row` numbers that may be trained on), `quarantine.jsonl` and
-    `repaired.jsonl` (every refused and every repaired row: its number, the reasons and its content) and `data_docs/`
-    (the suite's results as pages).
+    Write `readings/` (one Arrow file per row group: `row`, `digest`, and the conversation's columns, see
+    `include.data.sharegpt`), `good.parquet` (the numbers of the usable rows), `quarantine.jsonl` and `repaired.jsonl`
+    (every refused and every repaired row with its number, the reasons and its content) and `data_docs/` (the suite's
+    results as pages).
 
     Raises:
         BadData: no row is usable, or more rows are refused than `max_refused_share` or `check_limits` allow.
@@ -95,14 +95,14 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
 
 @dataclass
 class _Part:
-    """A row group, read.
+    """One row group as it was read.
 
     Attributes:
-        counts: `row`, and for each of `FEATURES` how often it was seen in each row (int32).
+        counts: `row`, and for each feature its count in each row (int32, one per row).
         digests: the first 8 bytes of each conversation's digest (uint64); 0 where there is none.
         repairs, problems: by row, of those that have some (see `sharegpt.Reading`).
-        columns: of the first rows that could not be read.
-        facts: for the profile.
+        columns: column names of the first unreadable rows, for hints.
+        facts: numbers for the profile.
     """
 
     counts: dict[str, Any]
@@ -139,7 +139,7 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
 
 
 def _originals(digests: Any) -> Any:
-    """For each row the first one with the same digest, -1 for that one itself and where the digest is 0."""
+    """Return for each row the first row with the same digest (int64); -1 for the first row itself and for digest 0."""
     import numpy as np
 
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
@@ -148,7 +148,7 @@ def _originals(digests: Any) -> Any:
 
 
 class _Verdicts:
-    """What became of each row, for people."""
+    """The verdict on each row, for people: refused or repaired, and why."""
 
     def __init__(self, source: Path, findings: Findings, parts: list[_Part], originals: Any, refused: Any, good: Any):
         self._source, self._findings, self._parts = source, findings, parts
@@ -156,7 +156,7 @@ class _Verdicts:
         self._problems = {row: problem for part in parts for row, problem in part.problems.items()}
 
     def write(self, out: Path) -> dict[str, int]:
-        """Write the quarantine and the list of repaired rows; returns how often each first reason was given."""
+        """Write the quarantine and the list of repaired rows; return the number of rows by their first reason."""
         import numpy as np
         import pyarrow.parquet as pq
 
@@ -192,7 +192,7 @@ class _Verdicts:
         return dict(counts.most_common())
 
     def judge(self, context: StageContext, reasons: dict[str, int]) -> None:
-        """Raises BadData when the rows must not be trained on; the quarantine stays in the work folder."""
+        """Raise BadData if too many rows are refused. The quarantine stays in the work folder."""
         rows, refused, budget = len(self._good), int(self._refused.sum()), context.recipe.max_refused_share
         where = f"every refused row and its reason: {context.out / ValidateOutput.QUARANTINE}"
         hint = ""
@@ -214,7 +214,7 @@ class _Verdicts:
             )
 
     def opening(self, row: int) -> str:
-        """How a row begins, for the profile."""
+        """Return the first 120 characters of a row's first turn, for the profile."""
         import pyarrow.parquet as pq
 
         file = pq.ParquetFile(self._source)

@@ -1,8 +1,9 @@
-"""verify: proof that what was published is whole, loads, and answers as what was tested."""
+"""verify: prove that the published version is complete, loads, and answers like the tested adapter."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import orjson
@@ -10,8 +11,16 @@ import orjson
 from include.base_model import fetch_base
 from include.chat.chat_format import ChatFormat
 from include.engine import supervise
+from include.engine.jobs import LogitsJob, MergedLogitsJob
 from include.errors import PermanentError
-from include.pipeline.contracts import PublishedVersion, PublishOutput, TemplateOutput, TrainOutput, VerifyOutput
+from include.pipeline.contracts import (
+    MergedDistance,
+    PublishedVersion,
+    PublishOutput,
+    TemplateOutput,
+    TrainOutput,
+    VerifyOutput,
+)
 from include.pipeline.stage import Output, Result, StageContext, stage
 from include.registry import CARD, merged_uri, open_registry
 from include.storage.files import MANIFEST, describe_files, file_digest, fingerprint
@@ -22,7 +31,7 @@ TOLERANCE = 1e-4  # of logits: the two copies are the same bytes, run by the sam
 
 
 def as_published(context: StageContext, publish: Output[PublishOutput]) -> str:
-    """What the registry holds of the version now: a changed byte there means another proof."""
+    """Return a digest of the version's files as they are in the registry now; a changed file needs a new proof."""
     held = [open_registry(str(context.recipe.registry)).file_digests(publish.metadata.revision)]
     if merged := publish.metadata.merged:
         held.append(open_registry(merged_uri(str(context.recipe.registry))).file_digests(merged.revision))
@@ -42,17 +51,7 @@ def as_published(context: StageContext, publish: Output[PublishOutput]) -> str:
         "prompts",
         "max_seq_length",
     ),
-    other_fields=(  # the device plan reads them; the numbers do not depend on them
-        "engine",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "num_processes",
-        "optim",
-        "packing",
-        "full_finetuning",
-        "registry",
-        "method",
-    ),
+    other_fields=("registry",),
     external_inputs=lambda context, publish, **_: as_published(context, publish),
 )
 def verify(
@@ -66,40 +65,36 @@ def verify(
     recipe, name = context.recipe, publish.metadata.name
     folder, files = fetch_and_check(str(recipe.registry), publish.metadata, context.out / "published")
     chat = ChatFormat(template.local(TemplateOutput.TOKENIZER) / TemplateOutput.TOKENIZER, recipe)
-    work = {
-        "recipe": recipe.to_json(),
-        "base": fetch_base(recipe, context.store),
-        "prompts": [chat.prompt(messages(prompt)) for prompt in recipe.prompts],
-    }
-    compared = supervise.run(
-        "logits", {**work, "adapters": [train.local() / TrainOutput.ADAPTER, folder]}, context.out, context.progress
-    )
-    if compared["largest_difference"] > TOLERANCE or not compared["same_tokens"]:
+    base, prompts = fetch_base(recipe, context.store), [chat.prompt(messages(prompt)) for prompt in recipe.prompts]
+    tested = train.local() / TrainOutput.ADAPTER
+    logits = LogitsJob(recipe=recipe, base=base, tested=tested, published=folder, prompts=prompts)
+    compared = supervise.run(logits, context.out, context.progress)
+    if compared.largest_difference > TOLERANCE or not compared.same_tokens:
         raise PermanentError(
-            f"the published {name} answers differently from what was tested (logits differ by "
-            f"{compared['largest_difference']:.2g})",
+            f"the published {name} answers differently from the tested adapter (logits differ by "
+            f"{compared.largest_difference:.2g})",
             "Do not use that version; compare the packages of this worker with those in its manifest",
         )
-    summary = f"{name}: {files} files whole, logits differ by {compared['largest_difference']:.1g} at most"
+    summary = f"{name}: {files} files whole, logits differ by {compared.largest_difference:.1g} at most"
+    merged_distance = None
     if merged := publish.metadata.merged:
         whole, files = fetch_and_check(merged_uri(str(recipe.registry)), merged, context.out / "merged")
-        distance = supervise.run(
-            "merged_logits", {**work, "adapter": folder, "merged": whole}, context.out, context.progress
-        )
-        if distance["kl"] > MERGED_TOLERANCE:
+        merged_logits = MergedLogitsJob(base=base, adapter=folder, merged=whole, prompts=prompts)
+        distance = supervise.run(merged_logits, context.out, context.progress)
+        if distance.kl > MERGED_TOLERANCE:
             raise PermanentError(
-                f"the merged {merged.name} answers differently from base and adapter (KL {distance['kl']:.2g} nats)",
+                f"the merged {merged.name} answers differently from base and adapter (KL {distance.kl:.2g} nats)",
                 "Do not use the merged model; the adapter itself is as it was tested",
             )
-        summary += f"; merged: {files} files whole, KL to base and adapter {distance['kl']:.1g} nats"
-        compared["merged"] = distance
+        summary += f"; merged: {files} files whole, KL to base and adapter {distance.kl:.1g} nats"
+        merged_distance = MergedDistance(**asdict(distance))
     for download in ("published", "merged"):
         shutil.rmtree(context.out / download, ignore_errors=True)
-    return Result(summary, VerifyOutput.model_validate(compared))
+    return Result(summary, VerifyOutput(**asdict(compared), merged=merged_distance))
 
 
 def fetch_and_check(uri: str, version: PublishedVersion, empty: Path) -> tuple[Path, int]:
-    """Fetch a version into an empty folder, as a new user would; return the folder and the number of files in its manifest.
+    """Fetch a version into an empty folder, as a new user would; return the folder and the number of its files.
 
     Raises:
         PermanentError: a file differs from its digest in the manifest, or the manifest from its digest in the card.

@@ -24,7 +24,7 @@ from tasks.maintain import maintain_store
 from tasks.report import report
 from tasks.rollback import rollback
 from tests.conftest import PROJECT
-from tests.include.engine.test_train import engines, log_of, wait_until
+from tests.services.engine import engines, log_of, wait_until
 from tests.services.s3 import S3
 
 GPU = ("train", "smoke_test", "evaluate")

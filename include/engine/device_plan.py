@@ -1,4 +1,4 @@
-"""What the device at hand makes of the recipe's training settings."""
+"""The device at hand, and how training uses it: engine, precision, micro-batch, memory."""
 
 from __future__ import annotations
 
@@ -11,34 +11,50 @@ from typing import Any
 
 import orjson
 
-from include.engine.distributed import COUNT, RANK, highest
+from include.engine.distributed import RANK, WORLD_SIZE, all_reduce_max
 from include.errors import BadRecipe
+from include.recipe import Recipe
 
 PLAN = "plan.json"
-RESERVE = 1.15  # of what is predicted must be free
+HEADROOM = 1.15  # free memory over predicted memory
 
 
-@dataclass
-class Plan:
-    """How a job uses the device. The effective batch is the recipe's, whatever the plan.
+@dataclass(kw_only=True)
+class Device:
+    """A device to compute on.
 
     Attributes:
-        engine: `unsloth` or `transformers`.
+        device: `cuda` or `cpu`.
+        device_name: for people.
         dtype: compute type, as torch names it.
-        processes: how many train together, each on a GPU of its own.
-        micro_batch, accumulation: conversations per process and micro-step, and micro-steps per optimizer step; the
-            product of the three is the recipe's.
-        liger: whether Liger's kernels take the place of transformers' own.
-        attention: how transformers computes it; `varlen` is `include.engine.attention`.
-        shrunk: whether the micro-batch is the largest that may be tried, after a larger one did not fit.
-        predicted_bytes: of device memory at the peak; 0 on a CPU.
-        notes: where the plan differs from the recipe, and why; for people.
     """
 
     device: str
     device_name: str
-    engine: str
     dtype: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values, for the manifest."""
+        return asdict(self)
+
+
+@dataclass(kw_only=True)
+class Plan(Device):
+    """How training uses the device. The effective batch is the recipe's, whatever the plan.
+
+    Attributes:
+        engine: `unsloth` or `transformers`.
+        processes: how many train together, each on a GPU of its own.
+        micro_batch, accumulation: conversations per process and micro-step, and micro-steps per optimizer step; the
+            product of the three is the recipe's.
+        liger: whether Liger's kernels replace those of transformers.
+        attention: how transformers computes it; `varlen` is `include.engine.attention`.
+        shrunk: whether the micro-batch is the largest that may be tried, after a larger one did not fit.
+        predicted_bytes: device memory at the peak; 0 on a CPU.
+        notes: where the plan differs from the recipe, and why; for people.
+    """
+
+    engine: str
     optim: str
     gradient_checkpointing: bool | str
     micro_batch: int
@@ -50,64 +66,80 @@ class Plan:
     predicted_bytes: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON values, for the manifest."""
-        return asdict(self)
+
+def find_device() -> Device:
+    """Return this process's device: its own GPU, else the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        name = f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+        return Device(device="cpu", device_name=name, dtype="float32")
+    if torch.cuda.device_count() > RANK:
+        torch.cuda.set_device(RANK)
+    dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return Device(device="cuda", device_name=torch.cuda.get_device_name(), dtype=dtype)
 
 
-def make_plan(recipe: dict[str, Any], micro_batch: int | None = None) -> Plan:
-    """Choose engine, precision and optimizer for this machine, and this process's device.
+def make_plan(recipe: Recipe, micro_batch: int | None = None) -> Plan:
+    """Choose engine, precision and optimizer of a training on this process's device.
 
     Args:
-        micro_batch: a smaller one than the recipe's, after it did not fit into memory.
+        micro_batch: the largest one that may be tried, after a larger one did not fit into memory.
 
     Raises:
-        BadRecipe: the recipe asks for what this machine has not: Unsloth without a GPU or without the package, more
-            processes than there are GPUs.
+        BadRecipe: this machine lacks something that the recipe asks for: a GPU or the package for Unsloth, a GPU for
+            each process.
     """
     import torch
 
-    wanted = micro_batch or recipe["per_device_train_batch_size"]
-    share = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] // COUNT
-    micro = max(n for n in range(1, min(wanted, share) + 1) if share % n == 0)
-    batch = (micro, share // micro, bool(micro_batch), COUNT)
-    if not torch.cuda.is_available():
-        if recipe["engine"] == "unsloth":
-            raise BadRecipe(
-                "field 'engine': unsloth needs a GPU, and this machine shows none",
-                "Run the gpu queue's worker on a machine with one, or set engine: auto",
-            )
-        plan = Plan("cpu", _cpu_name(), "transformers", "float32", recipe["optim"], False, *batch)
-        if plan.optim not in ("adamw_torch", "adafactor"):
-            plan.notes.append(f"adamw_torch in place of {plan.optim}, which needs a GPU")
-            plan.optim = "adamw_torch"
-        return plan
-    if torch.cuda.device_count() < COUNT:
+    largest = micro_batch or recipe.per_device_train_batch_size
+    share = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps // WORLD_SIZE
+    micro = max(n for n in range(1, min(largest, share) + 1) if share % n == 0)
+    device = find_device()
+    gpu = device.device == "cuda"
+    if not gpu and recipe.engine == "unsloth":
         raise BadRecipe(
-            f"field 'num_processes': {COUNT} processes need as many GPUs, this machine shows "
+            "field 'engine': unsloth needs a GPU, and this machine shows none",
+            "Run the gpu queue's worker on a machine with one, or set engine: auto",
+        )
+    if gpu and torch.cuda.device_count() < WORLD_SIZE:
+        raise BadRecipe(
+            f"field 'num_processes': {WORLD_SIZE} processes need as many GPUs, this machine shows "
             f"{torch.cuda.device_count()}",
             "Lower num_processes, or run the gpu queue's worker on a machine with more",
         )
-    torch.cuda.set_device(RANK)
-    bf16 = torch.cuda.is_bf16_supported()
-    liger = importlib.util.find_spec("liger_kernel") is not None
-    engine, notes = _gpu_engine(recipe, liger and bf16)
     plan = Plan(
-        "cuda", torch.cuda.get_device_name(), engine, "bfloat16" if bf16 else "float16", recipe["optim"],
-        "unsloth" if engine == "unsloth" else True, *batch, notes=notes,
-    )  # fmt: skip
-    if engine == "transformers":
-        plan.liger = liger and recipe["method"] == "sft"  # for DPO, TRL computes another way with it
-        if bf16 and recipe["packing"] and importlib.util.find_spec("torch.nn.attention.varlen"):
+        **device.as_dict(),
+        engine="transformers",
+        optim=recipe.optim,
+        gradient_checkpointing=gpu,
+        micro_batch=micro,
+        accumulation=share // micro,
+        shrunk=bool(micro_batch),
+        processes=WORLD_SIZE,
+    )
+    if not gpu:
+        if plan.optim not in ("adamw_torch", "adafactor"):
+            plan.notes.append(f"adamw_torch replaces {plan.optim}, which needs a GPU")
+            plan.optim = "adamw_torch"
+        return plan
+    bf16 = plan.dtype == "bfloat16"
+    liger = importlib.util.find_spec("liger_kernel") is not None
+    plan.engine, plan.notes = _gpu_engine(recipe, liger and bf16)
+    if plan.engine == "unsloth":
+        plan.gradient_checkpointing = "unsloth"
+    else:
+        plan.liger = liger and recipe.method == "sft"  # for DPO, TRL computes another way with it
+        if bf16 and recipe.packing and importlib.util.find_spec("torch.nn.attention.varlen"):
             plan.attention = "varlen"
     return plan
 
 
-def fit(plan: Plan, recipe: dict[str, Any], base: str, longest: int, free: int) -> Plan:
-    """Choose micro-batch and gradient checkpointing so that the device is used and its memory holds; the effective
-    batch stays. On a CPU the plan is left as it is.
+def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan:
+    """Choose micro-batch and gradient checkpointing so that the device is used and its memory suffices; the effective
+    batch stays. On a CPU, return the plan unchanged.
 
-    The host launches kernels for one micro-step at a time, so that speed grows with the micro-batch; checkpointing
+    The host launches the kernels of one micro-step at a time, so that speed grows with the micro-batch; checkpointing
     halves it (both measured, see bench/train.json).
 
     Args:
@@ -115,105 +147,101 @@ def fit(plan: Plan, recipe: dict[str, Any], base: str, longest: int, free: int) 
         longest: tokens of the longest sequence.
         free: bytes of device memory.
     """
-    if plan.device != "cuda" or not recipe["fit_device"]:
+    if plan.device != "cuda" or not recipe.fit_device:
         return plan
-    if recipe["device_memory_gb"]:
-        free = min(free, int(recipe["device_memory_gb"] * 2**30))
-    shape = orjson.loads((Path(base) / "config.json").read_bytes())
-    batch, most = plan.micro_batch * plan.accumulation, plan.micro_batch
-    if not plan.shrunk:
-        most = batch
+    if recipe.device_memory_gib:
+        free = min(free, int(recipe.device_memory_gib * 2**30))
+    config = orjson.loads((base / "config.json").read_bytes())
+    batch = plan.micro_batch * plan.accumulation
+    largest = plan.micro_batch if plan.shrunk else batch
     checkpointed: bool | str = "unsloth" if plan.engine == "unsloth" else True
     choices = [
-        replace(plan, micro_batch=micro, accumulation=batch // micro, gradient_checkpointing=how)
-        for micro in range(1, most + 1)
+        replace(plan, micro_batch=micro, accumulation=batch // micro, gradient_checkpointing=checkpointing)
+        for micro in range(1, largest + 1)
         if batch % micro == 0
-        for how in (False, checkpointed)
+        for checkpointing in (False, checkpointed)
     ]
     for choice in choices:
-        sequences = choice.micro_batch * (2 if recipe["method"] == "dpo" else 1)
-        tokens = sequences * (recipe["max_seq_length"] if recipe["packing"] else longest)
-        choice.predicted_bytes = predict_peak(shape, recipe, choice, tokens)
-    fitting = [choice for choice in choices if choice.predicted_bytes * RESERVE <= free]
+        sequences = choice.micro_batch * (2 if recipe.method == "dpo" else 1)
+        tokens = sequences * (recipe.max_seq_length if recipe.packing else longest)
+        choice.predicted_bytes = predict_peak(config, recipe, choice, tokens)
+    fitting = [choice for choice in choices if choice.predicted_bytes * HEADROOM <= free]
     best = max(fitting or choices[1:2], key=lambda c: c.micro_batch * (1 if c.gradient_checkpointing else 2))
     best.notes.append(
         f"{best.micro_batch} x {best.accumulation} {'with' if best.gradient_checkpointing else 'without'} gradient "
-        f"checkpointing: {best.predicted_bytes / 2**30:.1f} GiB predicted, {free / 2**30:.1f} GiB there"
+        f"checkpointing: {best.predicted_bytes / 2**30:.1f} GiB predicted, {free / 2**30:.1f} GiB free"
     )
     return best
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on the process's GPU, or where several train together on the one that has least; else 0."""
+    """Return the free bytes of this process's GPU, the fewest where several train together; 0 on a CPU."""
     import torch
 
-    return -highest(-torch.cuda.mem_get_info()[0], device) if device == "cuda" else 0
+    return -all_reduce_max(-torch.cuda.mem_get_info()[0], device) if device == "cuda" else 0
 
 
-def predict_peak(shape: dict[str, Any], recipe: dict[str, Any], plan: Plan, tokens: int) -> int:
-    """Bytes of device memory at the peak of a training step, for a Llama-like model.
+def predict_peak(config: dict[str, Any], recipe: Recipe, plan: Plan, tokens: int) -> int:
+    """Return the bytes of device memory at the peak of a training step, for a Llama-like model.
 
-    Weights by their bits; what is trained with its gradient and optimizer states; for each token and layer the inputs
-    that the backward pass needs (of the two norms, the projections and the gate, in 16 bits), or with checkpointing
-    those of one layer and the layers' inputs, which Unsloth keeps in the host's memory; and a chunk of logits.
+    The sum of: the weights by their bits; the trained parameters with gradients and optimizer states; for each token
+    and layer the inputs that the backward pass needs (of the two norms, the projections and the gate, in 16 bits), or
+    with checkpointing those of one layer and the layers' inputs, which Unsloth keeps in the host's memory; a chunk of
+    logits.
 
     Args:
-        shape: the model's config.json.
+        config: the model's config.json.
         tokens: of the largest micro-batch, padding included.
     """
-    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    heads, groups = shape["num_attention_heads"], shape.get("num_key_value_heads", shape["num_attention_heads"])
-    size = shape.get("head_dim") or hidden // heads
+    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
+    head_dim = config.get("head_dim") or hidden // heads
     sizes = {
-        "q_proj": (hidden, heads * size), "k_proj": (hidden, groups * size), "v_proj": (hidden, groups * size),
-        "o_proj": (heads * size, hidden), "gate_proj": (hidden, inner), "up_proj": (hidden, inner),
-        "down_proj": (inner, hidden),
+        "q_proj": (hidden, heads * head_dim), "k_proj": (hidden, groups * head_dim),
+        "v_proj": (hidden, groups * head_dim), "o_proj": (heads * head_dim, hidden), "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner), "down_proj": (inner, hidden),
     }  # fmt: skip
-    of_layers = layers * sum(a * b for a, b in sizes.values())
-    embeddings = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
-    states = 2 if plan.optim.endswith("_8bit") else 8  # bytes of a parameter, of AdamW
-    if recipe["full_finetuning"]:
-        weights, trained = 0.0, (of_layers + embeddings) * (4 + 4 + states)
+    in_layers = layers * sum(a * b for a, b in sizes.values())
+    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    adam_bytes = 2 if plan.optim.endswith("_8bit") else 8  # for each parameter
+    if recipe.full_finetuning:
+        weights, trained = 0.0, (in_layers + embeddings) * (4 + 4 + adam_bytes)
     else:
-        each = 0.53 if recipe["load_in_4bit"] else 1.03 if recipe["load_in_8bit"] else 2  # bytes, with their scales
-        weights = of_layers * each + embeddings * 2
-        adapted = sum(a + b for name, (a, b) in sizes.items() if name in recipe["target_modules"])
-        trained = layers * recipe["r"] * adapted * (4 + 4 + states)
-    of_layer = 2 * (4 * hidden + (heads + 2 * groups) * size + 3 * inner)
-    own = 1 if plan.engine == "unsloth" else 1.2 if plan.liger else 2  # what transformers keeps besides (measured)
+        weight_bytes = 0.53 if recipe.load_in_4bit else 1.03 if recipe.load_in_8bit else 2  # with their scales
+        weights = in_layers * weight_bytes + embeddings * 2
+        adapted = sum(a + b for name, (a, b) in sizes.items() if name in recipe.target_modules)
+        trained = layers * recipe.r * adapted * (4 + 4 + adam_bytes)
+    in_layer = 2 * (4 * hidden + (heads + 2 * groups) * head_dim + 3 * inner)
+    overhead = 1 if plan.engine == "unsloth" else 1.2 if plan.liger else 2  # of transformers' own kernels (measured)
     if not plan.gradient_checkpointing:
-        kept = tokens * layers * of_layer * own
+        activations = tokens * layers * in_layer * overhead
     else:
-        kept = tokens * of_layer * own + (0 if plan.engine == "unsloth" else tokens * layers * hidden * 2)
-    return int(weights + trained + kept + 2**30 // own)
+        activations = tokens * in_layer * overhead + (0 if plan.engine == "unsloth" else tokens * layers * hidden * 2)
+    return int(weights + trained + activations + 2**30 // overhead)
 
 
-def _gpu_engine(recipe: dict[str, Any], fast_packing: bool) -> tuple[str, list[str]]:
-    """The engine, and why it is not Unsloth where the recipe leaves the choice.
+def _gpu_engine(recipe: Recipe, fast_packing: bool) -> tuple[str, list[str]]:
+    """Return the engine, and a note if it is not Unsloth although the recipe leaves the choice.
 
-    Packed rows go to transformers, Liger's kernels and `include.engine.attention`: 28,900 tokens/s in bench/train.json,
-    where Unsloth's 15,100 were seen on such a device.
+    Packed rows are trained by transformers with Liger's kernels and `include.engine.attention`: 28,900 tokens/s in
+    bench/train.json, against 15,100 with Unsloth on such a device.
     """
-    if recipe["engine"] == "transformers":
+    if recipe.engine == "transformers":
         return "transformers", []
-    others = {
-        "method: dpo": recipe["method"] == "dpo",
-        "full_finetuning": recipe["full_finetuning"],
-        "several processes": recipe["num_processes"] > 1,
-        "packed rows": recipe["packing"] and recipe["engine"] == "auto" and fast_packing,
+    reasons = {
+        "method: dpo": recipe.method == "dpo",
+        "full_finetuning": recipe.full_finetuning,
+        "several processes": recipe.num_processes > 1,
+        "packed rows": recipe.packing and recipe.engine == "auto" and fast_packing,
     }
-    if reasons := [reason for reason, applies in others.items() if applies]:
-        return "transformers", [f"transformers in place of unsloth: {', '.join(reasons)}"]
+    if applying := [reason for reason, applies in reasons.items() if applies]:
+        return "transformers", [f"transformers replaces unsloth: {', '.join(applying)}"]
     try:
         import unsloth  # noqa: F401  (it must be imported before transformers, trl and peft)
-    except Exception as error:  # it fails in many ways where a kernel or a version does not fit
-        if recipe["engine"] == "unsloth":
+    except Exception as error:  # of many classes, where a kernel or a version does not fit
+        if recipe.engine == "unsloth":
             raise BadRecipe(
                 f"field 'engine': unsloth cannot be imported ({error})", "pip install -r requirements-gpu.txt"
             ) from error
-        return "transformers", [f"transformers in place of unsloth, which cannot be imported: {error}"]
+        return "transformers", [f"transformers replaces unsloth, which cannot be imported: {error}"]
     return "unsloth", []
-
-
-def _cpu_name() -> str:
-    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"

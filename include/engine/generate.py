@@ -4,48 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from include.engine.device_plan import make_plan
-from include.engine.model import variants
-
-# None may be left out: what is not said here, generate() takes from the base's own generation_config.json
-DECODING = ("max_new_tokens", "do_sample", "num_beams", "repetition_penalty", "no_repeat_ngram_size")
-DRAWING = ("temperature", "top_p", "top_k", "min_p")  # mean something only with do_sample
+from include.engine.arguments import generation_config
+from include.engine.device_plan import find_device
+from include.engine.jobs import GenerateJob, GenerateResult, Ids, Progress
+from include.engine.model import variants, weight_bits
 
 
-def generate(job: dict[str, Any], say: Any) -> dict[str, Any]:
+def generate(job: GenerateJob, progress: Progress) -> GenerateResult:
     """Answer each prompt with the adapter (or the whole model that was trained) and with the base.
 
-    Args:
-        job: `recipe`, `base`, `adapter` (folders), `prompts` (list of token ids), `stop` (ids that end an answer),
-            `pad` (id).
-
-    Returns:
-        `adapter` and `base`: for each prompt the ids of the answer, without the prompt; `plan`.
+    Raises:
+        NotFound: the base or the adapter cannot be loaded.
     """
-    plan = make_plan({**job["recipe"], "engine": "transformers"})
     import torch
-    from transformers import GenerationConfig, set_seed
+    from transformers import set_seed
 
-    recipe = job["recipe"]
-    named = DECODING + (DRAWING if recipe["do_sample"] else ())
-    settings = GenerationConfig(
-        eos_token_id=job["stop"], pad_token_id=job["pad"], **{name: recipe[name] for name in named}
-    )
+    recipe, device = job.recipe, find_device()
+    config = generation_config(recipe, job.stop, job.pad)
 
-    def answers(model: Any) -> list[list[int]]:
-        said = []
-        for ids in job["prompts"]:
-            prompt = torch.tensor([ids], device=plan.device)
-            set_seed(recipe["seed"])
-            output = model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
-            )
-            said.append(output[0, len(ids) :].tolist())
-        return said
+    def answer_all(model: Any) -> list[Ids]:
+        answers = []
+        for ids in job.prompts:
+            prompt = torch.tensor([ids], device=device.device)
+            set_seed(recipe.seed)
+            output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+            answers.append(output[0, len(ids) :].tolist())
+        return answers
 
-    found = {}
+    answers = {}
     with torch.inference_mode():
-        for name, model in variants(job["base"], {"adapter": job["adapter"]}, recipe, plan):
-            found[name] = answers(model)
-            say(f"{len(found[name])} answers by the {name}")
-    return {**found, "plan": plan.as_dict()}
+        for name, model in variants(job.base, {"adapter": job.adapter}, device, weight_bits(recipe)):
+            answers[name] = answer_all(model)
+            progress(f"{len(answers[name])} answers by the {name}")
+    return GenerateResult(**answers)

@@ -1,4 +1,4 @@
-"""Jobs that measure: losses of holdout rows by the base and by adapters; logits, to compare two copies."""
+"""Jobs that measure: losses of holdout rows by the base and by adapters; logits of two copies of an adapter."""
 
 from __future__ import annotations
 
@@ -6,58 +6,55 @@ import math
 from typing import Any
 
 from include.chat.tokenized import IGNORED, load_rows
-from include.engine.device_plan import make_plan
-from include.engine.model import variants
+from include.engine.device_plan import find_device
+from include.engine.jobs import LogitsJob, LogitsResult, LossesJob, LossesResult, Progress
+from include.engine.model import variants, weight_bits
 from include.errors import BadData
 
 BATCH_TOKENS = 4096  # padded tokens of one forward pass: the logits of a 128k vocabulary then take 2 GB
 
+Sequence = tuple[list[int], list[int]]  # ids and labels
 
-def losses(job: dict[str, Any], say: Any) -> dict[str, Any]:
-    """The loss of each holdout row, by the base and by each adapter or whole model.
+
+def losses(job: LossesJob, progress: Progress) -> LossesResult:
+    """Measure the loss of each holdout row, by the base and by each adapter or whole model.
 
     It is the mean cross entropy of the trained tokens in nats; with `method: dpo` the loss of DPO (Rafailov et al.
     2023, equation 7), for which the base is the reference and has log 2.
 
-    Args:
-        job: `recipe`, `base`, `rows` (folder, see `include.chat.tokenized`), `most` (rows), `adapters` (name -> folder).
-
-    Returns:
-        `row` numbers, `tokens` (trained tokens of each row) and `losses` (`base` and each adapter's name -> list).
-
     Raises:
         BadData: a loss is not finite.
+        NotFound: the base or an adapter cannot be loaded.
     """
-    plan = make_plan({**job["recipe"], "engine": "transformers"})
     import numpy as np
     import torch
 
-    recipe, rows = job["recipe"], load_rows(job["rows"])
-    rows = rows.select(range(min(job["most"], len(rows))))
-    pairs = recipe["method"] == "dpo"
+    recipe, device, rows = job.recipe, find_device(), load_rows(job.rows)
+    rows = rows.select(range(min(job.max_rows, len(rows))))
+    pairs = recipe.method == "dpo"
     sequences = _sequences(rows, pairs)
     tokens = [sum(label != IGNORED for label in labels[1:]) for _, labels in sequences]
-    found: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
     references: list[float] = []
     with torch.inference_mode():
-        for name, model in variants(job["base"], job["adapters"], recipe, plan):
-            sums = _fitting_sums(model, sequences, plan.device, say)
+        for name, model in variants(job.base, job.adapters, device, weight_bits(recipe)):
+            sums = _log_likelihoods(model, sequences, device.device, progress)
             if pairs:
                 margins = [chosen - rejected for chosen, rejected in zip(sums[::2], sums[1::2], strict=True)]
                 references = references or margins
-                found[name] = np.logaddexp(0, -recipe["beta"] * (np.array(margins) - references)).tolist()
+                losses[name] = np.logaddexp(0, -recipe.beta * (np.array(margins) - references)).tolist()
             else:
-                found[name] = [-total / count for total, count in zip(sums, tokens, strict=True)]
-            if any(not math.isfinite(loss) for loss in found[name]):
+                losses[name] = [-total / count for total, count in zip(sums, tokens, strict=True)]
+            if any(not math.isfinite(loss) for loss in losses[name]):
                 raise BadData("a holdout row's loss is not a number", "The adapter or the base is damaged; train again")
-            say(f"{name}: {len(rows)} rows measured")
+            progress(f"{name}: {len(rows)} rows measured")
     if pairs:
         tokens = [chosen + rejected for chosen, rejected in zip(tokens[::2], tokens[1::2], strict=True)]
-    return {"row": list(rows["row"]), "tokens": tokens, "losses": found, "plan": plan.as_dict()}
+    return LossesResult(row=list(rows["row"]), tokens=tokens, losses=losses, device=device)
 
 
-def _sequences(rows: Any, pairs: bool) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each row; of a pair those with the chosen answer, then those with the rejected one."""
+def _sequences(rows: Any, pairs: bool) -> list[Sequence]:
+    """Return ids and labels of each row; of a pair those with the chosen answer, then those with the rejected one."""
     if not pairs:
         return [(row["input_ids"], row["labels"]) for row in rows]
     return [
@@ -67,35 +64,35 @@ def _sequences(rows: Any, pairs: bool) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def _fitting_sums(model: Any, sequences: list[tuple[list[int], list[int]]], device: str, say: Any) -> list[float]:
-    """The log-likelihoods of `_sums`, in smaller batches where memory does not hold larger ones."""
+def _log_likelihoods(model: Any, sequences: list[Sequence], device: str, progress: Progress) -> list[float]:
+    """Return the log-likelihood (nats) of each sequence's trained tokens; halve the batches when memory runs out."""
     import torch
 
-    most = BATCH_TOKENS
+    batch_tokens = BATCH_TOKENS
     while True:
         try:
-            return _sums(model, sequences, device, most)
+            return _batched_log_likelihoods(model, sequences, device, batch_tokens)
         except torch.OutOfMemoryError:
-            if most <= min(len(ids) for ids, _ in sequences):
+            if batch_tokens <= min(len(ids) for ids, _ in sequences):
                 raise
-            most //= 2
-            say(f"out of memory: measuring in batches of {most:,} tokens")
+            batch_tokens //= 2
+            progress(f"out of memory: measuring in batches of {batch_tokens:,} tokens")
             if device == "cuda":
                 torch.cuda.empty_cache()
 
 
-def _sums(model: Any, sequences: list[tuple[list[int], list[int]]], device: str, most: int) -> list[float]:
-    """The log-likelihood of each sequence's trained tokens (nats), in batches of so many padded tokens at most."""
+def _batched_log_likelihoods(model: Any, sequences: list[Sequence], device: str, batch_tokens: int) -> list[float]:
+    """Return the log-likelihoods, computed in batches of at most so many padded tokens."""
     import torch
     from torch.nn.functional import cross_entropy
     from torch.nn.utils.rnn import pad_sequence
 
     lengths = [len(ids) for ids, _ in sequences]
     order = sorted(range(len(sequences)), key=lengths.__getitem__)
-    found = [0.0] * len(sequences)
+    sums = [0.0] * len(sequences)
     while order:
         batch = [order.pop(0)]
-        while order and (len(batch) + 1) * lengths[order[0]] <= most:
+        while order and (len(batch) + 1) * lengths[order[0]] <= batch_tokens:
             batch.append(order.pop(0))
         chosen = [sequences[i] for i in batch]
         ids = pad_sequence([torch.tensor(ids) for ids, _ in chosen], batch_first=True).to(device)
@@ -103,32 +100,28 @@ def _sums(model: Any, sequences: list[tuple[list[int], list[int]]], device: str,
         mask = pad_sequence([torch.ones(len(ids)) for ids, _ in chosen], batch_first=True).to(device)
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         targets = labels[:, 1:].to(device)
-        each = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
-        for i, total in zip(batch, each.tolist(), strict=True):
-            found[i] = -total
-    return found
+        entropies = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
+        for i, entropy in zip(batch, entropies.tolist(), strict=True):
+            sums[i] = -entropy
+    return sums
 
 
-def logits(job: dict[str, Any], say: Any) -> dict[str, Any]:
-    """The largest difference between the logits of two copies of an adapter on the same ids.
+def logits(job: LogitsJob, progress: Progress) -> LogitsResult:
+    """Compare the logits of two copies of an adapter on the same ids.
 
-    Args:
-        job: `recipe`, `base`, `adapters` (two folders: the tested one and the published one), `prompts` (token ids).
-
-    Returns:
-        `largest_difference` over all positions, and `same_tokens`: whether the likeliest tokens agree everywhere.
+    Raises:
+        NotFound: the base or an adapter cannot be loaded.
     """
-    plan = make_plan({**job["recipe"], "engine": "transformers"})
     import torch
 
-    tested, published = job["adapters"]
-    found: dict[str, list[Any]] = {}
+    device, found = find_device(), {}
+    copies = {"tested": job.tested, "published": job.published}
     with torch.inference_mode():
-        for name, model in variants(job["base"], {"tested": tested, "published": published}, job["recipe"], plan):
-            prompts = [torch.tensor([ids], device=plan.device) for ids in job["prompts"]]
+        for name, model in variants(job.base, copies, device, weight_bits(job.recipe)):
+            prompts = [torch.tensor([ids], device=device.device) for ids in job.prompts]
             found[name] = [model(input_ids=prompt).logits.float() for prompt in prompts]
     both = list(zip(found["tested"], found["published"], strict=True))
-    return {
-        "largest_difference": max((one - other).abs().max().item() for one, other in both),
-        "same_tokens": all(bool((one.argmax(-1) == other.argmax(-1)).all()) for one, other in both),
-    }
+    return LogitsResult(
+        largest_difference=max((one - other).abs().max().item() for one, other in both),
+        same_tokens=all(bool((one.argmax(-1) == other.argmax(-1)).all()) for one, other in both),
+    )

@@ -1,4 +1,4 @@
-"""Runs one engine job in a subprocess, passes on what it says, and turns its end into a result or an error."""
+"""Run one engine job in a subprocess, pass its progress on, and turn its end into a result or an error."""
 
 from __future__ import annotations
 
@@ -11,116 +11,136 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
 from include import errors
+from include.engine.jobs import Job
 from include.errors import ProcessLost, ProcessTimeout, RetuneError
-from include.paths import PROJECT
-from include.storage.files import to_json
+from include.paths import PROJECT, var
 
 LOG, JOB = "engine.log", "job.json"
-GRACE = 120.0  # seconds from asking the process to stop (it saves a checkpoint first) to killing it
+GRACE = 120.0  # seconds from SIGTERM (the process saves a checkpoint first) to SIGKILL
+START_TIMEOUT = 900.0  # seconds that imports, loading and compilation may take, however short hang_timeout is
+RESUME = "Run again: it resumes from its last checkpoint"
+
+R = TypeVar("R")
 
 
 def run(
-    command: str,
-    job: dict[str, Any],
+    job: Job[R],
     folder: Path,
-    say: Callable[[str], None],
-    silence: float = 1800,
-    saved: Callable[[Path], None] | None = None,
-) -> dict[str, Any]:
-    """Run `python -m include.engine COMMAND` and return its result.
+    progress: Callable[[str], None],
+    hang_timeout: float = 1800,
+    on_checkpoint: Callable[[Path], None] | None = None,
+) -> R:
+    """Do a job in a process of its own and return its result.
 
     Args:
-        command: train, generate, losses or logits.
-        job: the command's arguments, plain JSON values.
-        folder: where the job's arguments and the log of the process (its stdout and stderr) go.
-        say: called with each line that the process has for people.
-        silence: seconds without a word of the process after which it is taken to hang.
-        saved: called with each checkpoint that is whole.
+        job: its class decides the command.
+        folder: where the job's arguments and the process's log (its stdout and stderr) are written.
+        progress: called with each line that the process has for people.
+        hang_timeout: seconds without a sign of life after which the process counts as hung. Until the first training
+            step is done, it is at least `START_TIMEOUT`.
+        on_checkpoint: called with the folder of each checkpoint that is saved in full.
 
     Raises:
-        ProcessTimeout: it was silent for too long, and was killed.
-        RetuneError: what the process reported, of the class it reported.
-        ProcessLost: it was killed or asked to stop; what it had saved is in its output folder.
+        ProcessTimeout: the process gave no sign of life for too long, and was killed.
+        RetuneError: the error that the process reported, of the same class.
+        ProcessLost: the process was killed or asked to stop; its checkpoints are in its output folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = folder / JOB
-    arguments.write_bytes(to_json(job))
+    job_file = folder / JOB
+    job_file.write_bytes(job.to_json())
     reader, writer = os.pipe()
     with (folder / LOG).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "include.engine", command, str(arguments), str(writer)],
+            [sys.executable, "-m", "include.engine", job.command, str(job_file), str(writer)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             pass_fds=(writer,),
-            cwd=PROJECT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},  # cwd puts the checkout on its path
-            start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor only, which then decides
+            cwd=PROJECT,  # the checkout is on the process's path
+            env=environment(),
+            start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor only, which passes it on
         )
     os.close(writer)
-    result: dict[str, Any] | None = None
+    result: Any = None
     failure: RetuneError | None = None
-    with _stopping(process) as stop, os.fdopen(reader, "rb") as events:
-        for line in _lines(events, process, silence):
-            event = orjson.loads(line)
-            if event["event"] == "say":
-                if event["line"]:  # an empty one is a sign of life
-                    say(event["line"])
-                if saved and "saved" in event:
-                    saved(Path(event["saved"]))
+    with _stopping(process) as stop, os.fdopen(reader, "rb") as pipe:
+        for event in _events(pipe, process, hang_timeout):
+            if event["event"] == "progress":
+                if event["line"]:
+                    progress(event["line"])
+                if on_checkpoint and event["checkpoint"]:
+                    on_checkpoint(Path(event["checkpoint"]))
             elif event["event"] == "result":
-                result = event["result"]
+                result = job.result_from_json(orjson.dumps(event["result"]))
             elif event["event"] == "error":
                 failure = failure or getattr(errors, event["kind"], RetuneError)(event["what"], event["do"])
         process.wait()
     if failure:
         raise failure
-    if stop.asked:
-        raise ProcessLost(f"the {command} process was asked to stop", "Run again: it goes on from its last checkpoint")
+    if stop.requested:
+        raise ProcessLost(f"the {job.command} process was asked to stop", RESUME)
     if result is None or process.returncode != 0:
-        raise _lost(command, process.returncode, folder / LOG)
+        raise _lost(job.command, process.returncode, folder / LOG)
     return result
 
 
-def _lines(events: Any, process: subprocess.Popen[bytes], silence: float) -> Iterator[bytes]:
-    """The lines of a pipe until it is closed."""
-    os.set_blocking(events.fileno(), False)
-    rest = b""
+def environment() -> dict[str, str]:
+    """Return the process's environment: offline, without bars, compiled kernels in the cache and not in the checkout.
+
+    Unsloth writes `unsloth_compiled_cache` into the current directory unless UNSLOTH_COMPILE_LOCATION names another.
+    """
+    cache = var() / "cache"
+    caches = {"UNSLOTH_COMPILE_LOCATION": str(cache / "unsloth"), "TRITON_CACHE_DIR": str(cache / "triton")}
+    return {**caches, **os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
+
+def _events(pipe: Any, process: subprocess.Popen[bytes], hang_timeout: float) -> Iterator[dict[str, Any]]:
+    """Yield the process's events until it closes the pipe.
+
+    Raises:
+        ProcessTimeout: none came for too long; the process has been killed.
+    """
+    os.set_blocking(pipe.fileno(), False)
+    rest, timeout = b"", max(hang_timeout, START_TIMEOUT)
     while True:
-        ready, _, _ = select.select([events], [], [], silence)
+        ready, _, _ = select.select([pipe], [], [], timeout)
         if not ready:
             process.kill()
             raise ProcessTimeout(
-                f"the process gave no sign of life for {silence:,.0f} s and was ended",
-                "Run again: it goes on from its last checkpoint; raise hang_timeout if it only takes long",
+                f"the process gave no sign of life for {timeout:,.0f} s and was killed",
+                f"{RESUME}; raise hang_timeout if its steps take that long",
             )
-        part = events.read()
+        part = pipe.read()
         if not part:
             return
         *lines, rest = (rest + part).split(b"\n")
-        yield from lines
+        for line in lines:
+            event = orjson.loads(line)
+            if event.get("training"):
+                timeout = hang_timeout
+            yield event
 
 
 class _Stop:
-    asked = False
+    requested = False
 
 
 @contextmanager
 def _stopping(process: subprocess.Popen[bytes]) -> Iterator[_Stop]:
-    """Passes SIGTERM on to the process, and leaves no process behind whatever ends the wait for it."""
+    """Pass SIGTERM on to the process; at the end, however it comes, no process is left."""
     stop = _Stop()
 
     def on_sigterm(*_: Any) -> None:
-        stop.asked = True
+        stop.requested = True
         process.terminate()
 
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, on_sigterm) if main else None
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, on_sigterm) if in_main_thread else None
     try:
         yield stop
     finally:
@@ -131,16 +151,14 @@ def _stopping(process: subprocess.Popen[bytes]) -> Iterator[_Stop]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
-def _lost(command: str, code: int, log: Path) -> RetuneError:
-    if code < 0:
-        name = signal.Signals(-code).name
+def _lost(command: str, status: int, log: Path) -> RetuneError:
+    if status < 0:
+        name = signal.Signals(-status).name
         hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
-        return ProcessLost(
-            f"the {command} process was ended by {name}{hint}", "Run again: it goes on from its last checkpoint"
-        )
-    last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-    return ProcessLost(f"the {command} process ended with status {code}: {last[0]}", f"See {log}")
+        return ProcessLost(f"the {command} process was ended by {name}{hint}", RESUME)
+    last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["its log is empty"]
+    return ProcessLost(f"the {command} process ended with status {status}: {last[0]}", f"See {log}")

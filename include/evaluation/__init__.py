@@ -1,1 +1,1 @@
-"""Evaluation: answer checks, the gate, the shuffled-prompt control."""
+"""Evaluation: checks of generated answers, the gate, the shuffled-prompt control. Models run in `include.engine`."""

@@ -1,4 +1,4 @@
-"""The gate: whether a candidate may take the place of what is live. Numbers in, verdict out."""
+"""The gate: decides from per-row losses whether a candidate may go live."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 
 RESAMPLES, BATCH = 10_000, 1_000
-TIE = 1e-3  # nats per token: rows whose losses differ by less are the same to the gate, also in 16-bit arithmetic
-PROMPT_EFFECT = 1e-2  # nats per token by which an answer must be likelier after its own question
+TIE = 1e-3  # nats per token: smaller differences of a row's loss count as equal, also in 16-bit arithmetic
+PROMPT_EFFECT = 1e-2  # nats per token by which an answer must be likelier after its own prompt than after another
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The candidate against another model, on the same rows: differences in nats per token, negative is better.
+    """The candidate compared with another model on the same rows. Losses in nats per token; lower is better.
 
-    Every number is a mean over rows of each row's mean over its trained tokens.
+    Attributes:
+        candidate, other: mean over rows of each row's mean loss over its trained tokens.
+        difference: `candidate` minus `other`; negative if the candidate is better.
+        low, high: ends of the confidence interval of `difference`.
     """
 
     candidate: float
@@ -29,38 +32,38 @@ class Comparison:
 
 @dataclass
 class Verdict:
-    """The gate's decision and why.
+    """The gate's decision and its reasons.
 
     Attributes:
         publish: whether the candidate may go live.
-        against_base, against_live: the comparisons; None where nothing is live.
-        questions: the candidate on rows with their own questions (`candidate`) and with others' (`other`); None where
-            there are too few such rows.
-        reasons: what speaks against it; empty when nothing does.
-        notes: what was seen and does not decide.
+        against_base, against_live: the comparisons; `against_live` is None if nothing else is live.
+        prompt_control: the candidate on rows with their own prompts (`candidate`) and with shuffled prompts (`other`);
+            None if there are too few such rows.
+        reasons: the reasons against the candidate; it may go live if there are none.
+        notes: observations that do not decide.
     """
 
     publish: bool
     against_base: Comparison
     against_live: Comparison | None = None
-    questions: Comparison | None = None
+    prompt_control: Comparison | None = None
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the verdict as plain JSON values."""
         return asdict(self)
 
 
 def compare(candidate: list[float], other: list[float], confidence: float) -> Comparison:
-    """Paired bootstrap of the mean difference over rows (Efron and Tibshirani, 1993, chapter 13; percentiles).
+    """Compare two models by a paired bootstrap of the mean difference over rows, with percentile intervals.
 
-    A row counts once, however long it is: rows are what was drawn and held out, so they are what is drawn again, and a
-    long conversation does not outvote many short ones. That a row of few trained tokens says less shows in the width.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. Rows are resampled, because rows
+    were sampled for the holdout. Every row has the same weight, however many tokens it has.
 
     Args:
-        candidate, other: mean loss per token of the same rows in the same order, nats.
-        confidence: of the two-sided interval.
+        candidate, other: mean loss of each row in nats per token; the same rows in the same order.
+        confidence: confidence of the two-sided interval, between 0 and 1.
     """
     from scipy.stats import bootstrap
 
@@ -76,7 +79,7 @@ def compare(candidate: list[float], other: list[float], confidence: float) -> Co
 
 
 def rows_needed(confidence: float) -> int:
-    """So many rows that all of them being better is no luck: a coin does not fall the same way so often."""
+    """Return the smallest n for which "all n rows improved" is significant in a two-sided sign test."""
     return math.ceil(math.log2(2 / (1 - confidence)))
 
 
@@ -85,61 +88,67 @@ def judge(
     failed_checks: list[str],
     confidence: float,
     margin: float,
-    questions: tuple[list[float], list[float]] | None = None,
-    questions_matter: bool = False,
+    prompt_control: tuple[list[float], list[float]] | None = None,
+    require_prompt_control: bool = False,
 ) -> Verdict:
-    """Better than the base; measurably better than the live adapter, or by the margin not worse, and no tie; smoke test
-    passed; where questions matter, answers likelier after their own questions than after others'.
+    """Decide whether a candidate may go live. It must meet every condition:
 
-    A tie is a candidate that does as the live adapter does: no row's loss differs by `TIE`. It brings nothing, so no
-    margin lets it through; the margin is what one that does otherwise may cost.
+    - The smoke test passed.
+    - There are enough holdout rows (`rows_needed`).
+    - The candidate is better than the base: the interval of the loss difference is below 0.
+    - If an adapter is live: the interval of the difference from its loss is below `margin`, and the two are no tie. A
+      tie (no row's loss differs by `TIE` or more) never replaces the live adapter, whatever the margin.
+    - If `require_prompt_control`: answers are likelier by `PROMPT_EFFECT` after their own prompts than after shuffled
+      prompts. Otherwise a failure of this control is a note.
 
     Args:
-        losses: mean loss per token of each holdout row, for `base`, `candidate` and, where there is one, `live`.
-        failed_checks: what the smoke test found against the required checks, as sentences.
-        margin: see the recipe's `gate_margin`.
-        questions: the candidate's losses of rows with their own questions, and of the same rows with others'.
-        questions_matter: see the recipe's `gate_questions_matter`.
+        losses: mean loss of each holdout row in nats per token, for `base`, `candidate` and, if there is one, `live`.
+        failed_checks: failures of the smoke test's required checks, as sentences.
+        confidence: confidence of the intervals, between 0 and 1.
+        margin: the increase of the live adapter's loss that is accepted; `gate_margin` of the recipe.
+        prompt_control: the candidate's losses of rows with their own prompts, and of the same rows with shuffled
+            prompts; None if there are too few such rows.
+        require_prompt_control: whether a failed prompt control is a reason against the candidate.
     """
     candidate = losses["candidate"]
     base = compare(candidate, losses["base"], confidence)
     verdict = Verdict(False, base, reasons=list(failed_checks))
-    if len(candidate) < rows_needed(confidence):
+    if len(candidate) < (needed := rows_needed(confidence)):
         verdict.reasons.append(
-            f"{len(candidate)} holdout rows are too few to tell better from lucky: {rows_needed(confidence)} are "
-            "needed (raise holdout_share, or add rows)"
+            f"too few holdout rows: {len(candidate)}, and confidence {confidence:g} needs {needed} "
+            "(raise holdout_share, or add rows)"
         )
-    if _tie(candidate, losses["base"]):
+    if _is_tie(candidate, losses["base"]):
         verdict.reasons.append(
-            f"it does nothing: no holdout row's loss differs from the base's by {TIE} nats per token"
+            f"no effect: no holdout row's loss differs from the base's loss by {TIE} nats per token or more"
         )
     elif base.high >= 0:
         verdict.reasons.append(
-            f"not measurably better than the base: {base.candidate:.4f} against {base.other:.4f} nats per token "
+            f"not measurably better than the base: loss {base.candidate:.4f} against {base.other:.4f} nats per token "
             f"(difference {base.low:+.4f} to {base.high:+.4f})"
         )
     if "live" in losses:
         live = verdict.against_live = compare(candidate, losses["live"], confidence)
-        if _tie(candidate, losses["live"]):
+        if _is_tie(candidate, losses["live"]):
             verdict.reasons.append(
-                f"not better than what is live, but a tie: no holdout row's loss differs by {TIE} nats per token"
+                f"a tie with the live adapter: no holdout row's loss differs by {TIE} nats per token or more"
             )
         elif live.high >= margin:
             verdict.reasons.append(
-                f"not better than what is live: {live.candidate:.4f} against {live.other:.4f} nats per token "
-                f"(difference {live.low:+.4f} to {live.high:+.4f}, allowed below {margin:+.4f})"
+                f"not better than the live adapter: loss {live.candidate:.4f} against {live.other:.4f} nats per token "
+                f"(difference {live.low:+.4f} to {live.high:+.4f}, must be below {margin:+.4f})"
             )
-    if questions:
-        own = verdict.questions = compare(*questions, confidence)
+    if prompt_control:
+        own = verdict.prompt_control = compare(*prompt_control, confidence)
         if own.high > -PROMPT_EFFECT:
-            (verdict.reasons if questions_matter else verdict.notes).append(
-                f"it does not heed the question: answers are not {PROMPT_EFFECT} nats per token likelier after their own "
-                f"question ({own.candidate:.4f}) than after another row's ({own.other:.4f}; difference {own.low:+.4f} "
-                f"to {own.high:+.4f}); look whether the data's questions and answers belong together"
+            (verdict.reasons if require_prompt_control else verdict.notes).append(
+                f"the answers do not depend on the prompt: loss {own.candidate:.4f} with their own prompts against "
+                f"{own.other:.4f} nats per token with shuffled prompts (difference {own.low:+.4f} to {own.high:+.4f}, "
+                f"must be below {-PROMPT_EFFECT:+.4f}); check that questions and answers of the dataset belong together"
             )
     verdict.publish = not verdict.reasons
     return verdict
 
 
-def _tie(one: list[float], other: list[float]) -> bool:
+def _is_tie(one: list[float], other: list[float]) -> bool:
     return float(np.abs(np.subtract(one, other)).max()) < TIE

@@ -1,4 +1,7 @@
-"""Holdout rows with other rows' questions: what tells an adapter that heeds the question from one that does not."""
+"""Shuffled-prompt control: holdout rows with the prompts of other rows.
+
+If an answer is as likely after another row's prompt as after its own prompt, the adapter ignores the prompt.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +11,49 @@ from typing import Any
 
 from include.chat.tokenized import IGNORED, write_rows
 
-SHUFFLED_ROWS = 100  # as many give a narrow enough interval, and take a fifth of the time of 500
+SHUFFLED_ROWS = 100  # enough for a narrow interval, in a fifth of the time that 500 rows take
 
 
-def write_with_shuffled_prompts(holdout: Path, out: Path, most: int, longest: int) -> tuple[int, list[int]]:
-    """Write the first `most` holdout rows to `out`, and after them copies of the first of them in which all that comes
-    before the first answer is another row's: of the nearest in length whose question and answer are other ones.
+def write_with_shuffled_prompts(holdout: Path, out: Path, max_rows: int, max_tokens: int) -> tuple[int, list[int]]:
+    """Write holdout rows to `out`, and after them copies of the first rows with shuffled prompts.
+
+    A copy has the prompt (all tokens before the first answer) of another row: the row with the nearest prompt length
+    whose prompt and answer both differ. A row without such another row has no copy. Preference pairs have no copies:
+    their loss already compares an answer with another answer.
 
     Args:
-        holdout: folder of Arrow streams (`row`, `input_ids`, `labels`); of pairs no copies are made.
-        longest: no copy gets longer than so many tokens.
+        holdout: folder of Arrow streams (`row`, `input_ids`, `labels`).
+        max_rows: write this many holdout rows at most, and copies of the first `SHUFFLED_ROWS` of them at most.
+        max_tokens: maximum length of a copy in tokens.
 
     Returns:
-        How many rows there are, and for each copy the place of its row among them.
+        The number of holdout rows written, and for each copy the position of its original among these rows.
     """
     import pyarrow as pa
 
     tables = [pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in sorted(holdout.iterdir())]
-    table = pa.concat_tables(tables).slice(0, most)
+    table = pa.concat_tables(tables).slice(0, max_rows)
     rows = table.to_pylist()
-    # of a pair, an answer is weighed against another answer already
-    swapped = list(_swapped(rows, longest)) if "labels" in table.column_names else []
-    copies = pa.Table.from_pylist([copy for _, copy in swapped], table.schema)
+    shuffled = list(_with_shuffled_prompts(rows, max_tokens)) if "labels" in table.column_names else []
+    copies = pa.Table.from_pylist([copy for _, copy in shuffled], table.schema)
     out.mkdir(exist_ok=True)
     write_rows(out / "00000.arrow", [*table.to_batches(), *copies.to_batches()])
-    return len(rows), [place for place, _ in swapped]
+    return len(rows), [position for position, _ in shuffled]
 
 
-def _swapped(rows: list[dict[str, Any]], longest: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Place and copy of each of the first rows for which there is another question."""
-    halves = []
+def _with_shuffled_prompts(rows: list[dict[str, Any]], max_tokens: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield position and copy of each of the first rows for which another row has a suitable prompt."""
+    halves = []  # prompt, and the rest from the first answer on
     for row in rows:
-        begins = next((i for i, label in enumerate(row["labels"]) if label != IGNORED), len(row["labels"]))
-        halves.append((row["input_ids"][:begins], row["input_ids"][begins:]))
-    order = sorted(range(len(rows)), key=lambda place: (len(halves[place][0]), place))
-    rank = {place: at for at, place in enumerate(order)}
-    for place, row in enumerate(rows[:SHUFFLED_ROWS]):
-        question, rest = halves[place]
-        around = sorted(order, key=lambda other: abs(rank[other] - rank[place]))
-        for other in around:
-            theirs, their_rest = halves[other]
-            if theirs != question and their_rest != rest and len(theirs) + len(rest) <= longest:
-                labels = [IGNORED] * len(theirs) + row["labels"][len(question) :]
-                yield place, {"row": row["row"], "input_ids": theirs + rest, "labels": labels}
+        begin = next((i for i, label in enumerate(row["labels"]) if label != IGNORED), len(row["labels"]))
+        halves.append((row["input_ids"][:begin], row["input_ids"][begin:]))
+    by_length = sorted(range(len(rows)), key=lambda position: (len(halves[position][0]), position))
+    rank = {position: place for place, position in enumerate(by_length)}
+    for position, row in enumerate(rows[:SHUFFLED_ROWS]):
+        prompt, rest = halves[position]
+        for other in sorted(by_length, key=lambda other: abs(rank[other] - rank[position])):
+            other_prompt, other_rest = halves[other]
+            if other_prompt != prompt and other_rest != rest and len(other_prompt) + len(rest) <= max_tokens:
+                labels = [IGNORED] * len(other_prompt) + row["labels"][len(prompt) :]
+                yield position, {"row": row["row"], "input_ids": other_prompt + rest, "labels": labels}
                 break

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from include.recipe import json_schema
 from include.recipe.data import Share
+from include.recipe.reserved import GENERATION_DECIDED, GENERATION_INSTEAD, refuse_reserved
 
 AnswerCheck = Literal[
     "not_empty", "stops", "no_special_tokens", "no_repetition", "no_echo", "differs_from_base", "as_expected"
@@ -66,20 +67,33 @@ class SmokeTest(BaseModel):
     max_new_tokens: int = Field(128, ge=1, le=32768, description="Longest answer in tokens.")
     do_sample: bool = Field(
         False,
-        description="Draw each token by its likelihood instead of taking the likeliest; temperature, top_p, top_k and "
-        "min_p count only then.",
+        description="Sample each token by its probability instead of taking the most probable one; temperature, top_p, "
+        "top_k and min_p have an effect only then.",
     )
-    temperature: float = Field(1.5, gt=0, le=10, description="Above 1, unlikely tokens are drawn more often.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Draw among the likeliest tokens that have this share together.")
-    top_k: int = Field(50, ge=0, description="Draw among so many of the likeliest tokens; 0: among all.")
-    min_p: Share = Field(0.1, description="Drops tokens less likely than this share of the likeliest.")
+    temperature: float = Field(1.5, gt=0, le=10, description="Above 1, improbable tokens are sampled more often.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample from the most probable tokens that together have this probability."
+    )
+    top_k: int = Field(50, ge=0, description="Sample from this many of the most probable tokens; 0: from all.")
+    min_p: Share = Field(0.1, description="Drop tokens whose probability is below this share of the highest one.")
     repetition_penalty: float = Field(
-        1.0, gt=0, le=10, description="Above 1, tokens that have been there, also in the prompt, become less likely."
+        1.0, gt=0, le=10, description="Above 1, tokens that occurred before, also in the prompt, become less probable."
     )
     no_repeat_ngram_size: int = Field(
-        0, ge=0, description="No sequence of so many tokens comes twice, prompt included; 0: any may."
+        0, ge=0, description="No sequence of this many tokens occurs twice, prompt included; 0: no limit."
     )
     num_beams: int = Field(1, ge=1, le=64, description="Beams of the beam search; 1: none.")
+    generation_arguments: dict[str, Any] = Field(
+        {},
+        description="Any other argument of transformers' GenerationConfig, for example `{min_new_tokens: 16}`. An "
+        "argument that has a field here, or that Retune decides, is refused.",
+    )
+
+    @field_validator("generation_arguments")
+    @classmethod
+    def _no_reserved_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        refuse_reserved(arguments, cls.model_fields, GENERATION_INSTEAD, GENERATION_DECIDED)
+        return arguments
 
     @field_validator("prompts", mode="before")
     @classmethod

@@ -30,7 +30,7 @@ class Operations(BaseModel):
     )
     timeout_hours: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {},
-        description="Hours after which one try of a stage is ended and the stage is tried again, by stage: `train: 96`.",
+        description="Hours after which one try of a stage is ended and tried again, by stage: `train: 96`.",
     )
     alert_on: list[Literal["failed", "refused", "published", "late"]] = Field(
         ["failed", "refused", "published", "late"], description="What alert_mail and alert_webhooks are told."

@@ -23,6 +23,7 @@ from include.recipe.operations import Operations
 from include.recipe.publishing import Publishing
 from include.recipe.training import MODULE_SETS, MOST_CANDIDATES, Lora, Training
 
+RENAMED = {"device_memory_gb": "device_memory_gib"}  # old names of fields
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # what Airflow, file systems and the Hub all take
 
 
@@ -126,6 +127,8 @@ def describe_error(error: Any) -> str:
     """Describe one of pydantic's errors in a sentence that names the field."""
     field = ".".join(str(part) for part in error["loc"]) or "recipe"
     if error["type"] == "extra_forbidden":
+        if field in RENAMED:
+            return f"unknown field '{field}': it is named '{RENAMED[field]}' now"
         near = next(iter(get_close_matches(field, Recipe.model_fields, n=1)), None)
         return f"unknown field '{field}'" + (f" (did you mean '{near}'?)" if near else "")
     message = error["msg"].removeprefix("Value error, ")

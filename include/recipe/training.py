@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, field_validator
 
 from include.recipe.data import Share
+from include.recipe.reserved import TRAINING_DECIDED, TRAINING_INSTEAD, refuse_reserved
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODULE_SETS = {"minimal": ["q_proj", "v_proj"], "standard": PROJECTIONS[:4], "comprehensive": PROJECTIONS}
@@ -100,13 +101,20 @@ class Training(BaseModel):
         description="GPUs of the worker that train together (torchrun). The effective batch stays what batch size and "
         "accumulation say, and must be a multiple of this.",
     )
-    device_memory_gb: float | None = Field(
+    device_memory_gib: float | None = Field(
         None, gt=0, description="Use no more of the GPU's memory than this (GiB). Empty: all that is free."
     )
     hang_timeout: int = Field(
         1800,
         ge=10,
-        description="Seconds without a sign of life after which the training process is ended and the task retried.",
+        description="Seconds without a sign of life after which the training process is ended and the task retried. "
+        "Until the first step is done, it may take 15 minutes all the same.",
+    )
+    training_arguments: dict[str, Any] = Field(
+        {},
+        description="Any other argument of TRL's SFTConfig (with method dpo: of DPOConfig), for example "
+        "`{max_grad_norm: 0.3, adam_beta2: 0.95, neftune_noise_alpha: 5}`. An argument that has a field here, or that "
+        "Retune decides, is refused. `warmup_ratio` (share of all steps) replaces warmup_steps.",
     )
     seed: int = Field(3407, ge=0, le=2**31 - 1, description="Seed of adapter, data order and sampling.")
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
@@ -115,3 +123,9 @@ class Training(BaseModel):
         f"Every combination (at most {MOST_CANDIDATES}) is trained and measured; the best candidate goes on to the "
         "gate.",
     )
+
+    @field_validator("training_arguments")
+    @classmethod
+    def _not_reserved(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        refuse_reserved(arguments, cls.model_fields, TRAINING_INSTEAD, TRAINING_DECIDED)
+        return arguments

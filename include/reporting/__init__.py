@@ -1,1 +1,1 @@
-"""Reporting: model card, pages, plots."""
+"""Reporting: the run page, the approval page, the model card and plots, made from recorded metadata only."""

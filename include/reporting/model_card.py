@@ -1,4 +1,4 @@
-"""The README.md of a published version, made from its manifest."""
+"""The model card (README.md) of a published version, made from its manifest."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import yaml
 from include.data.sources import is_hub_id
 from include.reporting.pages import page_templates
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-lora-rank accepts
 
 
 def model_card(manifest: dict[str, Any], manifest_sha256: str) -> str:
-    """The README.md of a published version, with the Hub's metadata, from its manifest.
+    """Return the README.md of a published version, with the Hub's metadata in front.
 
     Args:
-        manifest_sha256: of the `manifest.json` beside it, which holds the manifest.
+        manifest: content of the version's `manifest.json`.
+        manifest_sha256: digest of that file.
     """
-    fields = {"name": None, "description": None, **manifest["recipe"]}  # these two first
+    fields = {"name": None, "description": None, **manifest["recipe"]}  # name and description come first
     recipe = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=120).strip()
     address = manifest["recipe"]["registry"]
-    page = page_templates().get_template("card.md")
-    return page.render(
+    template = page_templates().get_template("card.md")
+    return template.render(
         **manifest,
         metadata=_metadata(manifest).to_yaml(),
         recipe_yaml=recipe,
@@ -33,27 +34,26 @@ def model_card(manifest: dict[str, Any], manifest_sha256: str) -> str:
 
 
 def _metadata_of_base(base: dict[str, Any]) -> dict[str, Any]:
-    known = {name: base[name] for name in ("license", "license_name", "license_link") if name in base}
-    return (
-        ({"base_model": base["name"]} if is_hub_id(base["name"]) else {}) | known | {"pipeline_tag": "text-generation"}
-    )
+    on_hub = {"base_model": base["name"]} if is_hub_id(base["name"]) else {}
+    licence = {name: base[name] for name in ("license", "license_name", "license_link") if name in base}
+    return on_hub | licence | {"pipeline_tag": "text-generation"}
 
 
 def _metadata(manifest: dict[str, Any]) -> Any:
-    """What the Hub reads: the card's front matter."""
+    """Return the card's front matter as `ModelCardData`, which the Hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
     recipe, dataset, base = manifest["recipe"], manifest["dataset"], manifest["base"]
     on_hub = is_hub_id(dataset["name"])
     smoke_test, loss = manifest["smoke_test"], manifest["evaluation"]["verdict"]["against_base"]["candidate"]
 
-    def result(kind: str, name: str, value: float) -> Any:
+    def result(metric: str, name: str, value: float) -> Any:
         return EvalResult(
             task_type="text-generation",
             dataset_type=dataset["name"] if on_hub else "sharegpt",
             dataset_name=f"{dataset['name'].rsplit('/', 1)[-1]} (held out)",
             dataset_revision=dataset["revision"] if on_hub else None,
-            metric_type=kind,
+            metric_type=metric,
             metric_name=name,
             metric_value=value,
         )
@@ -72,7 +72,7 @@ def _metadata(manifest: dict[str, Any]) -> Any:
             result("loss", "DPO loss" if recipe["method"] == "dpo" else "Loss (nats per token)", round(loss, 4)),
             result(
                 "pass_rate",
-                "Smoke test answers that pass the required checks",
+                "Smoke-test answers that pass the required checks",
                 round(smoke_test["passed"] / len(smoke_test["answers"]), 4),
             ),
         ],
@@ -80,17 +80,19 @@ def _metadata(manifest: dict[str, Any]) -> Any:
 
 
 def merged_card(manifest: dict[str, Any], manifest_sha256: str) -> str:
-    """The README.md of a merged model, from its manifest's content."""
+    """Return the README.md of a merged model.
+
+    Args:
+        manifest: content of the merged model's `manifest.json`.
+        manifest_sha256: digest of that file.
+    """
     recipe, base = manifest["recipe"], manifest["base"]
     on_hub = recipe["registry"].startswith("hf://")
     metadata = _metadata_of_base(base) | {"library_name": "transformers", "tags": ["merged", "retune"]}
-    return (
-        page_templates()
-        .get_template("merged.md")
-        .render(
-            **manifest,
-            metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
-            here=f"{recipe['registry'].removeprefix('hf://')}-merged" if on_hub else "path/to/this/folder",
-            manifest_sha256=manifest_sha256,
-        )
+    template = page_templates().get_template("merged.md")
+    return template.render(
+        **manifest,
+        metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
+        here=f"{recipe['registry'].removeprefix('hf://')}-merged" if on_hub else "path/to/this/folder",
+        manifest_sha256=manifest_sha256,
     )

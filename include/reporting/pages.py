@@ -1,4 +1,4 @@
-"""What people read about a run: the loss picture, the model card and the run's page, all made from recorded facts."""
+"""The run page and the approval page, and the Jinja environment of all templates."""
 
 from __future__ import annotations
 
@@ -16,17 +16,26 @@ from include.pipeline.contracts import Contract, EvaluateOutput, SmokeTestOutput
 from include.recipe import Recipe
 from include.reporting.plots import loss_plot
 
-ANSWERS_SHOWN = 12  # in the question whether a candidate may go live; those with something against them first
+MAX_ANSWERS = 12  # answers on the approval page; answers with failed checks come first
 
 
-def _cell(text: str, most: int = 400) -> str:
-    """Any text as the plain text of a cell of a Markdown table: what a model says may look like markup."""
+def _cell(text: str, max_chars: int = 400) -> str:
+    """Escape and shorten any text for a cell of a Markdown table. Answers of models may look like markup."""
     short = " ".join(text.split())
-    short = short if len(short) <= most else short[:most] + " ..."
+    short = short if len(short) <= max_chars else short[:max_chars] + " ..."
     return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", html.escape(short, quote=False))
 
 
+def _sentence(text: str) -> str:
+    """Return a reason or note as a sentence with a capital letter and a full stop."""
+    return f"{text[:1].upper()}{text[1:].rstrip('. ')}."
+
+
 def page_templates() -> Environment:
+    """Return the Jinja environment of `templates/`. It escapes HTML, and an undefined name is an error.
+
+    Filters: `thousands` (1,234), `cell` (any text as a Markdown table cell), `sentence`. Test: `hub_id`.
+    """
     environment = Environment(
         loader=FileSystemLoader(PROJECT / "include" / "reporting" / "templates"),
         autoescape=select_autoescape(["html"]),
@@ -36,6 +45,7 @@ def page_templates() -> Environment:
     )
     environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.filters["cell"] = _cell
+    environment.filters["sentence"] = _sentence
     environment.tests["hub_id"] = is_hub_id
     return environment
 
@@ -44,14 +54,15 @@ def approval_page(
     recipe: Recipe, smoke_test: SmokeTestOutput, evaluate: EvaluateOutput, regressions: list[str], report_address: str,
     training_inputs: str,
 ) -> str:  # fmt: skip
-    """What a person must know to approve a candidate, as Markdown.
+    """Return the Markdown of Airflow's approval page: what a person must know to approve a candidate.
 
     Args:
-        smoke_test, evaluate: the facts of these stages.
-        regressions: see `tasks.approve`.
-        training_inputs: the candidate's data and base, in a line.
+        smoke_test, evaluate: metadata of these stages.
+        regressions: sentences of `tasks.approve.regressions`.
+        report_address: address of the run page.
+        training_inputs: dataset and base with their revisions, in one line.
     """
-    answers = sorted(smoke_test.answers, key=lambda answer: not answer.failures)[:ANSWERS_SHOWN]
+    answers = sorted(smoke_test.answers, key=lambda answer: not answer.failures)[:MAX_ANSWERS]
     return page_templates().get_template("approval.md").render(
         recipe=recipe, smoke_test=smoke_test, evaluate=evaluate, regressions=regressions, answers=answers,
         report_address=report_address, training_inputs=training_inputs,
@@ -59,12 +70,12 @@ def approval_page(
 
 
 def run_page(summary: dict[str, Any], details: Mapping[str, Contract | None], training_log: bytes | None = None) -> str:
-    """One self-contained HTML page about a run.
+    """Return one self-contained HTML page about a run.
 
     Args:
-        summary: what `var/last_run.json` holds.
+        summary: content of `var/last_run.json`.
         details: the metadata of each stage; None for a stage that did not finish.
-        training_log: the content of the training's log.
+        training_log: content of `training_log.jsonl`; None if there was no training.
     """
     picture = base64.b64encode(loss_plot(training_log)).decode() if training_log else None
     return page_templates().get_template("run.html").render(run=summary, details=details, picture=picture)

@@ -58,7 +58,7 @@ def test_making_secrets_needs_nothing_but_python_and_never_replaces_them(tmp_pat
     assert not any(value in first.stdout for value in dotenv_values(tmp_path / ".env").values() if value != "gpu")
     second = subprocess.run(command, capture_output=True, text=True, check=False)
     assert second.returncode == 1
-    assert "is there already" in second.stderr
+    assert "exists already" in second.stderr
     assert (tmp_path / ".env").read_text() == written
 
 

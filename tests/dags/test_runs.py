@@ -102,7 +102,7 @@ def test_a_candidate_that_is_not_better_is_refused_and_what_was_live_stays(
     assert retune("run", "small", RETUNE_RECIPES=str(small_recipe())).returncode == 0
     worse = retune("run", "small", "--set", "max_steps=1", "--set", "learning_rate=1.0e-7")
     assert worse.returncode == 1
-    assert "not better than what is live" in worse.stdout
+    assert "not better than the live adapter" in worse.stdout
     summary = last_run(var)
     assert (summary["verdict"], summary["error"]["kind"]) == ("refused", "GateRefused")
     versions = var / "registry" / "small" / "versions"
@@ -197,7 +197,7 @@ def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var
         os.kill(pid, signal.SIGKILL)
     said = eventually(lambda: [line for line in airflow.log("small", run, "train") if "tried" in line])
     assert said[-1].startswith("train failed: the train process was ended by SIGKILL")
-    assert said[-1].endswith("It will be tried again, it goes on from what was saved (try 2 of 7).")
+    assert said[-1].endswith("It will be tried again: training continues from the last checkpoint (try 2 of 7).")
     eventually(lambda: airflow.tasks("small", run)["train"]["try_number"] == 2)
     eventually(lambda: processes(var, "include.engine"))
     runs = "/api/v2/dags/rollback/dagRuns"

@@ -145,7 +145,7 @@ def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
         said = str(airflow.call("GET", f"{good}/taskInstances/alert/logs/2")["content"])
         assert "webhook flaky was sent" in said and "mail to" not in said
         assert "webhook absent was not sent: The conn_id `absent` isn't defined" in said
-        assert "alert failed: not sent: webhook absent. Look at these under Admin > Connections" in said
+        assert "alert failed: not sent: webhook absent. Check the connections under Admin > Connections" in said
         summary = last_run(var)
         news = mails.about("small published").get_body(("plain",)).get_content()
         assert summary["stages"]["evaluate"]["summary"] in news and summary["place"] in news
@@ -153,7 +153,7 @@ def test_everybody_is_told_once_how_runs_end_and_that_they_are_late(
         assert mails.subjects().count("Retune: small published v1") == 1
         (news,) = (mail for mail in mails.got if "small is late" in mail["Subject"])
         assert news["Subject"].endswith((*NAMES, "before its first stage")), "which, is the machine's speed"
-        assert "it should have ended by 20" in news.get_body(("plain",)).get_content()
+        assert "the run was due by 20" in news.get_body(("plain",)).get_content()
 
         # one that is skipped is told to nobody
         assert end(start("small")) == "success"
@@ -191,13 +191,13 @@ def test_where_a_run_is() -> None:
     records["train"] = {"state": "running", "summary": "step 5/60"}
     message = late("small", run, "2026-01-01T10:00:00Z", records)
     assert message.subject == "Retune: small is late, in train"
-    assert message.news["last seen"] == "step 5/60"
+    assert message.summary["progress"] == "step 5/60"
 
 
 def test_what_nobody_waits_for_and_what_cannot_be_summed_up() -> None:
     assert ended("small", "run", {"verdict": "unchanged", "stages": {}}) is None
     message = ended("small", "run", None)
-    assert (message.kind, message.subject) == ("failed", "Retune: small failed in report")
+    assert (message.event, message.subject) == ("failed", "Retune: small failed in report")
 
 
 def test_what_is_refused_comes_with_its_numbers() -> None:
@@ -205,8 +205,8 @@ def test_what_is_refused_comes_with_its_numbers() -> None:
               "publish": {"state": "failed", "summary": "not better"}}  # fmt: skip
     summary = {"verdict": "refused", "stages": stages, "report": "r", "error": {"what": "not better", "do": "Train on"}}
     message = ended("small", "run", summary)
-    assert (message.subject, message.where["stage"]) == ("Retune: small refused", "publish")
-    assert message.news == {"reason": "not better", "what to do": "Train on", "result": "loss 2 -> 1"}
+    assert (message.subject, message.details["stage"]) == ("Retune: small refused", "publish")
+    assert message.summary == {"reason": "not better", "what to do": "Train on", "result": "loss 2 -> 1"}
 
 
 def test_slack_reads_no_markup_out_of_a_reason() -> None:

@@ -18,7 +18,7 @@ from include.recipe import validate_recipe
 from include.reporting.pages import approval_page
 from include.storage.artifacts import Store
 from include.storage.files import to_json
-from tasks.approve import Answer, approve, ask, refuse_where_nobody_asks, regressions
+from tasks.approve import Answer, approve, ask, refuse_if_approval_needed, regressions
 from tasks.report import report
 
 MONDAY = datetime(2026, 11, 23, 9, 30, tzinfo=UTC)
@@ -61,11 +61,11 @@ def test_each_regression_is_a_sentence() -> None:
     (loss,) = regressions(answers(), measured(WORSE, margin=0.1))
     assert loss.startswith("its loss is above that of v1, which is live: 0.0175 against 0.0100 (difference +0.0")
     assert loss.endswith("allowed below +0.1000)")
-    assert regressions(answers(stops="it is not at its end after 8 tokens"), measured()) == [
-        "1 of 2 answers fail stops, which is not required: it is not at its end after 8 tokens"
+    assert regressions(answers(stops="no end-of-turn token after 8 tokens"), measured()) == [
+        "1 of 2 answers fail stops, which is not required: no end-of-turn token after 8 tokens"
     ]
-    deaf = measured(questions=([0.1] * 12, [0.1] * 12))
-    assert regressions(answers(), deaf) == deaf.verdict.notes != []
+    noted = measured(prompt_control=([0.1] * 12, [0.1] * 12))
+    assert regressions(answers(), noted) == noted.verdict.notes != []
 
 
 def test_what_models_say_is_text_in_the_question() -> None:
@@ -79,7 +79,7 @@ def test_what_models_say_is_text_in_the_question() -> None:
     assert "- the \\*loss\\*" in lines
     assert "| **candidate** | **0.0175** | | |" in lines
     assert any(line.startswith("| base model | 1.0550 | -1.0375 | -1.0") for line in lines)
-    assert any(line.startswith("| live, v1 | 0.0100 | +0.0075 | +0.0") for line in lines)
+    assert any(line.startswith("| live adapter, v1 | 0.0100 | +0.0075 | +0.0") for line in lines)
     assert "[Open the report](/retune/report/small/1)" in page
     row = next(line for line in lines if "click" in line)
     assert row.count("|") - row.count("\\|") == 5, "four cells"
@@ -91,9 +91,9 @@ def test_what_models_say_is_text_in_the_question() -> None:
 
 @pytest.mark.parametrize("mode", ["always", "on_regression"])
 def test_a_run_that_nobody_can_be_asked_in_says_what_to_do(mode: str) -> None:
-    refuse_where_nobody_asks(validate_recipe({"name": "small"}, "here"))
+    refuse_if_approval_needed(validate_recipe({"name": "small"}, "here"))
     with pytest.raises(PermanentError, match=rf"small says approve: {mode}.*make up.* --set approve=never"):
-        refuse_where_nobody_asks(validate_recipe({"name": "small", "approve": mode}, "here"))
+        refuse_if_approval_needed(validate_recipe({"name": "small", "approve": mode}, "here"))
 
 
 @pytest.fixture
@@ -105,7 +105,12 @@ def judged(var: Path, write_recipe: Callable) -> Callable[..., dict[str, str]]:
         store = Store()
         registry = f"file://{var}/registry/small"
         pinned = validate_recipe({"name": "small", "registry": registry, **fields}, "here").model_dump(mode="json")
-        facts = {"resolve": {}, "train": TRAINED.to_json(), "smoke_test": smoke_test.to_json(), "evaluate": evaluate.to_json()}
+        facts = {
+            "resolve": {},
+            "train": TRAINED.to_json(),
+            "smoke_test": smoke_test.to_json(),
+            "evaluate": evaluate.to_json(),
+        }
         for stage in facts:
             out = var / "work" / stage
             out.mkdir(parents=True)
@@ -126,11 +131,11 @@ def judged(var: Path, write_recipe: Callable) -> Callable[..., dict[str, str]]:
 
 
 def test_the_question_and_the_answers(var: Path, judged: Callable, artifact: Callable) -> None:
-    noted = measured(questions=([0.1] * 12, [0.1] * 12))
+    noted = measured(prompt_control=([0.1] * 12, [0.1] * 12))
     lineage = judged(noted, answers(), approve="on_regression", approve_within_hours=2)
     question = ask(lineage, "/retune/report/small/one")
     assert question and (question.subject, question.hours) == ("May this candidate of small go live? evaluate", 2)
-    assert "it does not heed the question" in question.body
+    assert "the answers do not depend on the prompt" in question.body
     page = (Store().run_folder("small", "one") / "report.html").read_text()
     assert 'class="verdict waiting"' in page and "A person's approval: waiting for an answer until" in page
     assert not (var / "last_run.json").exists(), "it is for runs that have ended"
@@ -157,7 +162,7 @@ def test_another_question_in_the_same_run_is_refused(var: Path, judged: Callable
     assert ask(lineage, "") == question
     manifest = var / "store" / "small" / "evaluate" / "evaluate" / "manifest.json"
     manifest.write_bytes(to_json({**json.loads(manifest.read_text()), "metadata": measured(live=None).to_json()}))
-    with pytest.raises(Conflict, match="the numbers are not those .* Start a new run"):
+    with pytest.raises(Conflict, match="the approval question has changed .* Start a new run"):
         ask(lineage, "")
 
 
@@ -170,8 +175,8 @@ def test_a_run_that_was_stopped_while_it_waited_has_failed(judged: Callable) -> 
     ("mode", "refused", "why"),
     [
         ("never", False, "the recipe asks for no approval"),
-        ("always", True, "the gate refuses the candidate"),
-        ("on_regression", False, "nothing of it is worse"),
+        ("always", True, "the gate refused the candidate"),
+        ("on_regression", False, "nothing regressed"),
     ],
 )
 def test_where_nobody_is_asked_the_trail_goes_on(
@@ -181,6 +186,4 @@ def test_where_nobody_is_asked_the_trail_goes_on(
     facts.verdict.publish = not refused
     lineage = judged(facts, answers(), approve=mode)
     assert ask(lineage, "") is None
-    assert artifact(approve(lineage)).metadata == ApproveOutput(
-        asked=False, regressions=[], summary=f"nobody was asked: {why}"
-    )
+    assert artifact(approve(lineage)).metadata == ApproveOutput(asked=False, regressions=[], summary=f"skipped: {why}")

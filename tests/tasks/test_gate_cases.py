@@ -123,14 +123,15 @@ def test_a_good_one_passes(recipe: Callable, pipeline: Callable, judged: Callabl
     assert verdict.reasons == []
     assert verdict.publish is True
     assert verdict.against_base.high < -2
-    assert verdict.questions.high < -0.3, "it heeds the question"
+    assert verdict.prompt_control.high < -0.3, "the answers depend on the prompt"
 
 
 def test_one_that_does_nothing_is_refused(recipe: Callable, pipeline: Callable, judged: Callable) -> None:
     verdict = judged(pipeline(recipe(rows(), learning_rate=1e-9, max_steps=20), "evaluate"))
     assert verdict.publish is False
     assert (
-        "it does nothing: no holdout row's loss differs from the base's by 0.001 nats per token" in verdict.reasons
+        "no effect: no holdout row's loss differs from the base's loss by 0.001 nats per token or more"
+        in verdict.reasons
     )
 
 
@@ -138,12 +139,10 @@ def test_one_of_shuffled_labels_is_refused(recipe: Callable, pipeline: Callable,
     verdict = judged(pipeline(recipe(shuffled(), gate_questions_matter=True), "evaluate"))
     assert verdict.against_base.high < -1, "it has learnt what answers look like, and the loss alone lets it pass"
     assert verdict.publish is False
-    wrong, deaf = verdict.reasons
+    wrong, control = verdict.reasons
     assert wrong.partition(" of ")[2].startswith("4 answers fail as_expected: no 'is ")
-    assert deaf.startswith(
-        "it does not heed the question: answers are not 0.01 nats per token likelier after their own"
-    )
-    assert deaf.endswith("look whether the data's questions and answers belong together")
+    assert control.startswith("the answers do not depend on the prompt: loss ")
+    assert control.endswith("check that questions and answers of the dataset belong together")
 
 
 def test_one_of_the_wrong_template_is_refused(recipe: Callable, pipeline: Callable, judged: Callable) -> None:
@@ -155,5 +154,5 @@ def test_one_of_the_wrong_template_is_refused(recipe: Callable, pipeline: Callab
     assert verdict.publish is False
     said = "\n".join(verdict.reasons)
     assert "wrong template: the adapter was trained with another chat template than alpaca" in said
-    assert "4 of 4 answers fail stops: it is not at its end after 24 tokens" in said
-    assert "4 of 4 answers fail no_special_tokens: it says <|im_end|>" in said
+    assert "4 of 4 answers fail stops: no end-of-turn token after 24 tokens" in said
+    assert "4 of 4 answers fail no_special_tokens: the answer contains <|im_end|>" in said

@@ -1,4 +1,4 @@
-"""Generation: the recipe's sampling reaches the model, whatever the base's own generation_config.json says."""
+"""Generation: the recipe's sampling fields reach the model, whatever the base's generation_config.json says."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from include.engine.jobs import GenerateJob
 from include.recipe import validate_recipe
 
 PROMPT = [0, 40, 41, 42, 43]
@@ -34,15 +35,13 @@ def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def answer(adapter: Path, tiny_base: Path) -> Callable[..., list[int]]:
-    """The adapter's answer to the prompt; fields of the recipe by keyword. It never stops by itself."""
+    """Returns the adapter's answer to the prompt; fields of the recipe by keyword. It never stops by itself."""
     from include.engine.generate import generate
 
     def ask(base: Path = tiny_base, **fields: Any) -> list[int]:
-        recipe = validate_recipe(
-            {"name": "x", "load_in_4bit": False, "max_new_tokens": LENGTH, **fields}, "x"
-        ).model_dump()
-        job = {"recipe": recipe, "base": str(base), "adapter": str(adapter), "prompts": [PROMPT], "stop": [4], "pad": 4}
-        return generate(job, lambda _: None)["adapter"][0]
+        recipe = validate_recipe({"name": "x", "load_in_4bit": False, "max_new_tokens": LENGTH, **fields}, "x")
+        job = GenerateJob(recipe=recipe, base=base, adapter=adapter, prompts=[PROMPT], stop=[4], pad=4)
+        return generate(job, lambda _, **__: None).adapter[0]
 
     return ask
 
@@ -52,24 +51,24 @@ def pairs(answer: list[int]) -> list[tuple[int, int]]:
     return list(pairwise(ids))
 
 
-def test_the_likeliest_tokens_are_taken_and_no_more_than_asked_for(answer: Callable) -> None:
+def test_greedy_decoding_repeats_itself_and_stops_at_max_new_tokens(answer: Callable) -> None:
     greedy = answer()
     assert len(greedy) == LENGTH
     assert answer() == greedy
     assert answer(max_new_tokens=7) == greedy[:7]
 
 
-def test_no_sequence_comes_twice_where_that_is_forbidden(answer: Callable) -> None:
+def test_no_repeat_ngram_size_forbids_a_sequence_to_occur_twice(answer: Callable) -> None:
     assert len(set(pairs(answer()))) < len(pairs(answer()))
     once = pairs(answer(no_repeat_ngram_size=2))
     assert len(set(once)) == len(once)
 
 
-def test_a_penalty_on_repetition_makes_more_tokens_different_ones(answer: Callable) -> None:
+def test_a_repetition_penalty_gives_more_different_tokens(answer: Callable) -> None:
     assert len(set(answer(repetition_penalty=10.0))) > len(set(answer()))
 
 
-def test_beams_find_a_likelier_answer(answer: Callable, adapter: Path, tiny_base: Path) -> None:
+def test_beam_search_finds_a_more_probable_answer(answer: Callable, adapter: Path, tiny_base: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -87,20 +86,20 @@ def test_beams_find_a_likelier_answer(answer: Callable, adapter: Path, tiny_base
     assert likelihood(beams) > likelihood(greedy)
 
 
-def test_a_seed_repeats_the_same_draw(answer: Callable) -> None:
+def test_a_seed_repeats_the_same_sample(answer: Callable) -> None:
     one = answer(do_sample=True, seed=1)
     assert answer(do_sample=True, seed=1) == one
     assert answer(do_sample=True, seed=2) != one
 
 
-@pytest.mark.parametrize("only_the_likeliest", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}, {"temperature": 1e-4}])
-def test_each_limit_on_what_is_drawn_reaches_the_draw(answer: Callable, only_the_likeliest: dict[str, float]) -> None:
+@pytest.mark.parametrize("only_the_best", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_each_sampling_field_reaches_the_sampler(answer: Callable, only_the_best: dict[str, float]) -> None:
     anything = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     assert answer(**anything) != answer()
-    assert answer(**{**anything, **only_the_likeliest}) == answer()
+    assert answer(**{**anything, **only_the_best}) == answer()
 
 
-def test_what_the_base_recommends_does_not_replace_what_the_recipe_says(
+def test_the_bases_generation_config_does_not_replace_the_recipes_fields(
     answer: Callable, tiny_base: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
@@ -112,3 +111,8 @@ def test_what_the_base_recommends_does_not_replace_what_the_recipe_says(
     assert answer(tmp_path / "base") == answer()
     drawn = {"do_sample": True, "top_k": 0, "min_p": 0.0}
     assert answer(tmp_path / "base", **drawn) == answer(**drawn)
+
+
+def test_generation_arguments_reach_the_model(answer: Callable) -> None:
+    greedy = answer()
+    assert greedy[0] not in answer(generation_arguments={"suppress_tokens": [greedy[0]]})

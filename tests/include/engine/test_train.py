@@ -1,4 +1,4 @@
-"""The training process: what it leaves, what survives when it is killed, what is said when it fails."""
+"""The training process: what it leaves, and what survives when it is killed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import orjson
 import pytest
@@ -20,181 +19,119 @@ from transformers import AutoModelForCausalLM
 
 from include.chat.tokenized import load_rows
 from include.engine import supervise
-from include.errors import BadData, BadRecipe, NoSpace, NotFound, ProcessLost, ProcessTimeout
-from include.recipe import MODULE_SETS
+from include.engine.checkpoints import complete_checkpoint, newest_checkpoint
+from include.engine.device_plan import Device, Plan, make_plan
+from include.engine.jobs import TrainJob
+from include.engine.model import load_base, load_trainable
+from include.errors import BadData, BadRecipe, NotFound, ProcessLost
+from include.recipe import MODULE_SETS, validate_recipe
+from include.storage.artifacts import Store
 from tests.conftest import conversation
+from tests.services.engine import engines, log_of, strike, wait_until
+
+ONE_STEP = {
+    "max_steps": 1, "load_in_4bit": False, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1,
+}  # fmt: skip
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    """The condition's first true value; an error after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.02)
-    raise AssertionError("it did not come to that")
+def ignore(_: str) -> None:
+    """Take a line of progress."""
 
 
-def strike(folder: Path, step: int, with_signal: signal.Signals) -> threading.Thread:
-    """Sends the training process of a folder a signal once its log has so many steps."""
-
-    def wait() -> None:
-        wait_until(lambda: any(len(log_of(log.parent)) >= step for log in folder.rglob("training_log.jsonl")))
-        for pid in engines(folder):
-            os.kill(pid, with_signal)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "training_log.jsonl"
-    return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
-
-
-def engines(out: Path) -> list[int]:
-    """The engine processes that work in a folder."""
-    found = []
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"include.engine" in command and str(out).encode() in command:
-            found.append(pid)
-    return found
-
-
-@pytest.fixture
-def job(small_recipe: Callable, pipeline: Callable, artifact: Callable, tiny_base: Path) -> Callable[..., dict]:
-    """A train job on the tiny base; fields of the recipe by keyword."""
-
-    def make(out: Path, **fields: Any) -> dict[str, Any]:
-        from include.pipeline.stage import pinned_recipe
-        from include.storage.artifacts import Store
-
-        lineage = pipeline(small_recipe(**fields), "template")
-        prepared = artifact(lineage).local()
-        return {
-            "recipe": pinned_recipe(Store(), lineage).model_dump(mode="json"), "base": str(tiny_base),
-            "base_name": "owner/base", "base_revision": "abc", "tokenizer": str(prepared / "tokenizer"),
-            "rows": str(prepared / "train"), "holdout": str(prepared / "holdout"), "out": str(out),
-        }  # fmt: skip
-
-    return make
-
-
-def test_it_trains_lora_on_a_four_bit_base_and_names_the_pinned_base(job: Callable, tmp_path: Path) -> None:
-    said: list[str] = []
-    done = supervise.run("train", job(tmp_path / "out"), tmp_path / "out", said.append)
-    assert done["steps"] == 8
-    assert done["last_losses"] < done["first_losses"] or len(log_of(tmp_path / "out")) == 8
-    config = orjson.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_bytes())
+def test_a_killed_training_resumes_and_ends_with_the_same_adapter(train_job: Callable, tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    fields = {"max_steps": 60, "save_steps": 4}
+    lines: list[str] = []
+    result = supervise.run(train_job(straight, **fields), straight, lines.append)
+    assert result.steps == len(log_of(straight)) == 60
+    assert result.last_losses < result.first_losses
+    config = orjson.loads((straight / "adapter" / "adapter_config.json").read_bytes())
     assert (config["base_model_name_or_path"], config["revision"], config["r"]) == ("owner/base", "abc", 16)
-    weights = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    weights = load_file(straight / "adapter" / "adapter_model.safetensors")
     assert len(weights) == 2 * 7 * 2, "A and B of seven projections in two layers"
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
-    assert any(line.startswith("step 8/8  loss") for line in said)
-    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert any(line.startswith("step 60/60  loss") for line in lines)
+    assert not (straight / "checkpoints").exists()
 
-
-def test_the_loss_counts_assistant_tokens_only(job: Callable, tmp_path: Path, tiny_base: Path) -> None:
-    made = job(
-        tmp_path / "out", max_steps=1, load_in_4bit=False, per_device_train_batch_size=64, gradient_accumulation_steps=1
-    )
-    supervise.run("train", made, tmp_path / "out", lambda _: None)
-    rows = load_rows(made["rows"])
-    model = AutoModelForCausalLM.from_pretrained(tiny_base)
-    total = count = 0.0
-    with torch.inference_mode():
-        for row in rows:  # one at a time, no padding: the plain definition
-            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
-            labels = torch.tensor(row["labels"][1:])
-            kept = labels != -100
-            total -= logits[kept].gather(1, labels[kept][:, None]).sum().item()
-            count += kept.sum().item()
-    assert log_of(tmp_path / "out")[0]["loss"] == pytest.approx(total / count, abs=2e-4)
-
-
-def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(job: Callable, tmp_path: Path) -> None:
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    fields = {"max_steps": 40, "save_steps": 4}  # long enough to be caught on the way
-    supervise.run("train", job(straight, **fields), straight, lambda _: None)
-    made = job(killed, **fields)
-
+    job = train_job(killed, **fields)
     killer = strike(killed, 10, signal.SIGKILL)
     with pytest.raises(ProcessLost, match="ended by SIGKILL"):
-        supervise.run("train", made, killed, lambda _: None)
+        supervise.run(job, killed, ignore)
     killer.join()
-    said: list[str] = []
-    done = supervise.run("train", made, killed, said.append)
-    step = int(done["resumed_from"].removeprefix("checkpoint-"))
+    result = supervise.run(job, killed, lines.append)
+    assert result.resumed_from
+    step = int(result.resumed_from.removeprefix("checkpoint-"))
     assert step >= 8, "no more than one save interval is lost"
-    assert f"going on from checkpoint-{step}" in said
+    assert f"resuming from checkpoint-{step}" in lines
     assert [e["loss"] for e in log_of(killed)] == [e["loss"] for e in log_of(straight)], "bitwise the same losses"
-    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight, killed))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    again = load_file(killed / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
-def test_a_training_goes_on_with_an_empty_disk_from_the_checkpoint_in_the_store(
+def test_a_training_resumes_with_an_empty_disk_from_the_checkpoint_in_the_store(
     small_recipe: Callable, pipeline: Callable, artifact: Callable, var: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RETUNE_STORE", "memory://store")  # of this process: what the training process has is not in it
-    recipe = small_recipe(max_steps=40, save_steps=4)
+    monkeypatch.setenv("RETUNE_STORE", "memory://store")  # of this process; the training process does not see it
+    recipe, work = small_recipe(max_steps=100, save_steps=4), var / "work" / "small" / "train"
 
-    killer = strike(var / "work" / "small" / "train", 10, signal.SIGKILL)
+    def kill() -> None:
+        stored = Store().path("small", "train")
+        wait_until(lambda: any(path.name == "manifest.json" for path in stored.glob("*.checkpoints/checkpoint-*/*")))
+        for pid in engines(work):
+            os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
     with pytest.raises(ProcessLost, match="ended by SIGKILL"):
         pipeline(recipe, "train")
     killer.join()
     shutil.rmtree(var)
-    found = artifact(pipeline(recipe, "train"))
-    assert int(found.metadata.resumed_from.removeprefix("checkpoint-")) >= 4
-    assert found.metadata.steps == 40
-    assert not list(found.folder.parent.glob("*.checkpoints/*")), "no checkpoint is left behind"
+    output = artifact(pipeline(recipe, "train"))
+    assert int(output.metadata.resumed_from.removeprefix("checkpoint-")) >= 4
+    assert output.metadata.steps == 100
+    assert not list(output.folder.parent.glob("*.checkpoints/*")), "no checkpoint is left behind"
 
 
-def test_an_incomplete_or_damaged_checkpoint_is_passed_over(job: Callable, tmp_path: Path) -> None:
-    from include.engine.train import newest_checkpoint
-    from include.storage.files import describe_files, to_json
-
+def test_an_incomplete_or_damaged_checkpoint_is_not_resumed(tmp_path: Path) -> None:
     for step in (4, 8, 12, 16):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "weights").write_bytes(b"x" * 100)
-        if step != 12:  # not finished
-            (folder / "manifest.json").write_bytes(to_json({"files": describe_files(folder)}))
+        if step != 12:
+            complete_checkpoint(folder)
     (tmp_path / "checkpoint-8" / "weights").write_bytes(b"x" * 50)
     (tmp_path / "checkpoint-16" / "weights").write_bytes(b"x" * 99 + b"y")
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
-def test_two_processes_hold_the_effective_batch_stop_together_and_end_like_one(job: Callable, tmp_path: Path) -> None:
+def test_two_processes_keep_the_effective_batch_stop_together_and_end_like_one(
+    train_job: Callable, tmp_path: Path
+) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
-    rows = tmp_path / "many.jsonl"  # no epoch ends within the 30 steps: at its end processes repeat rows to be even
+    rows = tmp_path / "many.jsonl"  # no epoch ends within the 50 steps: at its end processes repeat rows to be even
     rows.write_text(
-        "".join(json.dumps(conversation(f"What is {i} times 7?", f"It is {7 * i}.")) + "\n" for i in range(400))
+        "".join(json.dumps(conversation(f"What is {i} times 7?", f"It is {7 * i}.")) + "\n" for i in range(600))
     )
-    fields = {"dataset": str(rows), "max_steps": 30, "save_steps": 100}
-    supervise.run("train", job(alone, **fields), alone, lambda _: None)
-    made = job(together, num_processes=2, **fields)
+    fields = {"dataset": str(rows), "max_steps": 50, "save_steps": 100}
+    supervise.run(train_job(alone, **fields), alone, ignore)
+    job = train_job(together, num_processes=2, **fields)
 
     stopper = strike(together, 5, signal.SIGTERM)
     with pytest.raises(ProcessLost, match=r"was asked to stop and saved step \d+"):
-        supervise.run("train", made, together, lambda _: None)
+        supervise.run(job, together, ignore)
     stopper.join()
     assert not engines(together)
     (checkpoint,) = (together / "checkpoints").glob("checkpoint-*")
     states = {"rng_state_0.pth", "rng_state_1.pth"}
     assert states < set(orjson.loads((checkpoint / "manifest.json").read_bytes())["files"])
-    done = supervise.run("train", made, together, lambda _: None)
-    assert done["resumed_from"] == checkpoint.name
-    plan = done["plan"]
-    assert (plan["processes"], plan["micro_batch"], plan["accumulation"]) == (2, 2, 2), "2 x 2 x 2 for 2 x 4"
+    result = supervise.run(job, together, ignore)
+    assert result.resumed_from == checkpoint.name
+    plan = result.plan
+    assert (plan.processes, plan.micro_batch, plan.accumulation) == (2, 2, 2), "2 x 2 x 2 for 2 x 4"
     one, two = log_of(alone), log_of(together)
-    assert [entry["step"] for entry in two] == list(range(1, 31))
+    assert [entry["step"] for entry in two] == list(range(1, 51))
     assert [entry["tokens"] for entry in two] == [entry["tokens"] for entry in one], "the same rows in every step"
     assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=2e-3)
 
@@ -215,43 +152,27 @@ def test_a_whole_model_is_trained_and_published(
     assert published.num_parameters() == sum(tensor.numel() for tensor in trained.values())
 
 
-def test_a_full_disk_is_said_in_one_line_and_tried_again(job: Callable, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "training_log.jsonl").symlink_to("/dev/full")  # takes nothing, as a full disk does
-    with pytest.raises(NoSpace, match="the disk of the work folder is full. Free some space and retry") as caught:
-        supervise.run("train", job(out), out, lambda _: None)
-    assert caught.value.retryable
-
-
-def test_packed_rows_do_not_see_each_other(job: Callable, tmp_path: Path, tiny_base: Path) -> None:
-    fields = {
-        "max_steps": 1,
-        "load_in_4bit": False,
-        "per_device_train_batch_size": 64,
-        "gradient_accumulation_steps": 1,
-    }
+def test_the_loss_counts_assistant_tokens_only_and_packed_rows_do_not_see_each_other(
+    train_job: Callable, tmp_path: Path, tiny_base: Path
+) -> None:
     losses = {}
     for packing in (False, True):
         out = tmp_path / str(packing)
-        made = job(out, packing=packing, num_train_epochs=1, **fields)
-        supervise.run("train", made, out, lambda _: None)
+        job = train_job(out, packing=packing, num_train_epochs=1, **ONE_STEP)
+        supervise.run(job, out, ignore)
         losses[packing] = log_of(out)[0]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    total = count = 0.0
+    with torch.inference_mode():
+        for row in load_rows(job.rows):  # one at a time, no padding: the plain definition
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+            labels = torch.tensor(row["labels"][1:])
+            kept = labels != -100
+            total -= logits[kept].gather(1, labels[kept][:, None]).sum().item()
+            count += kept.sum().item()
     # all rows are in the one step, alone or packed: the same tokens in the same surroundings have the same loss
-    assert losses[True] == pytest.approx(losses[False], abs=2e-4)
-
-
-def test_a_silent_process_is_ended_as_hung_and_the_next_try_goes_on(job: Callable, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    made = job(out, max_steps=40, save_steps=4)
-
-    freezer = strike(out, 6, signal.SIGSTOP)
-    with pytest.raises(ProcessTimeout, match="no sign of life for 15 s"):
-        supervise.run("train", made, out, lambda _: None, silence=15)
-    freezer.join()
-    wait_until(lambda: not engines(out))
-    done = supervise.run("train", made, out, lambda _: None)
-    assert int(done["resumed_from"].removeprefix("checkpoint-")) >= 4
+    assert losses[False] == pytest.approx(total / count, abs=2e-4)
+    assert losses[True] == pytest.approx(total / count, abs=2e-4)
 
 
 # put before the engine's own code: a device that holds so many conversations at once and no more
@@ -273,7 +194,7 @@ sys.meta_path.insert(0, Hook())
 """
 
 
-def test_out_of_memory_halves_the_micro_batch_holds_the_effective_one_and_goes_on(
+def test_out_of_memory_halves_the_micro_batch_keeps_the_effective_one_and_resumes(
     small_recipe: Callable, pipeline: Callable, artifact: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "site").mkdir()
@@ -281,16 +202,17 @@ def test_out_of_memory_halves_the_micro_batch_holds_the_effective_one_and_goes_o
     fields = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "lora_dropout": 0.0}
     straight = artifact(pipeline(small_recipe("straight", **fields), "train"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    found = artifact(pipeline(small_recipe("capped", **fields), "train"))
-    assert [event["micro_batch"] for event in found.metadata.out_of_memory] == [4, 2]
-    assert "a micro-batch of 8 did not fit into memory" in found.metadata.out_of_memory[0]["what"]
-    assert (found.metadata.plan.micro_batch, found.metadata.plan.accumulation) == (2, 4)
-    one, other = ([e["loss"] for e in log_of(a.local())] for a in (straight, found))
+    capped = artifact(pipeline(small_recipe("capped", **fields), "train"))
+    events = capped.metadata.out_of_memory
+    assert [event.micro_batch for event in events] == [4, 2]
+    assert "a micro-batch of 8 did not fit into memory" in events[0].what
+    assert (capped.metadata.plan.micro_batch, capped.metadata.plan.accumulation) == (2, 4)
+    one, other = ([e["loss"] for e in log_of(a.local())] for a in (straight, capped))
     assert len(one) == 8
     assert other == pytest.approx(one, rel=1e-3), "the same eight conversations in every step"
 
 
-def test_memory_too_small_for_a_single_conversation_says_what_to_change(
+def test_memory_too_small_for_a_single_conversation_names_the_remedy(
     small_recipe: Callable, pipeline: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "site").mkdir()
@@ -301,12 +223,11 @@ def test_memory_too_small_for_a_single_conversation_says_what_to_change(
 
 
 def test_a_loss_that_breaks_ends_the_run_and_names_step_and_rows(
-    job: Callable, tmp_path: Path, tiny_base: Path
+    train_job: Callable, tmp_path: Path, tiny_base: Path
 ) -> None:
-    made = job(tmp_path / "out", max_steps=40, load_in_4bit=False, save_steps=100)
-    rows = load_rows(made["rows"])
+    job: TrainJob = train_job(tmp_path / "out", max_steps=40, load_in_4bit=False, save_steps=100)
     holders: dict[int, set[int]] = {}
-    for row in rows:
+    for row in load_rows(job.rows):
         for id in row["input_ids"]:
             holders.setdefault(id, set()).add(row["row"])
     broken, guilty = min(holders.items(), key=lambda entry: len(entry[1]))
@@ -316,49 +237,52 @@ def test_a_loss_that_breaks_ends_the_run_and_names_step_and_rows(
         model.model.embed_tokens.weight[broken] = float("nan")
     model.save_pretrained(tmp_path / "base")
     with pytest.raises(BadData, match=r"the loss is nan at step \d+; rows of that step: ") as caught:
-        supervise.run("train", {**made, "base": str(tmp_path / "base")}, tmp_path / "out", lambda _: None)
+        supervise.run(replace(job, base=tmp_path / "base"), tmp_path / "out", ignore)
     named = {int(n) for n in caught.value.what.rsplit(": ", 1)[1].split(", ")}
     assert named & guilty
     assert len(named) == 8
 
 
-def test_training_stops_early_when_the_holdout_loss_no_longer_falls(job: Callable, tmp_path: Path) -> None:
+def test_training_stops_early_when_the_holdout_loss_no_longer_falls(train_job: Callable, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    made = job(out, max_steps=200, save_steps=5, early_stopping_patience=2, learning_rate=0.05)
-    done = supervise.run("train", made, out, lambda _: None)
-    assert done["steps"] < 200
+    job = train_job(out, max_steps=200, save_steps=5, early_stopping_patience=2, learning_rate=0.05)
+    assert supervise.run(job, out, ignore).steps < 200
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"load_in_4bit": False, "target_modules": "minimal", "use_rslora": True},
-        {"load_in_4bit": False, "target_modules": "standard", "bias": "lora_only", "lr_scheduler_type": "cosine"},
-        {"optim": "adafactor", "report_to": ["tensorboard"]},
-    ],
-)
-def test_every_setting_of_the_recipe_reaches_the_adapter(job: Callable, tmp_path: Path, fields: dict) -> None:
+def test_settings_of_the_recipe_reach_adapter_and_trainer(train_job: Callable, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    made = job(out, max_steps=2, **fields)
-    if fields.get("report_to"):
-        with pytest.raises(BadRecipe, match="field 'report_to': .*tensorboard"):
-            supervise.run("train", made, out, lambda _: None)
-        return
-    supervise.run("train", made, out, lambda _: None)
+    fields = {
+        "target_modules": "minimal", "use_rslora": True, "bias": "lora_only", "max_steps": 4,
+        "lr_scheduler_type": "constant_with_warmup", "training_arguments": {"warmup_ratio": 0.5},
+    }  # fmt: skip
+    supervise.run(train_job(out, **fields), out, ignore)
     config = orjson.loads((out / "adapter" / "adapter_config.json").read_bytes())
-    assert sorted(config["target_modules"]) == sorted(MODULE_SETS[fields["target_modules"]])
-    assert (config["use_rslora"], config["bias"]) == (fields.get("use_rslora", False), fields.get("bias", "none"))
+    assert sorted(config["target_modules"]) == sorted(MODULE_SETS["minimal"])
+    assert (config["use_rslora"], config["bias"]) == (True, "lora_only")
+    rates = [entry["learning_rate"] for entry in log_of(out)]
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.01]), "two of four steps warm up"
 
 
-def test_a_missing_base_and_a_wrong_projection_are_said_in_one_line(job: Callable, tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_is_named(train_job: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(BadRecipe, match="field 'report_to': .*tensorboard"):
+        supervise.run(train_job(out, report_to=["tensorboard"]), out, ignore)
+
+
+def test_a_missing_base_and_a_wrong_projection_are_named(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="field 'base_model': .* cannot be loaded"):
-        supervise.run("train", {**job(tmp_path / "a"), "base": str(tmp_path)}, tmp_path / "a", lambda _: None)
+        load_base(tmp_path, Device(device="cpu", device_name="", dtype="float32"))
+    recipe = validate_recipe({"name": "x", "target_modules": ["w_proj"], "load_in_4bit": False}, "x")
+    plan = Plan(
+        device="cpu", device_name="", dtype="float32", engine="transformers", optim="adamw_torch",
+        gradient_checkpointing=False, micro_batch=2, accumulation=4,
+    )  # fmt: skip
     with pytest.raises(BadRecipe, match="field 'target_modules'"):
-        supervise.run("train", job(tmp_path / "b", target_modules=["w_proj"]), tmp_path / "b", lambda _: None)
+        load_trainable(tiny_base, recipe, plan)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_unsloth_without_a_gpu_is_refused_with_the_remedy(job: Callable, tmp_path: Path) -> None:
+def test_unsloth_without_a_gpu_is_refused_with_the_remedy() -> None:
     with pytest.raises(BadRecipe, match="field 'engine': unsloth needs a GPU"):
-        supervise.run("train", job(tmp_path / "a", engine="unsloth"), tmp_path / "a", lambda _: None)
+        make_plan(validate_recipe({"name": "x", "engine": "unsloth"}, "x"))
