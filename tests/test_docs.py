@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -198,6 +199,33 @@ def test_the_reference_has_every_field_of_the_recipe() -> None:
 )
 def test_types_and_ranges_are_in_words(schema: dict, words: str) -> None:
     assert describe_type(schema) == words
+
+
+@cache
+def messages() -> str:
+    """Return every text in the product's code, one per line; a value in a text is a tab."""
+    texts = []
+    for room in ("include", "tasks", "plugins", "dags", "retune"):
+        for path in (PROJECT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    texts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\t" for v in node.values))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_every_message_in_troubles_is_a_message_of_the_code() -> None:
+    """A message may have values: in the document they are numbers, versions or three dots."""
+    text = (PROJECT / "docs" / "troubles.md").read_text(encoding="utf-8").partition("## Where")[0]
+    found = [
+        span for cell in re.findall(r"^\| ([^|].*?) \| ", text, re.MULTILINE) for span in re.findall(r"`([^`]+)`", cell)
+    ]
+    assert len(found) > 15
+    for message in found:
+        parts = [part for part in re.split(r"\.\.\.|v?\d[\d.,]*%?", message) if re.search(r"\w", part)]
+        pattern = "[^\n]*?".join(re.escape(part) for part in parts)
+        assert re.search(pattern, messages()), message
 
 
 def test_the_readme_is_short() -> None:
