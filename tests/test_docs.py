@@ -14,6 +14,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from include.engine.arguments import check_arguments
 from include.recipe import validate_recipe
 from retune.cli import app
 from retune.generated_docs import check_docs, describe_type, documents
@@ -157,6 +158,7 @@ def test_every_target_of_the_makefile_is_documented(target: str) -> None:
 def test_every_recipe_is_valid(path: Path, number: int, text: str) -> None:
     values = yaml.safe_load(text)
     recipe = validate_recipe({"name": "example", **values}, f"{path.name}, block {number}")
+    check_arguments(recipe)
     if path.name == "cookbook.md":
         assert {"description", "dataset", "base_model"} <= set(values), "a whole recipe"
         assert recipe.prompts
