@@ -26,7 +26,10 @@ INTRODUCTION = """\
 # Recipe reference
 
 A recipe is one YAML file, `include/recipes/<name>.yaml`. It describes one model and becomes one DAG of that name.
-Every field has a default, so a recipe holds only what differs: [the cookbook](cookbook.md) has whole examples.
+Every field has a default, so a recipe holds only what differs: [the cookbook](cookbook.md) has whole examples. The
+defaults are those of Unsloth's *Llama-3.2 Conversational* notebook: 4-bit, r=16 on seven projections, alpha 16, template
+llama-3.1, 2,048 tokens, batch 2 x 4, 60 steps, learning rate 2e-4.
+
 An unknown field, a wrong type or a value out of range is refused by name before anything is downloaded.
 
 A value can be replaced for one run, in the trigger form or with `make run RECIPE=name SET="max_steps=20 r=8"`.
