@@ -27,8 +27,8 @@ INTRODUCTION = """\
 
 A recipe is one YAML file, `include/recipes/<name>.yaml`. It describes one model and becomes one DAG of that name.
 Every field has a default, so a recipe holds only what differs: [the cookbook](cookbook.md) has whole examples. The
-defaults are those of Unsloth's *Llama-3.2 Conversational* notebook: 4-bit, r=16 on seven projections, alpha 16, template
-llama-3.1, 2,048 tokens, batch 2 x 4, 60 steps, learning rate 2e-4.
+defaults are those of Unsloth's *Llama-3.2 Conversational* notebook: 4-bit, r=16 on seven projections, alpha 16,
+template llama-3.1, 2,048 tokens, batch 2 x 4, 60 steps, learning rate 2e-4.
 
 An unknown field, a wrong type or a value out of range is refused by name before anything is downloaded.
 
