@@ -1,4 +1,4 @@
-"""The main job, through Airflow, as a person runs it: killed twice on the way, finished, and run again."""
+"""The demo through Airflow, as a person runs it: killed twice on the way, finished, and run again."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from tests.conftest import PROJECT, last_run
 
 
 def steps_done(var: Path) -> int:
+    """Return the optimizer steps that the running training has logged."""
     return sum(len(log.read_bytes().splitlines()) for log in var.glob("work/demo/train/*/training_log.jsonl"))
 
 
 def processes(var: Path, word: str = "") -> list[int]:
-    """Living processes of this test (known by its state folder), by a word of their command line."""
+    """Return the ids of this test's living processes, found by its state folder, with a word in their command line."""
     found = []
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
@@ -37,6 +38,7 @@ def processes(var: Path, word: str = "") -> list[int]:
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 900) -> None:
+    """Wait until a condition holds, while a process runs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the run ended too early"
@@ -47,14 +49,14 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen, secon
 def test_the_demo_survives_being_killed_and_is_published_once(var: Path, retune: Callable) -> None:
     run = subprocess.Popen([sys.executable, "-m", "retune", "run", "demo"], cwd=PROJECT, stdout=subprocess.DEVNULL)
     wait_until(lambda: steps_done(var) >= 40, run)
-    for pid in processes(var, "include.engine"):  # first the training process alone: Airflow tries again
+    for pid in processes(var, "include.engine"):  # first only the training process: Airflow retries the task
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: steps_done(var) >= 120, run)
-    for pid in processes(var):  # then everything at once, as when the power goes
+    for pid in processes(var):  # then every process at once, as in a power cut
         os.kill(pid, signal.SIGKILL)
     run.wait()
     assert not (var / "last_run.json").exists()
-    assert not (var / "registry").exists(), "nothing half-published"
+    assert not (var / "registry").exists(), "nothing is half published"
 
     finished = retune("run", "demo")
     assert finished.returncode == 0, finished.stdout
@@ -63,7 +65,7 @@ def test_the_demo_survives_being_killed_and_is_published_once(var: Path, retune:
     assert (summary["recipe"], summary["verdict"], summary["version"]) == ("demo", "published", "v1")
     assert tuple(summary["stages"]) == tuple(stage for stage in NAMES if stage not in ("candidates", "choose"))
     assert summary["stages"]["pretrain"]["reused"]
-    assert "went on from checkpoint-1" in summary["stages"]["train"]["summary"], "of step 100 or later"
+    assert "went on from checkpoint-1" in summary["stages"]["train"]["summary"], "a checkpoint of step 100 or later"
     assert all(Path(s["folder"].removeprefix("file://")).is_dir() for s in summary["stages"].values())
 
     published = Path(summary["place"])
@@ -81,7 +83,9 @@ def test_the_demo_survives_being_killed_and_is_published_once(var: Path, retune:
     answers = manifest["smoke_test"]["answers"]
     assert all(answer["checks"]["as_expected"] for answer in answers)
     assert not any(answer["checks"]["as_expected"] is None for answer in answers)
-    assert not any(a["base"].strip().startswith(a["answer"].strip()) for a in answers), "the base does not answer"
+    assert not any(a["base"].strip().startswith(a["answer"].strip()) for a in answers), (
+        "the base does not answer the prompts"
+    )
     assert manifest["evaluation"]["verdict"]["against_base"]["high"] < -0.5
     page = Path(summary["report"].removeprefix("file://")).read_text()
     assert "The home of Alma is in Castle Hill." in page
@@ -93,4 +97,4 @@ def test_the_demo_survives_being_killed_and_is_published_once(var: Path, retune:
     assert second["verdict"] == "unchanged"
     assert all(stage["reused"] for stage in second["stages"].values())
     assert [path.name for path in (var / "registry" / "demo" / "versions").glob("v*")] == ["v1"]
-    assert not processes(var), "no process is left behind"
+    assert not processes(var), "no process is left running"

@@ -19,7 +19,7 @@ from airflow.sdk.observability.metrics import stats_utils
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from plugins import metrics
-from retune import airflow_environment
+from retune.airflow_process import airflow_environment
 from tests.conftest import PROJECT, last_run
 
 
