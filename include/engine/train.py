@@ -118,6 +118,7 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
     Raises:
         BadRecipe: a package that `report_to` names is not installed.
     """
+    import datasets
     from transformers import EarlyStoppingCallback
     from trl import DPOTrainer, SFTTrainer, pack_dataset
 
@@ -132,6 +133,7 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
     if recipe.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
     if recipe.packing:
+        datasets.disable_caching()  # otherwise the packed rows are written beside the rows, and the next try loads both
         rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe.max_seq_length)
     try:
         return (PairTrainer if recipe.method == "dpo" else SFTTrainer)(
