@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from include.chat.tokenized import load_rows
-from include.data.sharegpt import read
+from include.data.sharegpt import parse_row
 from include.errors import BadData
 
 
@@ -65,8 +65,8 @@ def write_pairs(tmp_path: Path) -> Callable[[list[Any]], str]:
     ],
 )
 def test_every_form_of_a_preference_row_is_read_alike(row: dict[str, Any]) -> None:
-    reading = read(json.dumps(row).encode(), pairs=True)
-    assert not any(reading.features.values())
+    reading = parse_row(json.dumps(row).encode(), pairs=True)
+    assert not any(reading.faults.values())
     said = reading.conversation
     assert (said.roles, said.contents, said.rejected) == (("user", "assistant"), ["Q?", "yes"], "no")
 

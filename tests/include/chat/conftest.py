@@ -16,7 +16,7 @@ from include.chat.conversation_encoder import ConversationEncoder
 from include.chat.encoder import TokenizersEncoder
 from include.chat.template import ChatTemplate, template_source
 from include.chat.tokenized import IGNORED
-from include.data.sharegpt import Conversation, read
+from include.data.sharegpt import Conversation, parse_row
 
 HELLO = [{"role": "user", "content": " hi\n"}, {"role": "assistant", "content": " ho "}]
 MakeFormat = Callable[..., ChatFormat]
@@ -95,7 +95,7 @@ def published_tokenizer(llama_folder: Path) -> Any:
 @pytest.fixture(scope="session")
 def tool_rows(material: Path) -> list[Conversation]:
     rows = json.loads((material / "datasets" / "glaive_toolcall_en_demo.json").read_text("utf-8"))
-    return [read(json.dumps(row).encode()).conversation for row in rows]
+    return [parse_row(json.dumps(row).encode()).conversation for row in rows]
 
 
 @pytest.fixture

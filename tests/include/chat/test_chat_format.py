@@ -13,7 +13,7 @@ from include.chat.chat_format import ChatFormat
 from include.chat.conversation_encoder import ConversationEncoder
 from include.chat.template import RENDERING_DATE, renders_tools
 from include.chat.tokenized import IGNORED
-from include.data.sharegpt import Conversation, read
+from include.data.sharegpt import Conversation, parse_row
 from include.errors import BadRecipe, NotFound
 from include.recipe import validate_recipe
 from tests.include.chat.conftest import HELLO, MakeFormat, rows_of, trained_text
@@ -63,9 +63,8 @@ def test_texts_equal_those_of_other_projects(llama3: ChatFormat, cases: dict, na
 @pytest.mark.parametrize("name", ["meta-dialog", "meta-message", "axolotl-sharegpt-system"])
 def test_ids_equal_those_of_other_projects(llama3: ChatFormat, cases: dict, name: str) -> None:
     case = cases[name]
-    messages = (
-        case.get("messages") or read(json.dumps({"conversations": case["sharegpt"]}).encode()).conversation.messages
-    )
+    raw = json.dumps({"conversations": case.get("sharegpt")}).encode()
+    messages = case.get("messages") or parse_row(raw).conversation.messages
     ids = llama3.prompt(messages) if case.get("add_generation_prompt") else rows_of(llama3, messages)[0][0]
     assert ids[0 if case["bos"] else 1 :] == case["expected_ids"]
 
@@ -73,7 +72,7 @@ def test_ids_equal_those_of_other_projects(llama3: ChatFormat, cases: dict, name
 @pytest.mark.parametrize("name", ["axolotl-sharegpt-gpt-noeos", "axolotl-sharegpt-human-noeos"])
 def test_labels_equal_those_of_axolotl(llama3: ChatFormat, cases: dict, name: str) -> None:
     case = cases[name]
-    messages = read(json.dumps({"conversations": case["sharegpt"]}).encode()).conversation.messages
+    messages = parse_row(json.dumps({"conversations": case["sharegpt"]}).encode()).conversation.messages
     ((ids, labels),) = rows_of(llama3, messages)
     assert ids == case["expected_ids"]
     end = llama3.stop_tokens[-1]  # Retune trains the end of an answer, these cases do not
@@ -93,7 +92,7 @@ def test_ids_and_texts_equal_those_of_apply_chat_template(
 ) -> None:
     rows = json.loads((material / "datasets" / "fastchat_dummy_conversation.json").read_text("utf-8"))[:40]
     chat = llama_encode(template)  # Llama's vocabulary lacks chatml's tokens: both write them as ordinary ones
-    conversations = [read(json.dumps(row).encode()).conversation for row in rows]
+    conversations = [parse_row(json.dumps(row).encode()).conversation for row in rows]
     # the official template writes today's date; Retune gives every template one fixed date
     settings: dict[str, Any] = {"chat_template": chat.template.source, "strftime_now": RENDERING_DATE.strftime}
     for conversation, (ids, _) in zip(conversations, chat.encode(conversations).rows(), strict=True):
