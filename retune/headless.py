@@ -59,7 +59,7 @@ def run(recipe_name: str, values: list[str]) -> bool:
 
 def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) -> bool:
     began, store = time.monotonic(), Store()
-    store.probe()
+    store.check_writable()
     log = var() / "logs" / f"{recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"[bold]{recipe}[/] through Airflow, log in {log}")
@@ -72,7 +72,7 @@ def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) ->
     with stopped_at_exit(airflow):
         _follow(airflow, store, recipe, before)
     runs = _runs(store, recipe) - before
-    summary = store.records(recipe, runs.pop()).get("run") if runs else None
+    summary = store.read_records(recipe, runs.pop()).get("run") if runs else None
     if summary is None:
         raise RetuneError(f"Airflow ended (status {airflow.returncode}) before the run began", f"See {log}")
     _print_summary(summary, time.monotonic() - began, log)
@@ -97,7 +97,7 @@ def _print_summary(summary: dict[str, Any], seconds: float, log: Path) -> None:
 
 
 def _runs(store: Store, recipe: str) -> set[str]:
-    with store.reading():
+    with store.read_errors():
         return set(list_dir(store.path(recipe, "runs")))
 
 
@@ -110,7 +110,7 @@ def _follow(airflow: subprocess.Popen[bytes], store: Store, recipe: str, before:
         while running:
             running = airflow.poll() is None
             for run_id in _runs(store, recipe) - before:
-                records = [record for name, record in store.records(recipe, run_id).items() if name != "run"]
+                records = [record for name, record in store.read_records(recipe, run_id).items() if name != "run"]
                 for record in sorted(records, key=lambda record: record["started_at"]):
                     if record["state"] == "running":
                         if spinner:

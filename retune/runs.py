@@ -23,14 +23,14 @@ def find_run(recipe: str, run_id: str | None = None) -> dict[str, Any]:
     """
     store, name = Store(), find_recipe(recipe).stem
     if run_id is not None:
-        records = store.records(name, run_id)
+        records = store.read_records(name, run_id)
         if "run" in records:
             return records["run"]
         if records:
             raise NotFound(f"the run {run_id} of {name} has no report yet", "Wait until it ends")
-    with store.reading():
+    with store.read_errors():
         folders = list(list_dir(store.path(name, "runs")))
-    summaries = [records["run"] for folder in folders if "run" in (records := store.records(name, folder))]
+    summaries = [records["run"] for folder in folders if "run" in (records := store.read_records(name, folder))]
     if run_id is not None:
         known = ", ".join(sorted(summary["run"] for summary in summaries)) or "none"
         raise NotFound(f"{name} has no run {run_id}", f"Runs that have ended: {known}")

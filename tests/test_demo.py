@@ -83,7 +83,9 @@ def test_the_demo_survives_being_killed_and_is_published_once(var: Path, retune:
     answers = manifest["smoke_test"]["answers"]
     assert all(answer["checks"]["as_expected"] for answer in answers)
     assert not any(answer["checks"]["as_expected"] is None for answer in answers)
-    assert not any(a["base"].strip().startswith(a["answer"].strip()) for a in answers), "the base does not answer the prompts"
+    assert not any(a["base"].strip().startswith(a["answer"].strip()) for a in answers), (
+        "the base does not answer the prompts"
+    )
     assert manifest["evaluation"]["verdict"]["against_base"]["high"] < -0.5
     page = Path(summary["report"].removeprefix("file://")).read_text()
     assert "The home of Alma is in Castle Hill." in page

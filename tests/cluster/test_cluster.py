@@ -78,7 +78,7 @@ class Running:
 
     def record(self, recipe: str, run: str, stage: str = "run") -> dict[str, Any]:
         """What the run has left in the object store about a stage."""
-        return Store().records(recipe, run)[stage]
+        return Store().read_records(recipe, run)[stage]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 from aiosmtpd.controller import Controller
 
-from plugins.alerts import ended, late
+from include.recipe import validate_recipe
+from plugins.alert_channels import CHANNELS
+from plugins.alerts import Alert, ended, late
 from tasks.stages import NAMES
 from tests.conftest import last_run
 from tests.services.airflow import eventually, up
@@ -201,8 +203,11 @@ def test_what_nobody_waits_for_and_what_cannot_be_summed_up() -> None:
 
 
 def test_what_is_refused_comes_with_its_numbers() -> None:
-    stages = {"train": {"state": "done", "summary": "60 steps"}, "evaluate": {"state": "done", "summary": "loss 2 -> 1"},
-              "publish": {"state": "failed", "summary": "not better"}}  # fmt: skip
+    stages = {
+        "train": {"state": "done", "summary": "60 steps"},
+        "evaluate": {"state": "done", "summary": "loss 2 -> 1"},
+        "publish": {"state": "failed", "summary": "not better"},
+    }
     summary = {"verdict": "refused", "stages": stages, "report": "r", "error": {"what": "not better", "do": "Train on"}}
     message = ended("small", "run", summary)
     assert (message.subject, message.details["stage"]) == ("Retune: small refused", "publish")
@@ -215,3 +220,11 @@ def test_slack_reads_no_markup_out_of_a_reason() -> None:
     text = ended("small", "run", {"verdict": "failed", "stages": stages, "error": error, "report": "r"}).slack()
     assert "reason: &lt;!channel&gt; &amp; &lt;http://evil|this&gt;" in text
     assert len(text) < 1700
+
+
+def test_every_channel_takes_its_recipients_from_the_recipe() -> None:
+    recipe = validate_recipe({"name": "small", "alert_mail": ["ann@example.com"], "alert_webhooks": ["team"]}, "here")
+    recipients = Alert.settings(recipe)["recipients"]
+    assert recipients == {"alert_mail": ["ann@example.com"], "alert_webhooks": ["team"]}
+    assert [*recipients] == [channel.recipe_field for channel in CHANNELS]
+    assert {name for name in type(recipe).model_fields if name.startswith("alert_")} == {"alert_on", *recipients}
