@@ -132,7 +132,7 @@ def maintain(
     Removes artifacts, checkpoints and runs from the store, and unfinished work, caches and logs from this machine.
     Whatever is live, published or in use stays. The DAG "maintenance" does the same every night.
     """
-    from tasks.maintain import maintain_disk, maintain_store
+    from tasks.maintenance import maintain_disk, maintain_store
 
     _log_to(sys.stdout)
     maintain_store(recipe, dry_run)
