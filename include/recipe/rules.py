@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from include.recipe.fields import RecipeFields
 from include.recipe.training import MOST_CANDIDATES, Lora, Training
-
-if TYPE_CHECKING:
-    from include.recipe.schema import Recipe
 
 SWEEP_FIELDS = [name for name in (*Lora.model_fields, *Training.model_fields) if name not in ("sweep", "method")]
 
 
-def check_rules(recipe: Recipe) -> None:
+def check_rules(recipe: RecipeFields) -> None:
     """Check a recipe, whose single fields are valid.
 
     Raises:
@@ -39,7 +36,7 @@ def check_rules(recipe: Recipe) -> None:
     _check_sweep(recipe)
 
 
-def _check_sweep(recipe: Recipe) -> None:
+def _check_sweep(recipe: RecipeFields) -> None:
     if unknown := set(recipe.sweep) - set(SWEEP_FIELDS):
         raise ValueError(
             f"sweep: '{unknown.pop()}' is not a field of LoRA or Training (there are: {', '.join(SWEEP_FIELDS)})"

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from include.data.expectations import DATA_CHECKS
 from include.recipe.data import Data
 from include.recipe.evaluation import Gate, SmokeTest
+from include.recipe.fields import RecipeFields
 from include.recipe.model import Model
 from include.recipe.operations import Operations
 from include.recipe.publishing import Publishing
@@ -29,7 +30,7 @@ RENAMED = {"device_memory_gb": "device_memory_gib", "gate_questions_matter": "ga
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # valid for Airflow, file systems and the Hub
 
 
-class Recipe(Data, Model, Lora, Training, SmokeTest, Gate, Publishing, Operations):
+class Recipe(RecipeFields):
     """One model: its data, its base model, its adapter, and how it is trained, tested and published."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -1,9 +1,4 @@
-"""Registries: published versions of adapters, in a folder, on an object store or on the Hugging Face Hub.
-
-A version is immutable and is identified by the digest of its content; the same content twice is one version.
-Publishing is a compare-and-swap on the version that the candidate was compared with, so that two runs cannot silently
-overwrite each other. Only `promote`, called by a person with a reason, makes an older version live again.
-"""
+"""Registries: published versions of adapters, in a folder, on an object store or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
