@@ -188,10 +188,10 @@ def retune(var: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]
 @pytest.fixture(scope="session")
 def migrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An Airflow home with a database that `retune` has migrated, made once for all tests of this process."""
-    from retune import _migrate, airflow_environment
+    from retune.airflow_process import airflow_environment, migrate
 
     home = tmp_path_factory.mktemp("migrated") / "home"
-    _migrate(airflow_environment(home), home.parent / "migrate.log")
+    migrate(airflow_environment(home), home.parent / "migrate.log")
     return home
 
 
