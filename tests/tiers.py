@@ -16,7 +16,7 @@ from tasks.stages import PIPELINE
 
 ON_CPU = PIPELINE[: [stage.gpu for stage in PIPELINE].index(True)]  # these stages start no process of the engine
 DATA_STAGES = {stage.name for stage in ON_CPU}
-FIXTURES = {"airflow": {"airflow"}, "airflow_home": {"airflow"}, "running": {"cluster"}, "job": {"engine"}}
+FIXTURES = {"airflow": {"airflow"}, "airflow_home": {"airflow"}, "running": {"cluster"}, "train_job": {"engine"}}
 TIERS = ("engine", "airflow", "cluster")
 
 
