@@ -87,7 +87,7 @@ def run(recipe_name: str, values: list[str]) -> int:
 
 def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) -> int:
     began, store = time.monotonic(), Store()
-    store.probe()
+    store.check_writable()
     log = var() / "logs" / f"{recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"[bold]{recipe}[/] through Airflow, log in {log}")
@@ -100,7 +100,7 @@ def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) ->
     with _stopped_with_us(airflow):
         _follow(airflow, store, recipe, before)
     runs = _runs(store, recipe) - before
-    summary = store.records(recipe, runs.pop()).get("run") if runs else None
+    summary = store.read_records(recipe, runs.pop()).get("run") if runs else None
     if summary is None:
         raise RetuneError(f"Airflow ended (status {airflow.returncode}) before the run began", f"See {log}")
     seconds = time.monotonic() - began
@@ -120,7 +120,7 @@ def _run(recipe: str, overrides: dict[str, Any], environment: dict[str, str]) ->
 
 
 def _runs(store: Store, recipe: str) -> set[str]:
-    with store.reading():
+    with store.read_errors():
         return set(list_dir(store.path(recipe, "runs")))
 
 
@@ -133,7 +133,7 @@ def _follow(airflow: subprocess.Popen[bytes], store: Store, recipe: str, before:
         while running:
             running = airflow.poll() is None
             for run_id in _runs(store, recipe) - before:
-                records = [record for name, record in store.records(recipe, run_id).items() if name != "run"]
+                records = [record for name, record in store.read_records(recipe, run_id).items() if name != "run"]
                 for record in sorted(records, key=lambda record: record["started_at"]):
                     stage, state = record["stage"], record["state"]
                     key = (stage, record["started_at"], record.get("candidate", ""))  # the chosen one's is there twice

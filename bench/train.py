@@ -75,8 +75,7 @@ def make_rows(folder: str, rows: str, longest: str) -> None:
     """
     import numpy as np
 
-    from include.chat.chat_format import Encoded
-    from include.chat.tokenized import batch, write_rows
+    from include.chat.tokenized import Encoded, batch, write_rows
 
     random = np.random.default_rng(0)
     lengths = (np.clip(random.lognormal(5.8, 0.75, int(rows)), 20, 2040) * int(longest) / 2040).astype(int)

@@ -10,7 +10,7 @@ from airflow.sdk import DAG, CronTriggerTimetable, Param, task
 from include.paths import recipe_files
 from plugins.credentials import hub_account
 from plugins.retry_policy import RETRIES
-from tasks.maintain import maintain_disk, maintain_store
+from tasks.maintenance import maintain_disk, maintain_store
 
 DOC = """### Maintenance
 
@@ -20,7 +20,7 @@ would be, press **Trigger** and switch on `dry_run`: the logs of the tasks list 
 
 It never removes what is live, what any published version was made of, what a run that has not ended has made, or work
 that a process has locked. Where a registry cannot be read, nothing of its recipe is removed, and the log says so.
-Folders of recipes that are no more are named in the log and left alone. What was removed is made again when a run needs
+Folders of recipes that are no more are named in the log and skipped. What was removed is made again when a run needs
 it.
 """
 

@@ -34,8 +34,9 @@ def _choices() -> tuple[list[str], list[str]]:
         with suppress(RetuneError):
             recipe = load_recipe(file)
             names.append(file.stem)
-            if registry_uri(recipe).startswith("file://"):
-                versions |= {version.name for version in open_registry(registry_uri(recipe)).versions()}
+            uri = registry_uri(recipe.name, recipe.registry)
+            if uri.startswith("file://"):
+                versions |= {version.name for version in open_registry(uri).versions()}
     return names, sorted(versions, key=lambda name: int(name[1:]))
 
 

@@ -211,7 +211,7 @@ def _position(stages: dict[str, dict[str, Any]]) -> tuple[str, str]:
 def _stage_records(recipe: str, run_id: str) -> dict[str, dict[str, Any]]:
     """Return the stage records of a run in the order in which the stages began; empty if the store cannot be read."""
     try:
-        documents = Store().records(recipe, run_id)
+        documents = Store().read_records(recipe, run_id)
     except Exception as error:  # of any kind: the message goes out without the records
         log.warning("the store cannot be read: %s", error)
         return {}

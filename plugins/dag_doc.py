@@ -33,7 +33,7 @@ lr {recipe.learning_rate:g} |{_sweep(recipe)}
 | gate | better than the base and than the live adapter; {len(recipe.prompts)} smoke-test prompts |
 | approval | {_APPROVAL[recipe.approve]} |
 | runs | {_times(recipe)} |
-| registry | `{registry_uri(recipe)}` |
+| registry | `{registry_uri(recipe.name, recipe.registry)}` |
 
 Press **Trigger** to start a run. You can change values of the recipe there for that run only.
 """

@@ -46,7 +46,7 @@ def _if_on(function: Callable[..., None]) -> Callable[..., None]:
 def stage_done(stage: str, lineage: Lineage) -> None:
     """Send a stage's seconds and key numbers, unless its output was reused. Gauges, because values are hours apart."""
     store, recipe = Store(), lineage["recipe"]
-    records = store.records(recipe, lineage["run"]).values()
+    records = store.read_records(recipe, lineage["run"]).values()
     record = next(one for one in records if (one.get("stage"), one.get("fingerprint")) == (stage, lineage[stage]))
     if record["reused"]:
         return

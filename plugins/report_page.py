@@ -48,7 +48,7 @@ def _app() -> Any:
             store = Store()
             path = store.run_folder(dag_id, run_id) / "report.html"
             try:
-                with store.reading():
+                with store.read_errors():
                     return HTMLResponse(path.fs.cat_file(path.path), headers=HEADERS)
             except (FileNotFoundError, NotADirectoryError):
                 pass

@@ -195,7 +195,7 @@ def _cannot_ask(recipe: Recipe) -> str:
 @contextmanager
 def _decision(lineage: Lineage) -> Iterator[_Decision]:
     store = Store()
-    earlier = store.records(lineage["recipe"], lineage["run"]).get("approve", {})
+    earlier = store.read_records(lineage["recipe"], lineage["run"]).get("approve", {})
     with recorded(store, lineage["recipe"], lineage["run"], "approve") as record:
         if "question" in earlier:
             record.content["question"] = earlier["question"]

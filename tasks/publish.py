@@ -139,7 +139,7 @@ def build_manifest(context: StageContext, outputs: dict[str, Output[Any]]) -> di
         "smoke_test": metadata["smoke_test"],
         "evaluation": metadata["evaluate"],
         "approval": metadata["approve"],
-        "sweep": sweep_of(context.store.records(recipe.name, context.run_id)),
+        "sweep": sweep_of(context.store.read_records(recipe.name, context.run_id)),
         "seconds": {name: output.manifest["seconds"] for name, output in outputs.items()},
         "fingerprints": {name: output.fingerprint for name, output in outputs.items()},
         "packages": {**installed_packages(), **outputs["train"].manifest["packages"]},

@@ -29,7 +29,7 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
             programs read stays that of the newest run that ended.
     """
     store, name = Store(), find_recipe(recipe_file).stem
-    records = store.records(name, run_id)
+    records = store.read_records(name, run_id)
     reached = NAMES[: NAMES.index("approve") + 1] if waiting else NAMES  # later records are of before it was cleared
     stages = {stage: records[stage] for stage in reached if stage in records}
     outputs = {stage: _output(store, name, stages.get(stage)) for stage in NAMES}
@@ -57,11 +57,11 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
         "sweep": sweep,
     }  # fmt: skip
     content = run_page(summary, details, _training_log(store, outputs["train"]))
-    with store.writing():
+    with store.write_errors():
         atomic_write(page, content.encode())
     if waiting:
         return summary
-    store.record(name, run_id, "run", summary)
+    store.write_record(name, run_id, "run", summary)
     atomic_write(var() / "last_run.json", to_json(summary))
     if summary["verdict"] in FINAL:
         resolved = {"recipe": name, "run": run_id, "resolve": stages["resolve"]["fingerprint"]}
@@ -111,5 +111,5 @@ def _training_log(store: Store, train: Output[TrainOutput] | None) -> bytes | No
     if train is None:
         return None
     path = train.folder / TrainOutput.TRAINING_LOG
-    with store.reading():
+    with store.read_errors():
         return read_all([path]).get(path)

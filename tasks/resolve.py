@@ -58,7 +58,7 @@ def resolve(
                 "dataset_revision": dataset,
                 "base_model": located(recipe.base_model),
                 "base_revision": base,
-                "registry": registry_uri(recipe),
+                "registry": registry_uri(recipe.name, recipe.registry),
             }
         )
         own = recipe == load_recipe(find_recipe(recipe_file))
@@ -95,7 +95,7 @@ def pin(store: Store, recipe: Recipe, line: str) -> tuple[Artifact, bool]:
         return artifact, True
     out = var() / "work" / recipe.name / "resolve" / key
     shutil.rmtree(out, ignore_errors=True)
-    with store.writing():
+    with store.write_errors():
         atomic_write(out / ResolveOutput.RECIPE, to_json(content))
     return store.commit(
         out, recipe.name, "resolve", key, summary=line, metadata=ResolveOutput().to_json(), inputs={}

@@ -36,7 +36,7 @@ def smoke_test(
     """
     recipe = context.recipe
     base = fetch_base(recipe, context.store)
-    chat = ChatFormat(template.local(TemplateOutput.TOKENIZER) / TemplateOutput.TOKENIZER, recipe)
+    chat = ChatFormat.from_recipe(template.local(TemplateOutput.TOKENIZER) / TemplateOutput.TOKENIZER, recipe)
     stop = template.metadata.stop_tokens
     job = GenerateJob(
         recipe=recipe,
@@ -64,7 +64,7 @@ def smoke_test(
         )
     (context.out / SmokeTestOutput.ANSWERS).write_bytes(to_json(answers))
     failed = _failed(answers, recipe.required_checks)
-    if (train.local() / TrainOutput.ADAPTER / TEMPLATE).read_text("utf-8") != chat.template:
+    if (train.local() / TrainOutput.ADAPTER / TEMPLATE).read_text("utf-8") != chat.template.source:
         failed.append(
             f"wrong template: the adapter was trained with another chat template than {recipe.chat_template} as it is "
             "now, with which it was tested"

@@ -46,7 +46,7 @@ def choose(grid: list[Lineage], lineages: Iterable[Lineage]) -> Lineage:
     """
     store, recipe, run = Store(), grid[0]["recipe"], grid[0]["run"]
     with recorded(store, recipe, run, "choose") as record:
-        records, through = store.records(recipe, run), {lineage["resolve"]: lineage for lineage in lineages}
+        records, through = store.read_records(recipe, run), {lineage["resolve"]: lineage for lineage in lineages}
         table = [_result(store, records, lineage, through.get(lineage["resolve"])) for lineage in grid]
         record.content.update(grid=records["candidates"]["grid"], candidates=table)  # also of a sweep that failed
         measured = [row for row in table if row["loss"] is not None]
@@ -59,7 +59,7 @@ def choose(grid: list[Lineage], lineages: Iterable[Lineage]) -> Lineage:
         best["chosen"] = True
         chosen = through[best["resolve"]]
         for stage in CANDIDATE_STAGES:
-            store.record(recipe, run, stage, records[record_name(stage, chosen)])
+            store.write_record(recipe, run, stage, records[record_name(stage, chosen)])
         failed = len(table) - len(measured)
         line = f"{best['candidate']}, the best of {len(grid)}: loss {best['loss']:.3f}"
         line += f"; {failed} failed" if failed else ""

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from include.base_model import fetch_base
-from include.chat.chat_format import ChatFormat, Encoded
-from include.chat.tokenized import IGNORED, answer_span, batch, pair_batch, sum_up, write_rows
+from include.chat.chat_format import ChatFormat
+from include.chat.splitting import split_conversation
+from include.chat.tokenized import IGNORED, batch, pair_batch, sum_up, write_rows
+from include.chat.verification import count_prefix_mismatches, pair_contract, token_contract, verify_encoding
 from include.data.expectations import PREPARED_PAIRS, PREPARED_ROWS, Suite
 from include.data.parallel import in_order
 from include.data.profile import histogram
-from include.data.sharegpt import Conversation, Message, conversations_in
+from include.data.sharegpt import Conversation, conversations_in
 from include.data.tables import read_table, write_table
 from include.errors import BadData
 from include.pipeline.contracts import StandardizeOutput, TemplateOutput
@@ -43,17 +45,17 @@ def prove(context: ShardedContext, standardize: Output[StandardizeOutput]) -> di
     chosen = [f"{StandardizeOutput.MESSAGES}/{name}" for name in context.names[:: max(1, len(context.names) // 4)]]
     messages = context.fetch(standardize, *chosen)
     spread = _spread_rows([messages / name for name in chosen])
-    proved, otherwise = chat.prove(spread), chat.asked_otherwise(spread)
+    proved, mismatches = verify_encoding(chat, spread), count_prefix_mismatches(chat, spread)
     context.progress(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
-    if otherwise:
+    if mismatches:
         context.progress(
-            f"WARNING: {otherwise} of {len(spread)} rows are trained to answer after other tokens than a prompt "
-            "ends in: look at the answers of the smoke test, or take another chat_template"
+            f"WARNING: in {mismatches} of {len(spread)} sampled rows the training prefix differs from the inference "
+            "prompt: check the answers of the smoke test, or choose another chat_template"
         )
     return {
-        "proved_rows": proved, "prefix_mismatches": otherwise, "encoder": chat.encoder.name,
+        "proved_rows": proved, "prefix_mismatches": mismatches, "encoder": chat.encoder.name,
         "missing_special_tokens": chat.missing, "stop_tokens": chat.stop_tokens,
-        "template_sha256": hashlib.sha256(chat.template.encode()).hexdigest(),
+        "template_sha256": hashlib.sha256(chat.template.source.encode()).hexdigest(),
     }  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def encode(context: ShardedContext, names: list[str], standardize: Output[Standa
     if chat is None:
         chat = _chat(context)
         if proof["encoder"] != chat.encoder.name:
-            chat.encode_by_tokenizer()
+            chat.use_tokenizer_encoder()
     messages = (
         context.fetch(standardize, *(f"{StandardizeOutput.MESSAGES}/{name}" for name in names))
         / StandardizeOutput.MESSAGES
@@ -132,7 +134,7 @@ def template(context: ShardedContext, standardize: Output[StandardizeOutput]) ->
 
 
 def _chat(context: ShardedContext) -> ChatFormat:
-    return ChatFormat(fetch_base(context.recipe, context.store, tokenizer_only=True), context.recipe)
+    return ChatFormat.from_recipe(fetch_base(context.recipe, context.store, tokenizer_only=True), context.recipe)
 
 
 def _contract_of_all(context: ShardedContext) -> Any:
@@ -177,16 +179,16 @@ def _encode_group(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _G
     conversations = list(conversations_in(table))
     rows, holdout, longest = table["row"].to_numpy(), table["holdout"].to_numpy(), recipe.max_seq_length
     encoded = chat.encode(conversations)
-    contract = {"row": rows, **_contract(chat, encoded, conversations, longest)}
+    contract = {"row": rows, **token_contract(chat, encoded, conversations, longest)}
     usable = contract["tokens_over"] == 0
     over = np.flatnonzero(~usable)
     used = usable.copy()  # rows of which something is used
     parts = []
     if len(over) and recipe.on_too_long == "truncate":
-        encoded = encoded.cut(longest)
-        usable = used = np.logical_or.reduceat(encoded.trained, encoded.starts)
+        encoded = encoded.truncate(longest)
+        usable = used = np.logical_or.reduceat(encoded.loss_mask, encoded.starts)
     elif len(over) and recipe.on_too_long == "split":
-        pieces = [(row, piece) for row in over for piece in _split(chat, conversations[row], longest)]
+        pieces = [(row, piece) for row in over for piece in split_conversation(chat, conversations[row], longest)]
         if pieces:
             origin = np.array([row for row, _ in pieces])
             used[origin] = True
@@ -214,8 +216,7 @@ def _encode_pairs(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _G
     rows, holdout = table["row"].to_numpy(), table["holdout"].to_numpy()
     others = [replace(c, contents=[*c.contents[:-1], str(c.rejected)]) for c in conversations]
     chosen, rejected = chat.encode(conversations), chat.encode(others)
-    contracts = [_contract(chat, e, c, recipe.max_seq_length) for e, c in ((chosen, conversations), (rejected, others))]
-    contract = {name: np.maximum(contracts[0][name], contracts[1][name]) for name in contracts[0]}
+    contract = pair_contract(chat, chosen, rejected, conversations, recipe.max_seq_length)
     usable = contract["tokens_over"] == 0
     used = np.flatnonzero(usable)
     contract.update(
@@ -223,7 +224,6 @@ def _encode_pairs(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _G
         left_out=(~usable).astype(np.int32),
         kept_over=np.zeros(len(rows), np.int32),  # a pair is used whole or not at all
         cut=np.zeros(len(rows), np.int32),
-        prompt_errors=np.array([_prompts_differ(chosen, rejected, i) for i in range(len(rows))], np.int32),
     )
     sides = {}
     for side, held in ((TRAIN, False), (HOLDOUT, True)):
@@ -236,68 +236,6 @@ def _encode_pairs(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _G
         for row in shown
     ]
     return _Group(contract, sides, samples)
-
-
-def _prompts_differ(chosen: Encoded, rejected: Encoded, i: int) -> bool:
-    one, other = (e.ids[e.starts[i] : e.starts[i] + answer_span(e, i)[0]] for e in (chosen, rejected))
-    return one.tolist() != other.tolist()
-
-
-def _split(chat: ChatFormat, conversation: Conversation, longest: int) -> list[Conversation]:
-    """The conversation as several, cut before user turns, each with the system message and as long as may be.
-
-    An exchange that alone is too long is left out.
-    """
-    messages = conversation.messages
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    exchanges: list[list[Message]] = []
-    for message in messages[len(system) :]:
-        if message["role"] == "user" or not exchanges:
-            exchanges.append([])
-        exchanges[-1].append(message)
-
-    def joined(part: list[Message]) -> Conversation:
-        return replace(Conversation.of([*system, *part]), tools=conversation.tools)
-
-    def fits(part: list[Message]) -> bool:
-        return len(chat.encode([joined(part)]).ids) <= longest
-
-    pieces: list[Conversation] = []
-    current: list[Message] = []
-    for exchange in exchanges:
-        if current and not fits([*current, *exchange]):
-            pieces.append(joined(current))
-            current = []
-        if current or fits(exchange):
-            current = [*current, *exchange]
-    return [*pieces, joined(current)] if current else pieces
-
-
-def _contract(chat: ChatFormat, encoded: Encoded, conversations: list[Conversation], longest: int) -> dict[str, Any]:
-    """What the suite checks, for each conversation."""
-    import numpy as np
-
-    def count(places: Any) -> Any:
-        """How many of the places (of tokens) are in each conversation."""
-        return np.bincount(np.searchsorted(encoded.ends, places, "right"), minlength=len(tokens)).astype(np.int32)
-
-    tokens = (encoded.ends - encoded.starts).astype(np.int32)
-    followed = np.append(encoded.trained[1:], False)
-    followed[encoded.ends - 1] = False  # the next conversation does not go on with this one's turn
-    last = np.flatnonzero(encoded.trained & ~followed)  # of each trained stretch
-    stretches = count(last)
-    ended = count(last[np.isin(encoded.ids[last], chat.stop_tokens)])
-    answers = {roles: roles.count("assistant") for roles in {c.roles for c in conversations}}
-    turns = np.array([answers[c.roles] for c in conversations], np.int32)
-    bos = chat.id_of("bos_token")
-    return {
-        "tokens": tokens,
-        "tokens_over": (tokens > longest).astype(np.int32),
-        "untrained": (stretches == 0).astype(np.int32),
-        "bos_errors": tokens * 0 if bos is None else np.abs(count(np.flatnonzero(encoded.ids == bos)) - chat.bos_count),
-        "unended_turns": tokens * 0 if chat.missing else turns - ended,
-        "mask_errors": np.abs(stretches - turns),
-    }
 
 
 def _spread_rows(files: list[Path]) -> list[Conversation]:

@@ -113,7 +113,7 @@ class StoredCheckpoint:
         """
         if self._context.store.is_local:
             return
-        with self._context.store.reading():
+        with self._context.store.read_errors():
             paths = [
                 self._stored / name / MANIFEST for name in list_dir(self._stored) if name.startswith("checkpoint-")
             ]
@@ -151,7 +151,7 @@ class StoredCheckpoint:
 
     def _store(self, held: Path, files: dict[str, Any], target: UPath) -> None:
         out = self._context.out
-        with self._context.store.writing():
+        with self._context.store.write_errors():
             upload(held, files, target)
             upload(out, (name for name in RESUME_FILES if (out / name).exists()), self._stored)
             atomic_write(target / MANIFEST, (held / MANIFEST).read_bytes())
@@ -162,5 +162,5 @@ class StoredCheckpoint:
     def drop(self) -> None:
         """Remove the checkpoint from the store when the training is finished."""
         if not self._context.store.is_local:
-            with self._context.store.writing():
+            with self._context.store.write_errors():
                 remove(self._stored)

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from include.base_model import fetch_base
-from include.chat.chat_format import renders_tools, template_source
+from include.chat.template import renders_tools, template_source
 from include.data.expectations import PAIRS, RAW_ROWS, TOOL_RULES, Findings, Suite
 from include.data.parallel import in_order
 from include.data.profile import RowFacts, profile
@@ -26,7 +26,7 @@ def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool:
     recipe = context.recipe
     own = recipe.chat_template == "tokenizer"
     folder = fetch_base(recipe, context.store, tokenizer_only=True) if own else Path()
-    return renders_tools(template_source(folder, recipe))
+    return renders_tools(template_source(folder, recipe.chat_template, recipe.base_model))
 
 
 @stage(

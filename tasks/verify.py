@@ -64,7 +64,7 @@ def verify(
     """
     recipe, name = context.recipe, publish.metadata.name
     folder, files = fetch_and_check(str(recipe.registry), publish.metadata, context.out / "published")
-    chat = ChatFormat(template.local(TemplateOutput.TOKENIZER) / TemplateOutput.TOKENIZER, recipe)
+    chat = ChatFormat.from_recipe(template.local(TemplateOutput.TOKENIZER) / TemplateOutput.TOKENIZER, recipe)
     base, prompts = fetch_base(recipe, context.store), [chat.prompt(messages(prompt)) for prompt in recipe.prompts]
     tested = train.local() / TrainOutput.ADAPTER
     logits = LogitsJob(recipe=recipe, base=base, tested=tested, published=folder, prompts=prompts)

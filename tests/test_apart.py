@@ -19,8 +19,8 @@ from include.errors import Conflict
 from include.registry import ObjectRegistry
 from include.storage.artifacts import Store
 from include.storage.files import MANIFEST
-from include.storage.object_store import open_path
-from tasks.maintain import maintain_store
+from include.storage.locations import open_path
+from tasks.maintenance import maintain_store
 from tasks.report import report
 from tasks.rollback import rollback
 from tests.conftest import PROJECT

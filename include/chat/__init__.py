@@ -1,1 +1,1 @@
-"""Chat: conversations to token ids and loss masks."""
+"""Chat: conversations to token ids and loss masks. Only this room renders chat templates."""

@@ -1,20 +1,65 @@
-"""Rows between the stages: Arrow files, which a reader maps into memory; prepared rows with token ids and labels."""
+"""Tokenized rows: conversations as ids and loss masks, and the Arrow files in which stages exchange them.
+
+A reader maps these files into memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from include.chat.chat_format import Encoded
+import numpy as np
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Conversations as the trainer needs them, one after another in flat arrays.
+
+    Attributes:
+        ids: token ids (int32).
+        loss_mask: whether the loss counts each token (bool, same length).
+        ends: the end of each conversation in the two arrays (int64, one entry per conversation).
+    """
+
+    ids: np.ndarray
+    loss_mask: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Return the ids where the loss counts the token, else -100 (int32, as long as `ids`)."""
+        return np.where(self.loss_mask, self.ids, np.int32(IGNORED))
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Return the start of each conversation (int64, one entry per conversation)."""
+        return np.concatenate([[0], self.ends])[:-1].astype(np.int64)
+
+    def truncate(self, max_tokens: int) -> Encoded:
+        """Return the conversations with at most their first `max_tokens` tokens."""
+        lengths = self.ends - self.starts
+        kept = np.arange(len(self.ids)) - np.repeat(self.starts, lengths) < max_tokens
+        return Encoded(self.ids[kept], self.loss_mask[kept], np.minimum(lengths, max_tokens).cumsum())
+
+    def rows(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield the ids and the labels of each conversation, as lists."""
+        labels = self.labels
+        for start, end in zip(self.starts, self.ends, strict=True):
+            yield self.ids[start:end].tolist(), labels[start:end].tolist()
+
+
 def batch(encoded: Encoded, rows: Any, chosen: Any) -> Any:
-    """An Arrow record batch of the chosen conversations: `row`, `input_ids`, `labels`."""
-    import numpy as np
+    """Return an Arrow record batch of the chosen conversations: `row`, `input_ids`, `labels`.
+
+    Args:
+        rows: the row number of each conversation (int64 array).
+        chosen: the indices of the chosen conversations, ascending.
+    """
     import pyarrow as pa
 
     lengths = encoded.ends - encoded.starts
@@ -30,12 +75,14 @@ def batch(encoded: Encoded, rows: Any, chosen: Any) -> Any:
 
 
 def pair_batch(chosen: Encoded, rejected: Encoded, rows: Any, used: Any) -> Any:
-    """An Arrow record batch of the used preference rows: `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`.
+    """Return an Arrow record batch of the used preference rows: `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
     Args:
-        chosen, rejected: the conversations with the one and with the other answer, which is their last trained stretch.
+        chosen: the conversations with the chosen answer, which is the last segment of tokens in the loss.
+        rejected: the same conversations with the rejected answer.
+        rows: the row number of each conversation (int64 array).
+        used: the indices of the used conversations.
     """
-    import numpy as np
     import pyarrow as pa
 
     columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
@@ -51,51 +98,59 @@ def pair_batch(chosen: Encoded, rejected: Encoded, rows: Any, used: Any) -> Any:
 
 
 def answer_span(encoded: Encoded, i: int) -> tuple[int, int]:
-    """Where the last trained stretch of a conversation begins and ends, in tokens from the conversation's start."""
-    import numpy as np
+    """Return begin and end of a conversation's last segment of tokens in the loss, counted from its first token.
 
-    trained = encoded.trained[encoded.starts[i] : encoded.ends[i]]
-    if not trained.any():
-        return len(trained), len(trained)
-    end = int(np.flatnonzero(trained)[-1]) + 1
-    before = np.flatnonzero(~trained[:end])
+    A conversation without such tokens gives an empty span at its end.
+    """
+    mask = encoded.loss_mask[encoded.starts[i] : encoded.ends[i]]
+    if not mask.any():
+        return len(mask), len(mask)
+    end = int(np.flatnonzero(mask)[-1]) + 1
+    before = np.flatnonzero(~mask[:end])
     return (int(before[-1]) + 1 if len(before) else 0), end
 
 
 def write_rows(path: Path, batches: list[Any]) -> dict[str, Any]:
-    """Write an Arrow stream, if there is something to write; returns its rows, tokens, trained tokens and sha256."""
+    """Write record batches as one Arrow stream; without any row, write no file.
+
+    Returns:
+        The number of rows, of tokens and of tokens in the loss (`trained`), and the sha256 of all ids and labels.
+    """
     import pyarrow as pa
 
-    facts: dict[str, Any] = {"rows": 0, "tokens": 0, "trained": 0, "sha256": ""}
+    metadata: dict[str, Any] = {"rows": 0, "tokens": 0, "trained": 0, "sha256": ""}
     batches = [batch for batch in batches if len(batch)]
     if not batches:
-        return facts
+        return metadata
     digest = hashlib.sha256()
     with pa.ipc.new_stream(str(path), batches[0].schema) as writer:
         for batch in batches:
             lists = {name: batch[name].flatten().to_numpy() for name in batch.schema.names[1:]}
             for values in lists.values():
                 digest.update(values.tobytes())
-            facts["rows"] += len(batch)
-            facts["tokens"] += sum(len(values) for name, values in lists.items() if name != "labels")
-            facts["trained"] += (
+            metadata["rows"] += len(batch)
+            metadata["tokens"] += sum(len(values) for name, values in lists.items() if name != "labels")
+            metadata["trained"] += (
                 int((lists["labels"] != IGNORED).sum())
                 if "labels" in lists
                 else sum(len(lists[name]) for name in ("chosen_ids", "rejected_ids"))
             )
             writer.write_batch(batch)
-    return {**facts, "sha256": digest.hexdigest()}
+    return {**metadata, "sha256": digest.hexdigest()}
 
 
-def sum_up(sides: list[dict[str, Any]]) -> dict[str, Any]:
-    """The facts of all files of a side; `ids_sha256` is the digest of the files' digests."""
-    found: dict[str, Any] = {name: sum(side[name] for side in sides) for name in ("rows", "tokens", "trained")}
-    digests = "".join(side["sha256"] for side in sides)
-    return {**found, "ids_sha256": hashlib.sha256(digests.encode()).hexdigest()}
+def sum_up(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sums of what `write_rows` returned for several files.
+
+    `ids_sha256` is the sha256 of the files' digests, in their order.
+    """
+    sums: dict[str, Any] = {name: sum(file[name] for file in files) for name in ("rows", "tokens", "trained")}
+    digests = "".join(file["sha256"] for file in files)
+    return {**sums, "ids_sha256": hashlib.sha256(digests.encode()).hexdigest()}
 
 
 def load_rows(folder: Path | str) -> Any:
-    """All streams of a folder, in the order of their names, as one `datasets.Dataset`."""
+    """Return the rows of all streams in a folder, in the order of the file names, as one `datasets.Dataset`."""
     from datasets import Dataset, concatenate_datasets
 
     return concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(Path(folder).iterdir())])

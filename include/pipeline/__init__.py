@@ -1,1 +1,1 @@
-"""The pipeline's frame: stages, sharding, outcomes."""
+"""The pipeline's frame: stages and their contracts, records of runs, sharding, outcomes, retention."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from include.errors import RetuneError, TransientError, UpToDate
-from include.storage.artifacts import SETTING, Store
+from include.storage.artifacts import STORE_SETTING, Store
 from include.storage.files import now
 from include.storage.object_store import object_errors
 
@@ -68,7 +68,7 @@ class Record:
 
     def _write(self) -> None:
         if not self._failures_only:
-            self._store.record(self._recipe, self._run_id, self._name, self.content)
+            self._store.write_record(self._recipe, self._run_id, self._name, self.content)
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def recorded(
     try:
         name = record_name(stage, lineage)
         record = Record(store, recipe, run_id, stage, name, lineage.get("candidate"), failures_only=bool(part))
-        with object_errors(f"the store {store.uri}", SETTING):
+        with object_errors(f"the store {store.uri}", STORE_SETTING):
             yield record
     except UpToDate as error:
         if record:

@@ -35,9 +35,10 @@ from include.pipeline.contracts import CONTRACTS
 from include.pipeline.records import Lineage, Record, log, recorded
 from include.pipeline.stage import C, Output, Result, Stage, StageContext, input_stages_of, output_of, pinned_recipe
 from include.recipe import Recipe
-from include.storage.artifacts import FETCHED_AT_ONCE, Artifact, Store
+from include.storage.artifacts import PARALLEL_FETCHES, Artifact, Store
 from include.storage.files import MANIFEST, atomic_write, describe_files, installed_packages, now, remove, to_json
-from include.storage.object_store import is_local, upload
+from include.storage.locations import is_local
+from include.storage.object_store import upload
 
 PARTS = ".parts"  # in a stage's folder: files that only its own steps read, and the steps' records; removed in the end
 PLAN = f"{PARTS}/plan.json"
@@ -119,7 +120,7 @@ class ShardedContext(StageContext):
         assert self.folder is not None
         folder, plan = self.folder, _read(self.folder, PLAN)
         shards = plan["shards"] if plan and step.mapped else [None]
-        with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+        with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
             found = list(pool.map(lambda shard: _read(folder, _record_path(step, shard)), shards))
         if plan is None or None in found:
             raise RetuneError(f"parts of the step {step.name} are not in {folder}", "Clear the stage's first task")
@@ -174,7 +175,7 @@ class Sharded(Stage[C]):
                 (context.folder / MANIFEST).unlink()  # one of its files is missing
             shards = _split(len(context.names), recipe.shard_rows, key)
             began = _read(context.folder, PLAN) or {"began_at": now("milliseconds")}
-            with store.writing():
+            with store.write_errors():
                 atomic_write(context.folder / PLAN, to_json({**began, "shards": shards}))
             for step in self.leading_steps:
                 self._run_step(context, step, None, key)
@@ -215,7 +216,7 @@ class Sharded(Stage[C]):
             if plan := _read(context.folder, PLAN):
                 record.add_seconds((datetime.now(UTC) - datetime.fromisoformat(plan["began_at"])).total_seconds())
             self.run(context, inputs)
-            with store.writing():
+            with store.write_errors():
                 remove(context.folder / PARTS)
         return {**lineage, self.name: key}
 
@@ -242,7 +243,7 @@ class Sharded(Stage[C]):
             names = [context.names[shard["first"] : shard["end"]]] if shard else []
             result = step.work(context, *names, **context.inputs)
             files = describe_files(context.out)
-            with context.store.writing():
+            with context.store.write_errors():
                 _move_into_store(context.out, folder, files)
                 atomic_write(folder / path, to_json({"files": files, "result": result}))
             _remove_work(context)
@@ -268,7 +269,7 @@ class Sharded(Stage[C]):
             "stage": self.name, "recipe": context.recipe.name, "fingerprint": key, "made_at": now(),
             **manifest, "packages": installed_packages(), "files": dict(sorted(files.items())),
         }  # fmt: skip
-        with context.store.writing():
+        with context.store.write_errors():
             _move_into_store(context.out, context.folder, own)
             atomic_write(context.folder / MANIFEST, to_json(content))
         _remove_work(context)
@@ -320,7 +321,7 @@ def _is_complete(folder: UPath, files: dict[str, Any]) -> bool:
         except FileNotFoundError:
             return -1
 
-    with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+    with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
         return list(pool.map(size, files)) == [file["bytes"] for file in files.values()]
 
 

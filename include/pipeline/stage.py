@@ -259,5 +259,5 @@ def output_of(store: Store, lineage: Lineage, stage: str) -> Output[Any]:
 def pinned_recipe(store: Store, lineage: Lineage) -> Recipe:
     """Return the full recipe of a run as `resolve` left it, with its revisions pinned."""
     path = output_of(store, lineage, "resolve").folder / ResolveOutput.RECIPE
-    with store.reading():
+    with store.read_errors():
         return Recipe.model_validate(orjson.loads(path.fs.cat_file(path.path)))

@@ -1,8 +1,8 @@
-"""Registries: where published adapters live. One interface: a folder, an object store, the Hugging Face Hub.
+"""Registries: published versions of adapters, in a folder, on an object store or on the Hugging Face Hub.
 
-A version is immutable and is known by the digest of its content; the same content twice is one version. Publishing
-names what was live when the candidate was judged, so that two runs cannot silently overwrite each other. An older
-version goes live again only when a person says so and why (`promote`).
+A version is immutable and is identified by the digest of its content; the same content twice is one version.
+Publishing is a compare-and-swap on the version that the candidate was compared with, so that two runs cannot silently
+overwrite each other. Only `promote`, called by a person with a reason, makes an older version live again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from include.errors import BadRecipe
 from include.paths import registry_root
-from include.recipe import Recipe
 from include.registry.folder import FolderRegistry
 from include.registry.hub import HubRegistry
 from include.registry.interface import CARD, Registry, Version, content_digest
@@ -34,31 +33,38 @@ __all__ = [
 
 
 def open_registry(uri: str) -> Registry:
-    """The registry at `file:///folder`, `s3://bucket/path` (or another object store's address) or `hf://owner/name`.
+    """Return the registry at a URI: `file:///folder`, `s3://bucket/path` (see `SCHEMES`) or `hf://owner/name`.
 
     Raises:
-        BadRecipe: none of these.
+        BadRecipe: the URI has another form.
     """
-    scheme, _, place = uri.partition("://")
-    if scheme == "hf" and re.fullmatch(r"[^/]+/[^/]+", place):
-        return HubRegistry(place)
-    if scheme == "file" and place.startswith("/"):
-        return FolderRegistry(Path(place))
-    if scheme in SCHEMES and re.fullmatch(r"[^/]+/.+", place):
+    scheme, _, path = uri.partition("://")
+    if scheme == "hf" and re.fullmatch(r"[^/]+/[^/]+", path):
+        return HubRegistry(path)
+    if scheme == "file" and path.startswith("/"):
+        return FolderRegistry(Path(path))
+    if scheme in SCHEMES and re.fullmatch(r"[^/]+/.+", path):
         return ObjectRegistry(uri)
     raise BadRecipe(
         f"field 'registry': {uri} is neither file:///folder, {'://bucket/path, '.join(SCHEMES)}://bucket/path nor "
         "hf://owner/name",
-        "Correct it in the recipe, or RETUNE_REGISTRY where the recipe names none",
+        "Correct the field in the recipe; if the recipe has no such field, correct RETUNE_REGISTRY",
     )
 
 
-def registry_uri(recipe: Recipe) -> str:
-    """Where the recipe's adapters are published: as it says, or in a folder under `RETUNE_REGISTRY`."""
-    return recipe.registry or f"{registry_root()}/{recipe.name}"
+def registry_uri(recipe_name: str, registry: str | None) -> str:
+    """Return the URI of a recipe's registry.
+
+    Args:
+        registry: the recipe's field; None for the recipe's own folder under `RETUNE_REGISTRY`.
+    """
+    return registry or f"{registry_root()}/{recipe_name}"
 
 
 def merged_uri(uri: str) -> str:
-    """Where the merged model of a registry's adapter is published: a repository of its own, since vLLM takes no
-    subfolder. The version made of an adapter has the adapter's `content`."""
+    """Return the URI of the registry for merged models that belongs to a registry of adapters.
+
+    Merged models have a registry of their own because vLLM loads whole repositories only. A merged version has the
+    `content` of its adapter.
+    """
     return f"{uri}-merged"

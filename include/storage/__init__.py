@@ -1,1 +1,1 @@
-"""Storage: artifacts, files, object stores, locks, the Hub's client."""
+"""Storage: the artifact store, files, locations, object stores, their lock, cleanup, and the Hub's client."""

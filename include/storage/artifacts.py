@@ -1,13 +1,13 @@
-"""The artifact store: every stage's output in a folder of its own, committed by a manifest that is written last.
+"""The artifact store: the output of each stage in a folder of its own, committed by a manifest that is written last.
 
-`<store>/<recipe>/<stage>/<fingerprint>/manifest.json`. A folder with a valid manifest is complete and is never
-written again; one without is worth nothing. The store is a URI that fsspec understands; tasks share nothing else.
+`<store>/<recipe>/<stage>/<fingerprint>/manifest.json`. A folder with a valid manifest is complete and is never written
+to again; a folder without one is ignored. `<store>/<recipe>/runs/<run>/` holds small JSON documents about a run. The
+store is a URI that fsspec can open. Tasks share nothing else.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -26,20 +26,22 @@ from include.errors import NoPermission, NoSpace, RetuneError, TransientError
 from include.paths import store_uri, var
 from include.storage.files import (
     MANIFEST,
-    OLD,
     atomic_write,
     describe_files,
     file_digest,
+    fingerprint,
     installed_packages,
+    move_folder,
     now,
     to_json,
 )
-from include.storage.object_store import is_local as is_local
-from include.storage.object_store import list_dir, list_files, object_errors, open_path, read_all, upload
+from include.storage.locations import is_local, open_path
+from include.storage.object_store import list_dir, list_files, object_errors, read_all, upload
 
-INCOMING = ".incoming"  # in a folder: files on their way in, apart from what is read by listing a folder
-FETCHED_AT_ONCE = 8  # files, from a store that is elsewhere
-SETTING = "RETUNE_STORE"
+INCOMING = ".incoming"  # sub-folder for unfinished downloads, so that a listing of the folder shows whole files only
+PARALLEL_FETCHES = 8  # files
+STORE_SETTING = "RETUNE_STORE"
+RUNS = "runs"
 
 
 @dataclass(frozen=True)
@@ -51,64 +53,63 @@ class Artifact:
 
     @property
     def fingerprint(self) -> str:
-        """The name of the folder: what the content was made of."""
+        """Return the name of the folder: the digest of everything that decides the content."""
         return self.manifest["fingerprint"]
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the stage found out, as plain JSON values."""
+        """Return the stage's results as plain JSON values."""
         return self.manifest["metadata"]
 
     def local(self, *names: str, into: Path | None = None) -> Path:
-        """The folder on this machine's disk, with the named files in it.
+        """Return the folder on this machine's disk, with the named files in it.
 
-        Where the store is elsewhere, they are fetched several at once, unless they are there already; each is compared
-        with the manifest. Tasks of one machine may fetch the same at once.
+        If the store is not on this disk, missing files are downloaded, several at once, and compared with the manifest.
+        Tasks of one machine may download the same files at once.
 
         Args:
-            names: files, or folders for all that is in them; none: everything.
-            into: a folder of the caller's, in place of `var/cache`, whose content stays until nobody has used it for
-                long.
+            names: files, or folders for everything below them; none: everything.
+            into: a folder of the caller. By default a folder in `var/cache`, which maintenance removes when it has not
+                been used for long.
 
         Raises:
             RetuneError: a file is no longer in the store.
-            TransientError: what came is not what the manifest says.
-            OSError: the store or the disk does not do it.
+            NoSpace: the disk is full.
+            TransientError: a downloaded file differs from the manifest.
+            OSError: the store or the disk failed.
         """
         if is_local(self.folder):
             return Path(self.folder.path)
-        # what was made again at the same place has other files and so another folder
-        training_inputs = hashlib.sha256(str(self.folder).encode() + orjson.dumps(self.manifest["files"])).hexdigest()[
-            :16
-        ]
-        target = into or var() / "cache" / "store" / training_inputs
+        # an artifact that was made again at the same location has other files and so another folder
+        target = into or var() / "cache" / "store" / fingerprint([str(self.folder), self.manifest["files"]])
         single, below = set(names), tuple(f"{name}/" for name in names)
         wanted = [name for name in self.manifest["files"] if not names or name in single or name.startswith(below)]
-        with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+        with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
             for _ in pool.map(lambda name: self._fetch(name, target), wanted):
                 pass
         if into is None:
             if not (target / MANIFEST).exists():
                 atomic_write(target / MANIFEST, to_json(self.manifest))
             with suppress(FileNotFoundError):
-                os.utime(target / MANIFEST)  # its last use, for `tasks.maintain`
+                os.utime(target / MANIFEST)  # maintenance reads the time of the last use
         return target
 
     def _fetch(self, name: str, folder: Path) -> None:
-        said, target, aside = self.manifest["files"][name], folder / name, folder / INCOMING / uuid.uuid4().hex
+        expected, target = self.manifest["files"][name], folder / name
+        tmp_path = folder / INCOMING / uuid.uuid4().hex
         with suppress(FileNotFoundError):
-            if target.stat().st_size == said["bytes"]:
+            if target.stat().st_size == expected["bytes"]:
                 return
         try:
-            for place in (target.parent, aside.parent):
-                place.mkdir(parents=True, exist_ok=True)
-            self.folder.fs.get_file((self.folder / name).path, str(aside))
-            if file_digest(aside) != said["sha256"]:
+            for parent in (target.parent, tmp_path.parent):
+                parent.mkdir(parents=True, exist_ok=True)
+            self.folder.fs.get_file((self.folder / name).path, str(tmp_path))
+            if file_digest(tmp_path) != expected["sha256"]:
                 raise TransientError(
-                    f"{self.folder / name} came with other bytes than were put there",
-                    "Retry the task; if it persists, remove that folder and run again",
+                    f"the downloaded {self.folder / name} has another sha256 than its manifest says",
+                    "Retry the task; if the error persists, remove that folder and run again",
                 )
-            os.replace(aside, target)
+            os.replace(tmp_path, target)
         except FileNotFoundError as error:
             raise RetuneError(
                 f"{self.folder / name} is no longer in the store", "Clear the stage that made it, or run again"
@@ -116,9 +117,9 @@ class Artifact:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(f"no space is left for {target}", "Free some and retry the task") from error
-            raise  # what the store's client says becomes a sentence where the stage is recorded
+            raise  # `recorded` translates the errors of the store's client
         finally:
-            aside.unlink(missing_ok=True)
+            tmp_path.unlink(missing_ok=True)
 
 
 class Store:
@@ -130,51 +131,52 @@ class Store:
 
     @property
     def is_local(self) -> bool:
-        """Whether the store is on this machine's disk, and perhaps on no other's."""
+        """Return whether the store is on this machine's disk, which other machines may not share."""
         return is_local(self.root)
 
     def path(self, *parts: str) -> UPath:
-        """A place in the store."""
+        """Return a path below the root of the store."""
         return self.root.joinpath(*parts)
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Turns what file systems say into a sentence about the store; that a file is not there passes as it is.
+    def read_errors(self) -> Iterator[None]:
+        """Translate errors of reading into errors about the store. The error about a missing file passes unchanged.
 
         Raises:
-            NoPermission, NotFound: it may not be read; its bucket does not exist.
-            TransientError: it did not answer.
+            NoPermission, NotFound: the store cannot be read; its bucket does not exist.
+            TransientError: the store did not answer.
         """
         try:
-            with object_errors(f"the store {self.uri}", SETTING):
+            with object_errors(f"the store {self.uri}", STORE_SETTING):
                 yield
         except (FileNotFoundError, NotADirectoryError):
             raise
         except PermissionError as error:
             raise NoPermission(
                 f"the store {self.uri} cannot be read ({error.strerror or error})",
-                "Set RETUNE_STORE to a place that this account can read, or correct its permissions",
+                "Set RETUNE_STORE to a location that this account can read, or correct its permissions",
             ) from error
         except OSError as error:
             raise TransientError(
-                f"the store {self.uri} cannot be read ({error})", "Retry the task; check the store if it persists"
+                f"the store {self.uri} cannot be read ({error})",
+                "Retry the task; check the store if the error persists",
             ) from error
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turns what file systems say into a sentence about the store.
+    def write_errors(self) -> Iterator[None]:
+        """Translate errors of writing into errors about the store.
 
         Raises:
             NoPermission, NotFound: the store cannot be written; its bucket does not exist.
             NoSpace, TransientError: no space is left, or the object store did not answer.
         """
         try:
-            with object_errors(f"the store {self.uri}", SETTING):
+            with object_errors(f"the store {self.uri}", STORE_SETTING):
                 yield
         except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
             raise NoPermission(
                 f"the store {self.uri} cannot be written ({error.strerror or error})",
-                "Set RETUNE_STORE to a place that this account can write, or correct its permissions",
+                "Set RETUNE_STORE to a location that this account can write, or correct its permissions",
             ) from error
         except OSError as error:
             if error.errno == errno.EROFS:
@@ -182,44 +184,47 @@ class Store:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(f"the store {self.uri} has no space left", "Free some and retry the task") from error
             raise TransientError(
-                f"the store {self.uri} did not take the files ({error})",
-                "Retry the task; check the store if it persists",
+                f"the store {self.uri} cannot be written ({error})",
+                "Retry the task; check the store if the error persists",
             ) from error
 
-    def probe(self) -> None:
-        """Make sure that the store can be written.
+    def check_writable(self) -> None:
+        """Write an empty file, to make sure that this account may write to the store.
 
         Raises:
-            NoPermission, NotFound, NoSpace, TransientError: see `writing`.
+            NoPermission, NotFound, NoSpace, TransientError: see `write_errors`.
         """
-        with self.writing():
+        with self.write_errors():
             atomic_write(self.path(".probe"), b"")
 
     def find(self, recipe: str, stage: str, fingerprint: str) -> Artifact | None:
-        """The committed artifact, or None where there is none or a file of it is missing.
+        """Return the committed artifact, or None if there is none or one of its files is missing or has another size.
 
         Raises:
-            NoPermission, NotFound, TransientError: it cannot be told; see `reading`.
+            NoPermission, NotFound, TransientError: see `read_errors`.
         """
         folder = self.path(recipe, stage, fingerprint)
         try:
-            with self.reading():
+            with self.read_errors():
                 manifest = orjson.loads(folder.fs.cat_file((folder / MANIFEST).path))
-                wanted = {name: file["bytes"] for name, file in manifest["files"].items()}
+                expected = {name: file["bytes"] for name, file in manifest["files"].items()}
                 if is_local(folder):
-                    there = {name: (folder / name).stat().st_size for name in wanted}
+                    sizes = {name: (folder / name).stat().st_size for name in expected}
                 else:
-                    there = {name: info["size"] for name, info in list_files(folder).items()}
+                    sizes = {name: info["size"] for name, info in list_files(folder).items()}
         except (FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError, KeyError):
             return None
-        whole = manifest["fingerprint"] == fingerprint and wanted.items() <= there.items()
-        return Artifact(folder, manifest) if whole else None
+        complete = manifest["fingerprint"] == fingerprint and expected.items() <= sizes.items()
+        return Artifact(folder, manifest) if complete else None
 
     def commit(self, work: Path, recipe: str, stage: str, fingerprint: str, **facts: Any) -> Artifact:
         """Move a finished work folder into the store, its manifest last, and return the artifact.
 
+        Args:
+            facts: further entries of the manifest: `summary`, `metadata`, `inputs` ...
+
         Raises:
-            NoPermission, NotFound, TransientError: see `writing`; the work folder is left as it is.
+            NoPermission, NotFound, TransientError: see `write_errors`; the work folder is not lost.
         """
         folder = self.path(recipe, stage, fingerprint)
         manifest = {
@@ -231,57 +236,43 @@ class Store:
             "packages": installed_packages(),
             "files": describe_files(work),
         }
-        with self.writing():
+        with self.write_errors():
             if is_local(folder):
                 atomic_write(work / MANIFEST, to_json(manifest))
-                _move(work, Path(folder.path))
+                move_folder(work, Path(folder.path))
             else:
                 upload(work, manifest["files"], folder)
                 atomic_write(folder / MANIFEST, to_json(manifest))
                 shutil.rmtree(work)
         return Artifact(folder, orjson.loads(to_json(manifest)))
 
-    def record(self, recipe: str, run_id: str, name: str, content: dict[str, Any]) -> None:
-        """Write one small JSON document about a run, for the report and for whoever follows the run."""
-        with self.writing():
-            atomic_write(self.run_folder(recipe, run_id) / f"{name}.json", to_json(content))
+    def run_folder(self, recipe: str, run_id: str) -> UPath:
+        """Return the folder of the documents about a run."""
+        return self.path(recipe, RUNS, re.sub(r"[^A-Za-z0-9_.-]", "_", run_id))
 
-    def documents(self, folder: UPath) -> dict[str, dict[str, Any]]:
-        """The small JSON documents in a folder of the store, by name without the ending.
+    def write_record(self, recipe: str, run_id: str, name: str, content: dict[str, Any]) -> None:
+        """Write one small JSON document about a run, for the report and for programs that follow the run.
 
         Raises:
-            NoPermission, NotFound, TransientError: see `reading`.
+            NoPermission, NotFound, NoSpace, TransientError: see `write_errors`.
         """
-        with self.reading():
+        with self.write_errors():
+            atomic_write(self.run_folder(recipe, run_id) / f"{name}.json", to_json(content))
+
+    def read_records(self, recipe: str, run_id: str) -> dict[str, dict[str, Any]]:
+        """Return the documents about a run, by name; see `read_documents` for the errors."""
+        return self.read_documents(self.run_folder(recipe, run_id))
+
+    def read_documents(self, folder: UPath) -> dict[str, dict[str, Any]]:
+        """Return the small JSON documents in a folder of the store, by file name without the suffix.
+
+        Raises:
+            NoPermission, NotFound, TransientError: see `read_errors`.
+        """
+        with self.read_errors():
             contents = read_all(folder / name for name in sorted(list_dir(folder)) if name.endswith(".json"))
-        found = {}
+        documents = {}
         for path, content in contents.items():
             with suppress(orjson.JSONDecodeError):
-                found[path.name.removesuffix(".json")] = orjson.loads(content)
-        return found
-
-    def records(self, recipe: str, run_id: str) -> dict[str, dict[str, Any]]:
-        """The documents about a run, by name; errors are those of `documents`."""
-        return self.documents(self.run_folder(recipe, run_id))
-
-    def run_folder(self, recipe: str, run_id: str) -> UPath:
-        """Where the documents about a run are."""
-        return self.path(recipe, "runs", re.sub(r"[^A-Za-z0-9_.-]", "_", run_id))
-
-
-def _move(work: Path, target: Path) -> None:
-    """Put a finished folder in its place in one step, also across file systems."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        os.rename(work, aside)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        shutil.copytree(work, aside)
-        shutil.rmtree(work)
-    if target.exists():  # left by a run that lost a file of it
-        os.rename(target, target.with_name(f".{target.name}{OLD}{uuid.uuid4().hex}"))
-    os.rename(aside, target)
-    for old in target.parent.glob(f".{target.name}{OLD}*"):
-        shutil.rmtree(old, ignore_errors=True)
+                documents[path.name.removesuffix(".json")] = orjson.loads(content)
+        return documents

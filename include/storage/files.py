@@ -1,4 +1,4 @@
-"""Files: digests, atomic writes, removal that leaves no half a reader could take for whole."""
+"""Files and manifests: digests, readable JSON, atomic writes, and removal that never leaves a folder half valid."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import Any
 import orjson
 from upath import UPath
 
-from include.storage.object_store import is_local
+from include.storage.locations import is_local
 
 MANIFEST = "manifest.json"
-OLD = ".old-"  # in the name of a folder that is on its way out
+OLD = ".old-"  # in the name of a folder that is being removed
 PACKAGES = (
     "apache-airflow", "accelerate", "bitsandbytes", "datasets", "great-expectations", "huggingface-hub", "peft",
     "tokenizers", "torch", "transformers", "trl", "unsloth",
@@ -29,23 +29,27 @@ PACKAGES = (
 
 
 def now(precision: str = "seconds") -> str:
-    """The time, UTC, ISO 8601."""
+    """Return the current time in UTC as ISO 8601.
+
+    Args:
+        precision: see `timespec` of `datetime.isoformat`.
+    """
     return datetime.now(UTC).isoformat(timespec=precision)
 
 
-def fingerprint(facts: Any) -> str:
-    """sha256 (hex, first 16 digits) of JSON values, independent of the order of keys."""
-    return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+def fingerprint(values: Any) -> str:
+    """Return the first 16 hex digits of the sha256 of JSON values; the order of keys does not matter."""
+    return hashlib.sha256(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
+    """Return the sha256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and sha256 of every file below a folder, by relative path, the manifest itself left out."""
+    """Return `bytes` and `sha256` of each file below a folder, by relative path; the manifest itself is left out."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != MANIFEST)
     with ThreadPoolExecutor() as pool:
         digests = pool.map(file_digest, files)
@@ -56,7 +60,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def installed_packages() -> dict[str, str]:
-    """Versions of the packages that decide what a run produces."""
+    """Return the versions of the packages that decide what a run produces."""
     found = {}
     for name in PACKAGES:
         try:
@@ -67,53 +71,79 @@ def installed_packages() -> dict[str, str]:
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON bytes with a newline at the end; NumPy scalars and paths are understood."""
+    """Return a value as indented JSON with a newline at the end; NumPy values and paths are accepted."""
     options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
     return orjson.dumps(value, option=options, default=str)
 
 
 def atomic_write(path: UPath | Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new content, never a part."""
     if isinstance(path, UPath) and not is_local(path):
-        path.fs.pipe_file(path.path, content)  # object stores make an object visible only when it is whole
+        path.fs.pipe_file(path.path, content)  # object stores make an object visible only when it is complete
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    target = Path(path.path if isinstance(path, UPath) else path)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    target = _local_path(path)
+    tmp_path = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with aside.open("wb") as file:
+        with tmp_path.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, target)
+        os.replace(tmp_path, target)
     finally:
-        aside.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Move a finished folder to its place in one step, also across file systems; an older folder there is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tmp_path = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        os.rename(source, tmp_path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(source, tmp_path)
+        shutil.rmtree(source)
+    if target.exists():
+        os.rename(target, target.with_name(f".{target.name}{OLD}{uuid.uuid4().hex}"))
+    os.rename(tmp_path, target)
+    for old in target.parent.glob(f".{target.name}{OLD}*"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def remove(folder: UPath | Path) -> None:
-    """Remove a folder, manifests first: what is left of it at any moment, also after a crash, is worth nothing.
+    """Remove a folder, manifests first, so that after a crash the remaining files do not count as a valid folder.
 
-    On a disk it goes out of the way in one step before its files are removed. Two may remove the same folder at once.
+    On a disk the folder is renamed before its files are removed. Two processes may remove the same folder at once.
+
+    Raises:
+        PermissionError: the object store did not delete all objects.
     """
     if isinstance(folder, UPath) and not is_local(folder):
         _remove_objects(folder)
         return
-    with suppress(FileNotFoundError):  # somebody else was faster
+    with suppress(FileNotFoundError):  # another process was faster
         for manifest in (folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")):
             with suppress(FileNotFoundError):
                 manifest.unlink()
-        place = Path(folder.path if isinstance(folder, UPath) else folder)
-        aside = place.with_name(f".{place.name}{OLD}{uuid.uuid4().hex}")
-        os.rename(place, aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        path = _local_path(folder)
+        old = path.with_name(f".{path.name}{OLD}{uuid.uuid4().hex}")
+        os.rename(path, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_objects(folder: UPath) -> None:
-    found = folder.fs.find(folder.path)
-    manifests = [name for name in found if name.rsplit("/", 1)[-1] == MANIFEST]
+    objects = folder.fs.find(folder.path)
+    manifests = [name for name in objects if name.rsplit("/", 1)[-1] == MANIFEST]
     with suppress(FileNotFoundError):
         if manifests:
             folder.fs.rm(manifests)
         folder.fs.rm(folder.path, recursive=True)
-    if left := set(folder.fs.find(folder.path)) & set(found):  # S3 tells what was not deleted, and s3fs keeps it quiet
-        raise PermissionError(errno.EACCES, f"{len(left)} objects of {folder} cannot be deleted")
+    # S3 answers which objects it did not delete, but s3fs does not raise an error for them
+    if remaining := set(folder.fs.find(folder.path)) & set(objects):
+        raise PermissionError(errno.EACCES, f"{len(remaining)} objects of {folder} cannot be deleted")
+
+
+def _local_path(path: UPath | Path) -> Path:
+    return Path(path.path if isinstance(path, UPath) else path)

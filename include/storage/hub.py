@@ -1,4 +1,4 @@
-"""The Hugging Face Hub as a service: a client that does not wait for ever, errors for people, retries with back-off."""
+"""The Hugging Face Hub's client: a timeout for every call, errors that name the recipe's field, and retries."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from include.errors import NoPermission, NotFound, PermanentError, RetuneError, 
 log = logging.getLogger("airflow.task.retune")
 
 CONNECTION = "huggingface_default"  # the Airflow connection whose password is the token
-TIMEOUT = 60.0  # seconds of silence; huggingface_hub itself waits for ever on most calls
-PASSING = (408, 409, 412, 425, 429)  # besides 5xx: the state of the moment, which the next look may find changed
-TRIES = 7  # pauses of 0.5, 1, 2 ... 16 seconds between them, or what the Hub asks for
-LONGEST_PAUSE = 300.0
+TIMEOUT = 60.0  # seconds without an answer; huggingface_hub has no timeout for most calls
+RETRYABLE_STATUS = (408, 409, 412, 425, 429)  # besides 5xx: caused by a state that may have changed at the next call
+MAX_TRIES = 7  # with pauses of 0.5, 1, 2 ... 16 seconds, or the pause that the Hub asks for
+MAX_PAUSE = 300.0  # seconds
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def hub_api() -> Any:
-    """huggingface_hub's client for the Hub of the environment (`HF_ENDPOINT`, `HF_TOKEN`)."""
+    """Return huggingface_hub's client for the Hub that the environment names (`HF_ENDPOINT`, `HF_TOKEN`)."""
     from huggingface_hub import HfApi
 
-    _never_wait_for_ever()
+    _set_timeout()
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
 @functools.cache
-def _never_wait_for_ever() -> None:
+def _set_timeout() -> None:
     import httpx
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
@@ -42,52 +42,52 @@ def _never_wait_for_ever() -> None:
     seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", TIMEOUT))
 
     def client() -> httpx.Client:
-        made = default_client_factory()
-        made.timeout = httpx.Timeout(seconds)
-        return made
+        result = default_client_factory()
+        result.timeout = httpx.Timeout(seconds)
+        return result
 
     set_client_factory(client)
 
 
 @contextmanager
 def hub_errors(what: str, field: str, write: bool = False) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one sentence about the field that asked for it.
+    """Translate the errors of huggingface_hub into errors about the recipe's field.
 
     Args:
-        what: what is read or written, for people.
+        what: the repository, file or dataset, for the message.
         field: the recipe's field that names it.
-        write: whether it is to be written.
+        write: whether the calls write to it.
 
     Raises:
-        NotFound, NoPermission, PermanentError: a retry would not help.
-        Unreachable: the Hub did not answer, or asked for patience.
+        NotFound, NoPermission, PermanentError: a retry would fail in the same way.
+        Unreachable: the Hub did not answer, or asked to try again later.
     """
-    _never_wait_for_ever()
+    _set_timeout()
     try:
         yield
     except RetuneError:
         raise
     except Exception as error:
         for cause in _causes(error):
-            if problem := _in_words(cause, what, field, write):
-                raise problem from cause
+            if translated := _translate(cause, what, field, write):
+                raise translated from cause
         raise
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it, outermost first: the client and `datasets` wrap the Hub's answers."""
+    """Yield an error and its causes, outermost first: the client and `datasets` wrap the Hub's answers."""
     from huggingface_hub import errors
 
-    link: BaseException | None = error
-    while link:
-        inner = link.__cause__ or link.__context__
-        # that a file is not at hand says less than the answer because of which it is not
-        if not (isinstance(link, errors.LocalEntryNotFoundError) and isinstance(inner, errors.HfHubHTTPError)):
-            yield link
-        link = inner
+    current: BaseException | None = error
+    while current:
+        cause = current.__cause__ or current.__context__
+        # the Hub's answer says more than the error that the file is not in the local cache
+        if not (isinstance(current, errors.LocalEntryNotFoundError) and isinstance(cause, errors.HfHubHTTPError)):
+            yield current
+        current = cause
 
 
-def _in_words(error: BaseException, what: str, field: str, write: bool) -> RetuneError | None:
+def _translate(error: BaseException, what: str, field: str, write: bool) -> RetuneError | None:
     import httpx
     from huggingface_hub import errors
 
@@ -106,15 +106,15 @@ def _in_words(error: BaseException, what: str, field: str, write: bool) -> Retun
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
             return no_permission(what, field, write)
-        if status >= 500 or status in PASSING:
-            return Unreachable(f"the Hub answered {status} for {what}", "Retry the task in a while")
-        said = " ".join((error.server_message or str(error)).split())
-        return PermanentError(f"{where}the Hub refused {what} ({status}): {said}", "Correct what it names")
+        if status >= 500 or status in RETRYABLE_STATUS:
+            return Unreachable(f"the Hub answered {status} for {what}", "Retry the task later")
+        message = " ".join((error.server_message or str(error)).split())
+        return PermanentError(f"{where}the Hub refused {what} ({status}): {message}", "Correct what the answer names")
     if isinstance(error, json.JSONDecodeError):
-        return Unreachable(f"the Hub's answer for {what} was cut or no JSON", "Retry the task in a while")
-    lost = (httpx.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError)
-    cut = isinstance(error, OSError) and str(error).startswith("Consistency check failed")  # a download's size
-    if cut or isinstance(error, (*lost, errors.FileMetadataError, errors.RevisionResolutionError)):
+        return Unreachable(f"the Hub's answer for {what} was incomplete or is no JSON", "Retry the task later")
+    connection_errors = (httpx.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError)
+    incomplete = isinstance(error, OSError) and str(error).startswith("Consistency check failed")  # a download's size
+    if incomplete or isinstance(error, (*connection_errors, errors.FileMetadataError, errors.RevisionResolutionError)):
         return Unreachable(
             f"{where}{what} needs the Hub, and {hub_api().endpoint} cannot be reached",
             "Check the network or HF_ENDPOINT; to work without a network, name a local file or folder",
@@ -123,12 +123,13 @@ def _in_words(error: BaseException, what: str, field: str, write: bool) -> Retun
 
 
 def no_permission(what: str, field: str, write: bool) -> NoPermission:
-    """The error for a token that is missing or does not suffice; it never says the token."""
+    """Return the error for a token that is missing or not sufficient; the message never contains the token."""
     from huggingface_hub import get_token
 
-    found = "the token that was given does not allow it" if get_token() else "there is no token"
+    reason = "the token that was given does not allow it" if get_token() else "there is no token"
     return NoPermission(
-        f"field '{field}': the Hub does not let Retune {'write to' if write else 'read'} {what}: {found}", _token(write)
+        f"field '{field}': the Hub does not let Retune {'write to' if write else 'read'} {what}: {reason}",
+        _token(write),
     )
 
 
@@ -142,18 +143,18 @@ def _token(write: bool = False) -> str:
 
 
 def retry_on_unreachable(method: Method) -> Method:
-    """Calls the method again, after a growing pause, for as long as it raises Unreachable; each call looks anew.
+    """Call a method again, after a growing pause, while it raises Unreachable, at most `MAX_TRIES` times in all.
 
-    The pause is the one that the Hub asks for, where it does.
+    If the Hub asks for a pause, that one is used. The method must read the state of the Hub anew at each call.
     """
 
     @functools.wraps(method)
     def call(*arguments: Any, **named: Any) -> Any:
         tries = Retrying(
             retry=retry_if_exception_type(Unreachable),
-            stop=stop_after_attempt(TRIES),
+            stop=stop_after_attempt(MAX_TRIES),
             wait=_pause,
-            before_sleep=_say,
+            before_sleep=_log_retry,
             reraise=True,
         )
         return tries(method, *arguments, **named)
@@ -161,16 +162,16 @@ def retry_on_unreachable(method: Method) -> Method:
     return call  # type: ignore[return-value]
 
 
-_backing_off = wait_exponential_jitter(multiplier=0.5, max=30, jitter=0.5)
+_backoff = wait_exponential_jitter(multiplier=0.5, max=30, jitter=0.5)
 
 
 def _pause(state: RetryCallState) -> float:
-    asked = _asked_for(state)
-    return min(_backing_off(state) if asked is None else asked, LONGEST_PAUSE)
+    requested = _requested_pause(state)
+    return min(_backoff(state) if requested is None else requested, MAX_PAUSE)
 
 
-def _asked_for(state: RetryCallState) -> float | None:
-    """Seconds that the Hub asks for in `Retry-After` or in its rate limit's headers."""
+def _requested_pause(state: RetryCallState) -> float | None:
+    """Return the seconds that the Hub asks for in `Retry-After` or in its rate limit's headers, or None."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
     error = state.outcome.exception() if state.outcome else None
@@ -181,7 +182,7 @@ def _asked_for(state: RetryCallState) -> float | None:
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
 
 
-def _say(state: RetryCallState) -> None:
+def _log_retry(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    log.warning("%s; try %d of %d in %.1f s", getattr(error, "what", error), state.attempt_number + 1, TRIES,
+    log.warning("%s; try %d of %d in %.1f s", getattr(error, "what", error), state.attempt_number + 1, MAX_TRIES,
                 state.upcoming_sleep)  # fmt: skip

@@ -99,7 +99,7 @@ class Running:
 
     def record(self, recipe: str, run: str, stage: str = "run") -> dict[str, Any]:
         """Return the run's record of a stage from the object store."""
-        return Store().records(recipe, run)[stage]
+        return Store().read_records(recipe, run)[stage]
 
 
 @pytest.fixture(scope="module")

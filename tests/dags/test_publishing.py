@@ -173,14 +173,14 @@ def test_a_token_that_may_not_write_is_refused_before_anything_is_trained(
 def test_a_rollback_from_the_shell(var: Path, small_recipe: Callable, retune: Callable) -> None:
     small_recipe()
     wrong = retune("rollback", "small", "v1", "--reason", "to see")
-    said = "error: the version v1 is not in .*/registry/small. Choose one of those that are: none"
+    said = "error: the version v1 is not in .*/registry/small. Choose one of these: none"
     assert wrong.returncode == 1 and re.match(said, wrong.stdout)
     assert len(wrong.stdout.splitlines()) == 1 and not wrong.stderr
 
 
 def trail_of(run_id: str) -> dict[str, str]:
     """Return the lineage of a run, from its records, as Airflow hands it to a task that is cleared."""
-    records = Store().records("small", run_id)
+    records = Store().read_records("small", run_id)
     steps = {name: record["fingerprint"] for name, record in records.items() if name != "run"}
     return {"recipe": "small", "run": run_id, **steps}
 

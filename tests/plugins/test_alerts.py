@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 from aiosmtpd.controller import Controller
 
-from plugins.alerts import ended, late
+from include.recipe import validate_recipe
+from plugins.alert_channels import CHANNELS
+from plugins.alerts import Alert, ended, late
 from tasks.stages import NAMES
 from tests.conftest import last_run
 from tests.services.airflow import eventually, up
@@ -221,3 +223,11 @@ def test_slack_reads_no_markup_out_of_a_reason() -> None:
     text = ended("small", "run", {"verdict": "failed", "stages": stages, "error": error, "report": "r"}).slack()
     assert "reason: &lt;!channel&gt; &amp; &lt;http://evil|this&gt;" in text
     assert len(text) < 1700
+
+
+def test_every_channel_takes_its_recipients_from_the_recipe() -> None:
+    recipe = validate_recipe({"name": "small", "alert_mail": ["ann@example.com"], "alert_webhooks": ["team"]}, "here")
+    recipients = Alert.settings(recipe)["recipients"]
+    assert recipients == {"alert_mail": ["ann@example.com"], "alert_webhooks": ["team"]}
+    assert [*recipients] == [channel.recipe_field for channel in CHANNELS]
+    assert {name for name in type(recipe).model_fields if name.startswith("alert_")} == {"alert_on", *recipients}

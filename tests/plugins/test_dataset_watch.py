@@ -51,7 +51,7 @@ def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failu
         return found[number - 1]["dag_run_id"]
 
     def records(run_id: str) -> dict[str, Any]:
-        return Store().records("small", run_id)
+        return Store().read_records("small", run_id)
 
     def wait_for_checks(times: int) -> None:
         before = len(hub.requests)
@@ -114,7 +114,7 @@ def test_a_cron_day_without_anything_new_is_skipped_and_force_runs_it(
         assert "are those of the run earlier, whose candidate was published as v1. Switch on force" in said
         forced = airflow.trigger("small", force=True)
         assert airflow.ended("small", forced) == "success"
-        assert Store().records("small", forced)["run"]["verdict"] == "unchanged"
+        assert Store().read_records("small", forced)["run"]["verdict"] == "unchanged"
 
 
 def test_a_file_that_changes_after_it_was_pinned_is_not_trained_on(

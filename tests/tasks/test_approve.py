@@ -124,7 +124,7 @@ def judged(var: Path, write_recipe: Callable) -> Callable[..., dict[str, str]]:
                 "fingerprint": stage,
                 "from_recipe_file": True,
             }
-            store.record("small", "one", stage, {**record, "folder": "here"})
+            store.write_record("small", "one", stage, {**record, "folder": "here"})
         return {"recipe": "small", "run": "one"} | {stage: stage for stage in facts}
 
     return leave

@@ -447,7 +447,7 @@ def test_many_rows_are_encoded_by_several_processes_in_their_order(
     train, holdout = (load_rows(found.local() / side) for side in ("train", "holdout"))
     assert sorted([*train["row"], *holdout["row"]]) == list(range(11_000))
     assert train["row"] == sorted(train["row"])
-    chat = ChatFormat(tiny_base, validate_recipe({"name": "x"}, "x"))
+    chat = ChatFormat.from_recipe(tiny_base, validate_recipe({"name": "x"}, "x"))
     chosen = train.select(range(0, len(train), 500))
     expected = chat.encode([Conversation(("user", "assistant"), [f"Q{i}?", f"A{i}."]) for i in chosen["row"]])
     assert list(zip(chosen["input_ids"], chosen["labels"], strict=True)) == list(expected.rows())

@@ -30,7 +30,7 @@ from tests.conftest import conversation
 from tests.services.engine import engines, log_of, strike, wait_until
 
 ONE_STEP = {
-    "max_steps": 1, "load_in_4bit": False, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 1,
+    "max_steps": 1, "load_in_4bit": False, "per_device_train_batch_size": 256, "gradient_accumulation_steps": 1,
 }  # fmt: skip
 
 

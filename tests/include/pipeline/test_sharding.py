@@ -152,7 +152,7 @@ def test_two_machines_make_what_one_makes(
             assert below == {*found.manifest["files"], MANIFEST}, "nothing of the parts is left"
         for machine in ("one", "two"):
             assert not list((tmp_path / machine).rglob("*.arrow")), "no machine keeps rows"
-        assert [store.records("small", "test")[name]["state"] for name in alone] == ["done", "done"]
+        assert [store.read_records("small", "test")[name]["state"] for name in alone] == ["done", "done"]
         assert workers.say("standardize", "plan") == [], "it is there already"
 
         # what is fetched is what was made
@@ -169,7 +169,7 @@ def test_two_machines_make_what_one_makes(
         }
         samples = found.folder / "samples.txt"
         samples.write_bytes(samples.read_bytes()[::-1])
-        with pytest.raises(TransientError, match=r"samples\.txt came with other bytes than were put there"):
+        with pytest.raises(TransientError, match=r"samples\.txt has another sha256 than its manifest says"):
             found.local("samples.txt", into=tmp_path / "others")
         assert not [path for path in (tmp_path / "others").rglob("*") if path.is_file()]
 

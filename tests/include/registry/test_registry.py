@@ -1,4 +1,4 @@
-"""Every kind of registry: immutable versions, one live, no silent overwriting, nothing half done after a fault."""
+"""All kinds of registries: immutable versions, one of them live, no lost updates, nothing incomplete after a fault."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from include.errors import BadRecipe, Conflict, GateRefused, NoPermission, NotFound, PermanentError, Unreachable
-from include.registry import FolderRegistry, HubRegistry, ObjectRegistry, Registry, content_digest, open_registry
-from include.storage.files import MANIFEST, describe_files, to_json
-from include.storage.hub import TRIES, hub_api, hub_errors
+from include.registry import FolderRegistry, HubRegistry, ObjectRegistry, Registry, open_registry
+from include.storage.files import describe_files
+from include.storage.hub import MAX_TRIES, hub_api, hub_errors
 from tests.services.hub import Hub
 
 ONE, TWO, THREE = b"one" * 100, b"two" * 100, b"three" * 100
@@ -21,14 +21,14 @@ ONE, TWO, THREE = b"one" * 100, b"two" * 100, b"three" * 100
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub, whose address and token are in the environment."""
+    """A Hub; the environment has its address and token."""
     with Hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", hub.write_token)
         yield hub
 
 
-LAPSE = 6.0  # seconds: how long an object store's claim outlives its owner in these tests
+TTL = 6.0  # seconds: when the lease of a dead publisher expires in these tests
 
 
 @pytest.fixture(params=["folder", "objects", "hub"])
@@ -38,28 +38,9 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
         return FolderRegistry(tmp_path / "registry")
     if request.param == "objects":
         request.getfixturevalue("s3")
-        return ObjectRegistry("s3://retune/registry/small", LAPSE)
+        return ObjectRegistry("s3://retune/registry/small", TTL)
     request.getfixturevalue("hub")
     return HubRegistry("owner/adapter")
-
-
-@pytest.fixture
-def version(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder as `publish` makes it."""
-
-    def make(weights: bytes, card: str = "card", extra: str = "", run: str = "run") -> Path:
-        folder = tmp_path / f"version-{len(list(tmp_path.glob('version-*')))}"
-        folder.mkdir()
-        (folder / "adapter_model.safetensors").write_bytes(weights)
-        (folder / "adapter_config.json").write_text("{}")
-        if extra:
-            (folder / extra).write_text("more")
-        files = describe_files(folder)
-        (folder / MANIFEST).write_bytes(to_json({"run": run, "content": content_digest(files), "files": files}))
-        (folder / "README.md").write_text(card)
-        return folder
-
-    return make
 
 
 def weights(registry: Registry, revision: str) -> bytes:
@@ -78,13 +59,6 @@ def test_versions_are_immutable_and_live_moves(registry: Registry, version: Call
     assert (weights(registry, one.revision), weights(registry, two.revision)) == (ONE, TWO)
 
 
-def test_a_version_in_a_folder_is_read_only_and_live_is_a_link(tmp_path: Path, version: Callable) -> None:
-    registry = FolderRegistry(tmp_path / "registry")
-    registry.publish(version(ONE), None, True)
-    assert (tmp_path / "registry" / "live" / "adapter_model.safetensors").read_bytes() == ONE
-    assert (registry.fetch("v1") / "adapter_model.safetensors").stat().st_mode & 0o222 == 0
-
-
 def test_the_same_content_is_one_version_whatever_its_card_says(registry: Registry, version: Callable) -> None:
     one = registry.publish(version(ONE, run="first"), None, True)
     again = registry.publish(version(ONE, card="made later", run="second"), one.revision, True)
@@ -92,7 +66,7 @@ def test_the_same_content_is_one_version_whatever_its_card_says(registry: Regist
     assert registry.versions() == [one]
 
 
-def test_what_went_live_meanwhile_is_not_overwritten(registry: Registry, version: Callable) -> None:
+def test_a_version_that_went_live_since_the_comparison_is_not_replaced(registry: Registry, version: Callable) -> None:
     one = registry.publish(version(ONE), None, True)
     with pytest.raises(Conflict, match="v1 is live in .*, not nothing, which the candidate was compared with"):
         registry.publish(version(TWO), None, True)
@@ -103,13 +77,13 @@ def test_what_went_live_meanwhile_is_not_overwritten(registry: Registry, version
     assert registry.live() == two
 
 
-def test_an_older_version_goes_live_again_and_the_next_one_follows(registry: Registry, version: Callable) -> None:
+def test_an_older_version_is_promoted_and_the_next_version_follows_it(registry: Registry, version: Callable) -> None:
     one = registry.publish(version(ONE, card="card one"), None, True)
     two = registry.publish(version(TWO, card="card two", extra="more.json"), one.revision, True)
     again = registry.promote("v1", "v2 insults people,\nsays support")
     assert (again.name, again.content) == ("v1", one.content)
     assert registry.live() == again
-    assert registry.promote(one.revision, "once more") == again, "it is live already"
+    assert registry.promote(one.revision, "once more") == again, "v1 is already live"
     folder = registry.fetch(again.revision)
     assert (weights(registry, again.revision), (folder / "README.md").read_text()) == (ONE, "card one")
     assert not (folder / "more.json").exists(), "a file that only v2 had"
@@ -124,7 +98,7 @@ def test_an_older_version_goes_live_again_and_the_next_one_follows(registry: Reg
     assert (three.name, registry.live()) == ("v3", three)
     assert registry.promote("v2", "it was a mistake").name == "v2"
     assert weights(registry, registry.live().revision) == TWO
-    with pytest.raises(NotFound, match="v9 is not in .* Choose one of those that are: v1, v2, v3"):
+    with pytest.raises(NotFound, match="v9 is not in .* Choose one of these: v1, v2, v3"):
         registry.promote("v9", "why")
 
 
@@ -147,7 +121,7 @@ def test_reasons_are_recorded(tmp_path: Path, hub: Hub, version: Callable) -> No
     assert [path for _, path, _ in hub.requests if path.startswith("/lfs/")].__len__() == 2, "nothing is uploaded again"
 
 
-def test_what_people_change_in_a_repository_is_no_version(hub: Hub, version: Callable) -> None:
+def test_a_commit_of_a_person_is_not_a_version_and_its_files_are_kept(hub: Hub, version: Callable) -> None:
     registry = HubRegistry("owner/adapter")
     one = registry.publish(version(ONE, extra="old.json"), None, True)
     hub.put("owner/adapter", {"README.md": "edited by hand", "picture.png": b"x"})
@@ -161,15 +135,15 @@ def test_what_people_change_in_a_repository_is_no_version(hub: Hub, version: Cal
 def test_a_fetch_into_an_empty_folder_takes_nothing_from_the_cache(hub: Hub, tmp_path: Path, version: Callable) -> None:
     registry = HubRegistry("owner/adapter")
     one = registry.publish(version(ONE), None, True)
-    held = registry.file_digests(one.revision)
+    digests = registry.file_digests(one.revision)
     cached = registry.fetch(one.revision) / "adapter_model.safetensors"
     cached.resolve().write_bytes(b"damaged")
     fresh = registry.fetch(one.revision, into=tmp_path / "empty")
     assert (fresh / "adapter_model.safetensors").read_bytes() == ONE
-    assert held["adapter_model.safetensors"] == describe_files(fresh)["adapter_model.safetensors"]["sha256"]
+    assert digests["adapter_model.safetensors"] == describe_files(fresh)["adapter_model.safetensors"]["sha256"]
 
 
-def test_a_registry_that_cannot_be_written_or_understood_says_so(tmp_path: Path, version: Callable) -> None:
+def test_a_registry_that_cannot_be_written_or_has_a_bad_uri_is_a_clear_error(tmp_path: Path, version: Callable) -> None:
     (tmp_path / "file").write_text("")
     blocked = FolderRegistry(tmp_path / "file" / "registry")
     for call in (blocked.check, lambda: blocked.publish(version(ONE), None, True)):
@@ -181,39 +155,39 @@ def test_a_registry_that_cannot_be_written_or_understood_says_so(tmp_path: Path,
 
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize(
-    ("token", "said"),
+    ("token", "message"),
     [
         ("", "there is no token"),
         ("read", "the token that was given does not allow it"),
         ("hf_wrong", "does not allow it"),
     ],
 )
-def test_a_token_that_does_not_suffice_says_what_to_set(
-    exists: bool, token: str, said: str, hub: Hub, version: Callable, monkeypatch: pytest.MonkeyPatch
+def test_the_error_for_an_insufficient_token_names_the_setting(
+    exists: bool, token: str, message: str, hub: Hub, version: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if exists:
         hub.put("owner/adapter", {"README.md": "there"}, private=True)
     monkeypatch.setenv("HF_TOKEN", hub.read_token if token == "read" else token)
     registry = HubRegistry("owner/adapter")
     for call in (registry.check, lambda: registry.publish(version(ONE), None, True)):
-        with pytest.raises(NoPermission, match=said) as refused:
+        with pytest.raises(NoPermission, match=message) as refused:
             call()
         assert "Airflow connection huggingface_default, or into HF_TOKEN" in refused.value.do
         assert "a token of the type Write" in refused.value.do
     assert len(hub.repos) == int(exists)
 
 
-def test_a_namespace_of_somebody_else_is_refused_before_anything_is_made(hub: Hub) -> None:
+def test_the_namespace_of_another_account_is_refused_before_a_repository_is_created(hub: Hub) -> None:
     with pytest.raises(NoPermission, match="write to the repository stranger/adapter"):
         HubRegistry("stranger/adapter").check()
 
 
-# What the Hub or the network can do at each request of a publication; the client itself repeats some of them.
+# Faults of the Hub or the network at each request of a publication; the client itself repeats some of the requests.
 FAULTS: dict[str, Callable[[Hub, str], Any]] = {
     "create 503": lambda hub, name: hub.fail("POST", "/api/repos/create", 503),
     "create, answer lost": lambda hub, name: hub.cut("POST", "/api/repos/create"),
-    "look 500": lambda hub, name: hub.fail("GET", f"/{name}/refs", 500),
-    "look cut": lambda hub, name: hub.cut("GET", f"/{name}/refs", after_bytes=5),
+    "refs 500": lambda hub, name: hub.fail("GET", f"/{name}/refs", 500),
+    "refs cut": lambda hub, name: hub.cut("GET", f"/{name}/refs", after_bytes=5),
     "card check 502": lambda hub, name: hub.fail("POST", "/api/validate-yaml", 502),
     "preupload 429": lambda hub, name: hub.fail("POST", f"/{name}/preupload/", 429, retry_after=0),
     "lfs batch 500": lambda hub, name: hub.fail("POST", f"/{name}.git/info/lfs/objects/batch", 500),
@@ -235,7 +209,7 @@ def test_after_a_fault_there_is_one_commit_and_one_tag(fault: str, hub: Hub, ver
     FAULTS[fault](hub, "adapter")
     registry = HubRegistry("owner/adapter")
     done = registry.publish(version(ONE), None, True)
-    assert all(fault.times == 0 for fault in hub.faults), "it was met"
+    assert all(fault.times == 0 for fault in hub.faults), "the fault happened"
     repository = hub.repos["model:owner/adapter"]
     assert [commit.title for commit in repository.commits][1:] == ["v1: adapter published by Retune"]
     assert repository.tags == {"v1": repository.head.sha}
@@ -254,52 +228,29 @@ def test_after_a_fault_a_later_version_and_a_rollback_are_one_commit_each(hub: H
     assert (len(repository.commits), list(repository.tags)) == (4, ["v1", "v2"])
 
 
-def test_a_hub_that_stays_away_is_one_clear_failure(hub: Hub, version: Callable) -> None:
+def test_a_hub_that_never_answers_is_one_clear_error(hub: Hub, version: Callable) -> None:
     hub.fail("POST", "/commit/", 503, times=100, retry_after=0)
     with pytest.raises(Unreachable, match="the Hub answered 503 for the repository owner/adapter"):
         HubRegistry("owner/adapter").publish(version(ONE), None, True)
     repository = hub.repos["model:owner/adapter"]
     assert (len(repository.commits), repository.tags) == (1, {})
-    assert [status for _, path, status in hub.requests if "/commit/" in path] == [503] * TRIES
+    assert [status for _, path, status in hub.requests if "/commit/" in path] == [503] * MAX_TRIES
     hub.faults.clear()
     hub.fail("POST", "/commit/", 400)
     with pytest.raises(PermanentError, match="refused the repository owner/adapter .400."):
         HubRegistry("owner/adapter").publish(version(ONE), None, True)
 
 
-def test_a_commit_without_its_tag_is_healed_by_the_next_try(hub: Hub, version: Callable) -> None:
+def test_the_next_try_sets_the_missing_tag_of_a_commit(hub: Hub, version: Callable) -> None:
     registry = HubRegistry("owner/adapter")
     one = registry.publish(version(ONE), None, True)
     repository = hub.repos["model:owner/adapter"]
     repository.tags.clear()
-    assert registry.publish(version(ONE), None, True) == one, "the same run once more"
+    assert registry.publish(version(ONE), None, True) == one, "by the same run"
     assert repository.tags == {"v1": one.revision}
     repository.tags.clear()
     two = registry.publish(version(TWO), one.revision, True)
-    assert repository.tags == {"v1": one.revision, "v2": two.revision}, "also by the run after it"
-
-
-def test_a_killed_try_leaves_a_version_in_the_folder_that_the_next_one_takes(tmp_path: Path, version: Callable) -> None:
-    registry = FolderRegistry(tmp_path / "registry")
-    registry.publish(version(ONE), None, True)
-    (tmp_path / "registry" / "live").unlink()
-    (tmp_path / "registry" / "history.jsonl").unlink()
-    assert registry.publish(version(ONE), None, True).name == "v1"
-    assert registry.live().name == "v1"
-
-
-def test_a_damaged_version_is_left_behind_and_its_number_stays_taken(tmp_path: Path, version: Callable) -> None:
-    registry = FolderRegistry(tmp_path / "registry")
-    one = registry.publish(version(ONE), None, True)
-    two = registry.publish(version(TWO), one.revision, True)
-    manifest = Path(two.place) / MANIFEST
-    manifest.chmod(0o644)
-    manifest.write_bytes(manifest.read_bytes()[:20])
-    with pytest.raises(NotFound, match="its manifest is damaged. Restore it, or make another version live"):
-        registry.live()
-    assert registry.promote("v1", "v2 is damaged") == one
-    assert (registry.live(), registry.versions()) == (one, [one])
-    assert registry.publish(version(THREE), one.revision, True).name == "v3"
+    assert repository.tags == {"v1": one.revision, "v2": two.revision}, "by the next run"
 
 
 def test_of_two_runs_that_race_one_wins(registry: Registry, version: Callable) -> None:
@@ -320,7 +271,7 @@ def test_of_two_runs_that_race_one_wins(registry: Registry, version: Callable) -
     assert registry.versions() == [winner]
 
 
-def test_a_rival_who_commits_in_between_wins(hub: Hub, version: Callable) -> None:
+def test_of_two_commits_at_once_the_first_one_wins(hub: Hub, version: Callable) -> None:
     registry = HubRegistry("owner/adapter")
     one = registry.publish(version(ONE), None, True)
     rival = {path.name: path.read_bytes() for path in version(TWO).iterdir()}
@@ -329,11 +280,11 @@ def test_a_rival_who_commits_in_between_wins(hub: Hub, version: Callable) -> Non
         registry.publish(version(THREE), one.revision, True)
     assert registry.live().name == "v2"
     hub.before_commit(lambda: hub.put("owner/adapter", {"README.md": "edited"}))
-    assert registry.promote("v1", "a person's word stands").name == "v1"
+    assert registry.promote("v1", "a person decides").name == "v1"
     assert registry.live().name == "v1"
 
 
-def test_what_went_wrong_last_counts_not_what_was_handled_before(hub: Hub) -> None:
+def test_the_last_error_decides_and_not_an_earlier_one_that_was_handled(hub: Hub) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     hub.cut("GET", "/api/whoami-v2", times=10)

@@ -1,4 +1,4 @@
-"""Maintenance: what is old goes, what is live, published or in use stays, and a crash leaves nothing half-valid."""
+"""Maintenance removes what has expired, keeps what is live, published or in use, and survives a crash."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from include.errors import NotFound
 from include.registry import FolderRegistry, HubRegistry
 from include.storage.artifacts import Store
 from include.storage.files import MANIFEST, to_json
-from tasks.maintain import maintain_disk, maintain_store
+from tasks.maintenance import maintain_disk, maintain_store
 from tasks.report import report
 from tasks.rollback import rollback
 from tests.conftest import PROJECT
@@ -33,14 +33,14 @@ LOCK = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n    print('h
 
 
 def age(days: float, *places: Path) -> None:
-    """Makes files, and the times written in manifests and records, older."""
+    """Make files, and the times in manifests and records, older."""
     for path in (path for place in places for path in (place, *place.rglob("*"))):
         if path.suffix == ".json":
             content = json.loads(path.read_bytes())
-            told = [key for key in TIMES if key in content]
-            for key in told:
+            times = [key for key in TIMES if key in content]
+            for key in times:
                 content[key] = (datetime.fromisoformat(content[key]) - timedelta(days=days)).isoformat()
-            if told:  # other files stay as their digests say
+            if times:  # the digests of other files stay valid
                 path.write_bytes(to_json(content))
         os.utime(path, (time.time() - 86_400 * days,) * 2, follow_symlinks=False)
 
@@ -50,7 +50,7 @@ def snapshot(folder: Path) -> dict[str, int]:
 
 
 def artifacts(var: Path) -> set[str]:
-    """stage/fingerprint of each that is whole."""
+    """Return `stage/fingerprint` of each complete artifact."""
     found = {path.parent for path in (var / "store" / "small").glob(f"*/*/{MANIFEST}")}
     assert all(Store().find("small", folder.parent.name, folder.name) for folder in found)
     return {f"{folder.parent.name}/{folder.name}" for folder in found}
@@ -58,11 +58,14 @@ def artifacts(var: Path) -> set[str]:
 
 def steps(*lineages: dict[str, str]) -> set[str]:
     return {
-        f"{stage}/{mark}" for lineage in lineages for stage, mark in lineage.items() if stage not in ("recipe", "run")
+        f"{stage}/{fingerprint}"
+        for lineage in lineages
+        for stage, fingerprint in lineage.items()
+        if stage not in ("recipe", "run")
     }
 
 
-def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
+def test_expired_artifacts_and_runs_are_removed_and_live_published_or_used_ones_are_kept(
     var: Path, small_recipe: Callable, pipeline: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = small_recipe(gate_margin=20)
@@ -74,7 +77,7 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     store, registry = var / "store" / "small", FolderRegistry(var / "registry" / "small")
     assert [version.name for version in registry.versions()] == ["v1", "v2"]
     age(31, store)
-    waiting = pipeline(recipe, "standardize", run_id="waiting", max_rows=50)  # without an end
+    waiting = pipeline(recipe, "standardize", run_id="waiting", max_rows=50)  # it never ends
     age(31, store / "runs" / "waiting", *(store / step for step in steps(waiting)))
     young = pipeline(recipe, "template", run_id="young", max_seq_length=200)
     report("small", "young")
@@ -90,7 +93,7 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     gone = {f"{stage}/{lineage[stage]}" for lineage in (first, second) for stage in ("resolve", "publish")}
     gone |= {f"verify/{first['verify']}", f"resolve/{old['resolve']}", f"template/{old['template']}"}
     assert set(listed) == gone | {"runs/old"}
-    assert "gone, there is no recipe of that name" in caplog.text
+    assert "gone: there is no recipe of that name" in caplog.text
 
     whole = shutil.copytree(registry.root / "versions" / "v1", var / "v1")
     (registry.root / "versions" / "v1" / MANIFEST).unlink()
@@ -99,7 +102,7 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     shutil.copy(whole / MANIFEST, registry.root / "versions" / "v1")
     elsewhere = registry.root.rename(var / "elsewhere")
     (line,) = maintain_store("small")
-    assert "and there is no version in " in line
+    assert "but there is no version in " in line
     elsewhere.rename(registry.root)
     assert snapshot(store).keys() == {path for path in before if path.startswith(str(store))}
     with pytest.raises(NotFound, match="there is no recipe 'smal'"):
@@ -119,33 +122,33 @@ def test_what_is_old_goes_and_what_is_live_published_or_in_use_stays(
     assert rollback("small", "v1", "to see").startswith("v1 is live again")
     assert rollback("small", "v2", "to see").startswith("v2 is live again")
     pipeline(recipe, "publish", run_id="after", max_steps=6)
-    assert registry.live().name == "v2", "it was made again of what was kept, and is the same"
+    assert registry.live().name == "v2", "it was made again from kept artifacts, and is the same version"
 
-    age(5, store / "runs" / "waiting")  # more than any stage may take: it is given up
+    age(5, store / "runs" / "waiting")  # longer than any stage may take: the run is given up
     maintain_store()
     assert not steps(waiting) & artifacts(var)
 
 
-def commit(store: Store, tmp_path: Path, mark: str, stage: str = "train", files: int = 20, **facts: Any) -> None:
+def commit(store: Store, tmp_path: Path, fingerprint: str, stage: str = "train", files: int = 20, **facts: Any) -> None:
     work = tmp_path / "made"
     work.mkdir()
     for number in range(files):
         (work / f"{number}.bin").write_bytes(b"x" * 100)
-    store.commit(work, "small", stage, mark, **{"summary": "", "metadata": {}, "inputs": {}, **facts})
+    store.commit(work, "small", stage, fingerprint, **{"summary": "", "metadata": {}, "inputs": {}, **facts})
 
 
-def test_a_maintenance_that_is_killed_leaves_nothing_half_valid_and_two_at_once_finish_it(
+def test_a_killed_maintenance_leaves_nothing_half_valid_and_two_at_once_finish_its_work(
     var: Path, tmp_path: Path, write_recipe: Callable
 ) -> None:
     write_recipe()
     commit(Store(), tmp_path, f"{0:016x}")
     stage = var / "store" / "small" / "train"
     made = (stage / f"{0:016x}" / MANIFEST).read_text()
-    for mark in (f"{number:016x}" for number in range(1, 200)):
-        shutil.copytree(stage / f"{0:016x}", stage / mark)
-        (stage / mark / MANIFEST).write_text(made.replace(f"{0:016x}", mark))
+    for fingerprint in (f"{number:016x}" for number in range(1, 200)):
+        shutil.copytree(stage / f"{0:016x}", stage / fingerprint)
+        (stage / fingerprint / MANIFEST).write_text(made.replace(f"{0:016x}", fingerprint))
     age(40, stage)
-    command = [sys.executable, "-c", "from tasks.maintain import *; maintain_store('small')"]
+    command = [sys.executable, "-c", "from tasks.maintenance import *; maintain_store('small')"]
     killed = subprocess.Popen(command, cwd=PROJECT)
     deadline = time.monotonic() + 60
     while len(list(stage.glob("0*"))) == 200:
@@ -153,7 +156,7 @@ def test_a_maintenance_that_is_killed_leaves_nothing_half_valid_and_two_at_once_
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     left = [path for path in stage.iterdir() if (path / MANIFEST).exists()]
-    assert 0 < len(left) < 200, "it was killed on the way"
+    assert 0 < len(left) < 200, "it was killed before the end"
     assert all(Store().find("small", "train", path.name) for path in left)
 
     both = [subprocess.Popen(command, cwd=PROJECT) for _ in range(2)]
@@ -161,7 +164,7 @@ def test_a_maintenance_that_is_killed_leaves_nothing_half_valid_and_two_at_once_
     assert list(stage.iterdir()) == []
 
 
-def test_an_object_stores_artifacts_halves_and_checkpoints(
+def test_incomplete_folders_and_checkpoints_on_an_object_store_expire(
     tmp_path: Path, write_recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RETUNE_STORE", f"memory://{tmp_path.name}")
@@ -185,7 +188,7 @@ def test_an_object_stores_artifacts_halves_and_checkpoints(
     assert store.find("small", "train", "young")
 
 
-def test_a_machines_disk_loses_unfinished_work_caches_and_logs_but_not_what_is_locked(
+def test_old_work_caches_and_logs_are_removed_from_a_disk_but_locked_work_is_kept(
     var: Path, write_recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_recipe()
@@ -231,7 +234,7 @@ def test_a_machines_disk_loses_unfinished_work_caches_and_logs_but_not_what_is_l
     assert maintain_disk("small") == ["removed 1 work folder of small on this machine, 1.0 kB; kept 1"]
 
 
-def test_what_is_published_on_the_hub_stays_and_without_a_look_at_it_everything_does(
+def test_versions_on_the_hub_are_kept_and_if_the_hub_cannot_be_read_everything_is_kept(
     tmp_path: Path, write_recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_recipe(registry="hf://owner/adapter")

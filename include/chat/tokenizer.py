@@ -1,0 +1,112 @@
+"""The tokenizer of a base model: its files, its special tokens, its own encoding."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from include.errors import NotFound
+
+# how the model families of the shipped templates write special tokens
+CONTROL_TOKEN = r"<\|[^|<>\s]+\|>|</?s>"
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class ChatTokenizer:
+    """A tokenizer, read from the files that transformers writes.
+
+    Args:
+        folder: the folder with `tokenizer.json`, `tokenizer_config.json` and, in older models,
+            `special_tokens_map.json`.
+        base_name: the base model's name in messages.
+
+    Attributes:
+        backend: the `tokenizers.Tokenizer`. It does not look for special tokens: in a text they stay text.
+        special_ids: the id of each special token (and of each other added token), by its text.
+        named_tokens: the texts of `bos_token`, `eos_token` and so on, by these names.
+
+    Raises:
+        NotFound: the folder has no `tokenizer.json`.
+    """
+
+    def __init__(self, folder: Path, base_name: str):
+        from tokenizers import Tokenizer
+
+        self.folder, self.file = folder, folder / "tokenizer.json"
+        if not self.file.is_file():
+            raise NotFound(
+                f"field 'base_model': {base_name} has no tokenizer.json",
+                "Choose a base model with a tokenizer.json file",
+            )
+        self.backend = Tokenizer.from_file(str(self.file))
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.special_ids = {str(token.content): id for id, token in self.backend.get_added_tokens_decoder().items()}
+        self.named_tokens = _named_tokens(folder)
+        if self.id_of("pad_token") is None:
+            reserved = next((token for token in self.special_ids if "finetune_right_pad" in token), None)
+            self.named_tokens["pad_token"] = reserved or self.named_tokens["eos_token"]
+        self.backend.encode_special_tokens = True  # True: special tokens in a text are encoded as ordinary text
+
+    @property
+    def keeps_text(self) -> bool:
+        """Return whether decoding gives back the encoded text: the tokenizer has no normalizer."""
+        return self.backend.normalizer is None
+
+    def id_of(self, name: str) -> int | None:
+        """Return the id of `bos_token`, `eos_token` or another of `NAMED_TOKENS`, or None."""
+        return self.backend.token_to_id(self.named_tokens[name]) if self.named_tokens.get(name) else None
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Return the ids of a rendered conversation, as `apply_chat_template(tokenize=True)` computes them.
+
+        The special tokens in the text get their own ids.
+        """
+        self.backend.encode_special_tokens = False
+        try:
+            return list(self.backend.encode(text, add_special_tokens=False).ids)
+        finally:
+            self.backend.encode_special_tokens = True
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids, with special tokens."""
+        return str(self.backend.decode(ids, skip_special_tokens=False))
+
+    def special_in(self, ids: list[int]) -> list[str]:
+        """Return the special tokens among ids, and texts that have the form of special tokens, each once."""
+        added = self.backend.get_added_tokens_decoder()
+        tokens = [str(added[id].content) for id in ids if id in added and added[id].special]
+        return list(dict.fromkeys([*tokens, *re.findall(CONTROL_TOKEN, self.decode(ids))]))
+
+    def save(self, folder: Path, template_source: str) -> None:
+        """Write the tokenizer with a chat template, so that transformers loads exactly these two.
+
+        Args:
+            folder: created if it does not exist.
+            template_source: the jinja source of the chat template.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_bytes(self.file.read_bytes())
+        (folder / "chat_template.jinja").write_text(template_source, encoding="utf-8")
+        dropped = ("chat_template", "auto_map", *NAMED_TOKENS)
+        config = {name: value for name, value in tokenizer_config(self.folder).items() if name not in dropped}
+        # this class uses tokenizer.json unchanged; the classes of some models build another tokenizer from it
+        config.update(tokenizer_class="PreTrainedTokenizerFast", **self.named_tokens)
+        (folder / "tokenizer_config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Return the content of `tokenizer_config.json`; empty if the folder has no such file."""
+    file = folder / "tokenizer_config.json"
+    return orjson.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def _named_tokens(folder: Path) -> dict[str, Any]:
+    """Read the texts of the named tokens. `tokenizer_config.json` takes precedence over `special_tokens_map.json`."""
+    older = folder / "special_tokens_map.json"
+    settings = {**(orjson.loads(older.read_bytes()) if older.is_file() else {}), **tokenizer_config(folder)}
+    found = {name: settings[name] for name in NAMED_TOKENS if settings.get(name)}
+    return {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}

@@ -1,0 +1,72 @@
+"""The fast encoder gives the tokenizer's ids and masks, on published vectors and on any text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from include.chat.chat_format import ChatFormat
+from include.chat.conversation_encoder import ConversationEncoder
+from include.chat.encoder import GigatokenEncoder, TokenizersEncoder
+from include.data.sharegpt import Conversation
+from tests.include.chat.conftest import MakeFormat
+
+AWKWARD = [
+    "", " ", "\n", "\n\nhello", "tail \n", "äöü ß", "日本語テキスト", "🙂👩‍👩‍👧",
+    "e\u0301", "\x00\ufffd\u200b", "a" * 3000, "don't DON'T",
+    "1234567", " \t\r\n x", "<|eot_id|>", "</s><s>", "x" + " " * 5000 + "y", "العربية", "\U0010ffff", "ﬁ²½",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["llama-3.1", "llama-3", "alpaca", "vicuna"])
+def test_the_fast_encoder_agrees_with_the_tokenizer_on_ids_and_masks(
+    llama_encode: Callable[..., ConversationEncoder], llama_encoder: TokenizersEncoder, template: str
+) -> None:
+    fast = llama_encode(template)
+    assert fast.text_encoder.name == "gigatoken"
+    exact = ConversationEncoder(fast.template, llama_encoder, parsed_tokens={})
+    rows = [Conversation(("user", "assistant"), [one, other]) for one in AWKWARD for other in AWKWARD]
+    assert list(fast.encode(rows).rows()) == list(exact.encode(rows).rows())
+
+
+def test_the_fast_encoder_agrees_with_published_vectors(llama: ChatFormat, material: Path) -> None:
+    published = json.loads((material / "golden" / "llama_bpe_vectors.json").read_text("utf-8"))
+    vectors = [*published["cases"], *published["extra"]]
+    texts = [vector["text"] for vector in vectors]
+    tokens = llama.encoder.encode(texts, [[] for _ in texts])
+    for i, vector in enumerate(vectors):
+        assert tokens.ids[tokens.starts[i] : tokens.starts[i + 1]].tolist() == vector["ids"]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=80))
+def test_the_fast_encoder_agrees_on_any_text(llama: ChatFormat, llama_encoder: TokenizersEncoder, text: str) -> None:
+    spans = [[(0, len(text) // 2)]]
+    fast, exact = llama.encoder.encode([text], spans), llama_encoder.encode([text], spans)
+    assert fast.ids.tolist() == exact.ids.tolist()
+    assert fast.mask.tolist() == exact.mask.tolist()
+
+
+def test_a_character_that_the_two_classify_differently_goes_to_the_tokenizer(
+    llama: ChatFormat, llama_encoder: TokenizersEncoder
+) -> None:
+    newer = "\U00011de0"  # in Unicode 17 a digit, in the tables of tokenizers 0.23 unassigned
+    texts = [f"x {newer} y", "plain", f"{newer}{newer}", "also plain"]
+    spans = [[(0, 3)], [(0, 5)], [(0, 1)], []]
+    fast, exact = llama.encoder.encode(texts, spans), llama_encoder.encode(texts, spans)
+    assert fast.ids.tolist() == exact.ids.tolist()
+    assert fast.mask.tolist() == exact.mask.tolist()
+    assert isinstance(llama.encoder, GigatokenEncoder)
+    assert llama.encoder.differs_on(newer), "otherwise this test shows nothing"
+    assert not llama.encoder.differs_on("plain")
+
+
+def test_a_vocabulary_that_does_not_keep_the_bytes_of_a_text_is_encoded_by_the_tokenizer(
+    stories: Path, chat_format: MakeFormat
+) -> None:
+    assert chat_format(stories, "vicuna").encoder.name == "tokenizers"

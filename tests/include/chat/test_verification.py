@@ -1,0 +1,204 @@
+"""Each rule on ids and loss masks: it fires on a fault of that kind, and not on good rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from include.chat.chat_format import ChatFormat
+from include.chat.encoder import Encoder, Spans, TokenizersEncoder, Tokens
+from include.chat.splitting import split_conversation
+from include.chat.tokenized import Encoded
+from include.chat.verification import (
+    count_prefix_mismatches,
+    pair_contract,
+    token_contract,
+    verify_encoding,
+    verify_loss_masks,
+)
+from include.data.sharegpt import Conversation
+from include.errors import BadRecipe
+from tests.include.chat.conftest import HELLO, MakeFormat
+
+ROLES = ("user", "assistant")
+TWO_EXCHANGES = Conversation((*ROLES, *ROLES), ["One?", "First answer.", "Two?", "Second answer."])
+ROWS = [Conversation(ROLES, ["What is it?", "It is 7."]), TWO_EXCHANGES, Conversation.of(HELLO)]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] }}<|eot_id|>{% endfor %}"
+)
+BOS, EOT = 0, 4  # ids of the tiny base's vocabulary
+
+
+@dataclass
+class Faulty:
+    """An encoder with a fault: other ids, or a mask without the first token of each text's spans."""
+
+    exact: Encoder
+    id_offset: int = 0
+    drops_first: bool = False
+    name: str = "faulty"
+
+    def encode(self, texts: list[str], spans: list[Spans]) -> Tokens:
+        tokens = self.exact.encode(texts, spans)
+        before = np.concatenate([[False], tokens.mask[:-1]])
+        return Tokens(tokens.ids + self.id_offset, tokens.starts, tokens.mask & (before | (not self.drops_first)))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_base: Path, chat_format: MakeFormat) -> ChatFormat:
+    return chat_format(tiny_base)
+
+
+def test_a_fast_encoder_with_other_ids_is_replaced_by_the_tokenizer(tiny_base: Path, tiny: ChatFormat) -> None:
+    chat = ChatFormat(tiny_base, chat_template="llama-3.1")
+    chat.use_encoder(Faulty(TokenizersEncoder(chat.tokenizer.backend), id_offset=1))
+    assert list(chat.encode(ROWS).rows()) != list(tiny.encode(ROWS).rows())
+    assert verify_encoding(chat, ROWS) == len(ROWS)
+    assert chat.encoder.name == "tokenizers"
+    assert list(chat.encode(ROWS).rows()) == list(tiny.encode(ROWS).rows())
+
+
+def test_a_fast_encoder_with_the_same_ids_is_kept(tiny: ChatFormat, llama: ChatFormat) -> None:
+    for chat in (tiny, llama):
+        assert verify_encoding(chat, ROWS) == len(ROWS)
+        assert chat.encoder.name == "gigatoken"
+
+
+def test_a_tokenizer_whose_whole_text_has_other_ids_than_its_parts_is_refused(base_with: Callable[..., Path]) -> None:
+    # in a whole text the token takes the line breaks after it with it, as tokens of Phi-3 do
+    folder = base_with(TEMPLATE, end_header_id={"rstrip": True})
+    with pytest.raises(BadRecipe, match="the ids of tokenizer differ from the tokenizer's own.*begins with 'What is"):
+        verify_encoding(ChatFormat(folder, chat_template="tokenizer"), ROWS)
+
+
+def test_a_template_that_changes_some_contents_is_refused(base_with: Callable[..., Path]) -> None:
+    folder = base_with(TEMPLATE.replace("m['content']", "m['content'].replace('7', 'seven')"))
+    chat = ChatFormat(folder, chat_template="tokenizer")
+    assert verify_encoding(chat, [TWO_EXCHANGES]) == 1
+    with pytest.raises(BadRecipe, match="the ids of tokenizer differ"):
+        verify_encoding(chat, ROWS)
+
+
+def test_rows_with_text_like_a_special_token_are_not_compared(tiny: ChatFormat) -> None:
+    assert verify_encoding(tiny, [*ROWS, Conversation(ROLES, ["<|eot_id|>?", "Yes."])]) == len(ROWS)
+
+
+def test_an_encoder_whose_mask_lacks_a_part_of_an_answer_is_refused(tiny_base: Path) -> None:
+    chat = ChatFormat(tiny_base, chat_template="llama-3.1")
+    chat.use_encoder(Faulty(TokenizersEncoder(chat.tokenizer.backend), drops_first=True))
+    with pytest.raises(BadRecipe, match="the loss does not count all tokens of an answer that begins with 'It is 7.'"):
+        verify_encoding(chat, ROWS)
+
+
+def test_a_mask_without_one_token_of_any_answer_is_refused(tiny: ChatFormat) -> None:
+    encoded = tiny.encode([TWO_EXCHANGES])
+    verify_loss_masks(tiny, [TWO_EXCHANGES], encoded)
+    for position in np.flatnonzero(encoded.loss_mask & (encoded.ids != EOT)):
+        mask = encoded.loss_mask.copy()
+        mask[position] = False
+        with pytest.raises(BadRecipe, match="the loss does not count all tokens of an answer"):
+            verify_loss_masks(tiny, [TWO_EXCHANGES], Encoded(encoded.ids, mask, encoded.ends))
+
+
+def test_rows_whose_training_prefix_differs_from_the_prompt_are_counted(llama: ChatFormat, tiny: ChatFormat) -> None:
+    rows = [Conversation(ROLES, ["What is it?", answer]) for answer in ("It is 7.", "7", "\nSeven")]
+    assert [count_prefix_mismatches(llama, [row]) for row in rows] == [0, 0, 1], "it joins the prompt's line breaks"
+    with_tools = Conversation(ROLES, ["What?", "It."], '[{"name": "search"}]')
+    assert count_prefix_mismatches(llama, [with_tools]) == 0, "a prompt has no tools"
+    assert count_prefix_mismatches(tiny, rows[:2]) == 2, "it splits line breaks before a word"
+
+
+def counts(chat: ChatFormat, conversation: Conversation, ids: list[int], mask: list[bool]) -> dict[str, int]:
+    """The rules that fire for one conversation, between two good ones; the good ones must not fire."""
+    good = chat.encode([TWO_EXCHANGES])
+    encoded = Encoded(
+        np.concatenate([good.ids, np.array(ids, np.int32), good.ids]),
+        np.concatenate([good.loss_mask, np.array(mask, bool), good.loss_mask]),
+        np.cumsum([len(good.ids), len(ids), len(good.ids)]),
+    )
+    contract = token_contract(chat, encoded, [TWO_EXCHANGES, conversation, TWO_EXCHANGES], max_seq_length=256)
+    assert contract.pop("tokens").tolist() == [len(good.ids), len(ids), len(good.ids)]
+    assert not any(values[0] or values[2] for values in contract.values())
+    return {name: int(values[1]) for name, values in contract.items() if values[1]}
+
+
+def test_each_rule_of_the_token_contract_fires_on_its_fault_alone(tiny: ChatFormat) -> None:
+    (ids, labels), = tiny.encode([TWO_EXCHANGES]).rows()  # fmt: skip
+    mask = [label != -100 for label in labels]
+    ends = [i for i, id in enumerate(ids) if id == EOT and mask[i]]
+    begins = [i for i in range(len(ids)) if mask[i] and not mask[i - 1]]
+    assert len(ends) == len(begins) == 2
+
+    def found(ids: list[int], mask: list[bool]) -> dict[str, int]:
+        return counts(tiny, TWO_EXCHANGES, ids, mask)
+
+    assert found(ids, mask) == {}
+    # the mask
+    assert found(ids, [False] * len(ids)) == {"untrained": 1, "mask_errors": 2, "unended_turns": 2}
+    no_second = [bit and i < begins[1] for i, bit in enumerate(mask)]
+    assert found(ids, no_second) == {"mask_errors": 1, "unended_turns": 1}
+    question_in_loss = [bit or ends[0] < i < begins[1] for i, bit in enumerate(mask)]
+    assert found(ids, question_in_loss) == {"mask_errors": 1, "unended_turns": 1}, "one segment for two turns"
+    gap = [bit and i != begins[1] + 1 for i, bit in enumerate(mask)]
+    assert found(ids, gap) == {"mask_errors": 1}, "one turn in two segments"
+    everything = [True] * len(ids)
+    assert found(ids, everything) == {"mask_errors": 1, "unended_turns": 1}
+    # the end of a turn
+    end_not_in_loss = [bit and i != ends[1] for i, bit in enumerate(mask)]
+    assert found(ids, end_not_in_loss) == {"unended_turns": 1}
+    without_end = [i for i in range(len(ids)) if i != ends[0]]
+    assert found([ids[i] for i in without_end], [mask[i] for i in without_end]) == {"unended_turns": 1}
+    # beginning of text
+    assert found([BOS, *ids], [False, *mask]) == {"bos_errors": 1}
+    assert found(ids[1:], mask[1:]) == {"bos_errors": 1}
+    # length
+    assert found([*ids[:1], *[9] * 256, *ids[1:]], [*mask[:1], *[False] * 256, *mask[1:]]) == {"tokens_over": 1}
+
+
+def test_a_conversation_without_an_answer_is_untrained(tiny: ChatFormat) -> None:
+    silent = Conversation(("user",), ["Anyone?"])
+    ids = tiny.encode([silent]).ids.tolist()
+    assert counts(tiny, silent, ids, [False] * len(ids)) == {"untrained": 1}
+    assert token_contract(tiny, tiny.encode([silent]), [silent], 256)["untrained"].tolist() == [1]
+
+
+def test_ends_are_not_counted_where_the_vocabulary_lacks_the_templates_tokens(
+    stories: Path, chat_format: MakeFormat
+) -> None:
+    split = chat_format(stories, "chatml", missing_special_tokens="split")
+    contract = token_contract(split, split.encode(ROWS), ROWS, 512)
+    assert {name: values.tolist() for name, values in contract.items() if name != "tokens" and values.any()} == {}
+
+
+def test_the_prompts_of_a_pair_are_compared(llama: ChatFormat) -> None:
+    rows = [Conversation(ROLES, ["What is it?", answer]) for answer in ("It is 7.", "\nIt is 7.", "It is 7.")]
+    rejected = [Conversation(ROLES, ["What is it?", "Who knows?"]) for _ in rows]
+    contract = pair_contract(llama, llama.encode(rows), llama.encode(rejected), rows, 256)
+    assert contract["prompt_errors"].tolist() == [0, 1, 0], "the answer's line break joins those of the header"
+    assert not any(contract[name].any() for name in ("untrained", "bos_errors", "unended_turns", "mask_errors"))
+
+
+def test_the_contract_of_a_pair_holds_for_both_answers(tiny: ChatFormat) -> None:
+    rows, long = [ROWS[0]], [Conversation(ROLES, ["What is it?", "word " * 100])]
+    for chosen, rejected in ((rows, long), (long, rows)):
+        contract = pair_contract(tiny, tiny.encode(chosen), tiny.encode(rejected), rows, 128)
+        assert contract["tokens_over"].tolist() == [1]
+        assert contract["tokens"].tolist() == [len(tiny.encode(long).ids)]
+
+
+def test_a_long_conversation_is_split_before_user_turns(tiny: ChatFormat) -> None:
+    exchanges = [["One?", "A first answer."], ["Two?", "word " * 200], ["Three?", "A third."], ["Four?", "A fourth."]]
+    turns = [content for exchange in exchanges for content in exchange]
+    whole = Conversation(("system", *ROLES * 4), ["Be brief.", *turns])
+    sizes = [len(tiny.encode([Conversation(("system", *ROLES), ["Be brief.", *e])]).ids) for e in exchanges]
+    parts = split_conversation(tiny, whole, max_tokens=max(sizes[0], sizes[2] + sizes[3]))
+    assert [part.contents for part in parts] == [
+        ["Be brief.", *exchanges[0]],
+        ["Be brief.", *exchanges[2], *exchanges[3]],
+    ]
+    assert split_conversation(tiny, Conversation(ROLES, exchanges[1]), max_tokens=64) == []
