@@ -25,8 +25,12 @@ MONDAY = datetime(2026, 11, 23, 9, 30, tzinfo=UTC)
 WORSE = [0.012 + 0.001 * i for i in range(12)]
 
 
+PLAN = Plan(
+    device="cpu", device_name="CPU", dtype="float32", engine="transformers", optim="adamw_torch",
+    gradient_checkpointing=False, micro_batch=2, accumulation=4,
+)  # fmt: skip
 TRAINED = TrainOutput(
-    plan=Plan("cpu", "CPU", "transformers", "float32", "adamw_torch", False, 2, 4), steps=8, resumed_from=None,
+    plan=PLAN, steps=8, resumed_from=None,
     seconds=1.0, tokens_per_second=100.0, tokens=100, first_losses=2.0, last_losses=1.0, trainable_parameters=10,
     peak_memory_bytes=2**30, out_of_memory=[],
 )  # fmt: skip

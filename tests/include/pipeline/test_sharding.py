@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from include.errors import RetuneError, TransientError
-from include.pipeline.sharding import MOST_SHARDS, PARTS, _split
+from include.pipeline.sharding import MAX_SHARDS, PARTS, _split
 from include.pipeline.stage import output_of
 from include.storage.artifacts import Artifact, Store
 from include.storage.files import MANIFEST, file_digest
@@ -36,7 +36,7 @@ from importlib import import_module
 _, name, way, lineage, step, shard = sys.argv
 stage, lineage = getattr(import_module(f"tasks.{name}"), name), json.loads(lineage)
 if way == "do":
-    stage.do(lineage, next(one for one in stage.steps if one.name == step), json.loads(shard))
+    stage.run_step(lineage, next(one for one in stage.steps if one.name == step), json.loads(shard))
 else:
     print(json.dumps(getattr(stage, way)(lineage)))
 """
@@ -197,7 +197,7 @@ def test_a_shard_that_is_killed_or_done_twice_does_no_harm(
     assert killed.wait() == -signal.SIGKILL
     assert not list(folder.rglob("compare-*.json"))
     with pytest.raises(RetuneError, match=f"parts of the step compare are not in .*{first['of']}"):
-        standardize.do(workers.lineage, decide)
+        standardize.run_step(workers.lineage, decide)
 
     at_once = [workers.start(m, "standardize", "do", "compare", first) for m in ("one", "two", "one")]
     assert [ended(process) for process in at_once] == [""] * 3
@@ -225,7 +225,7 @@ def test_the_report_shows_the_error_of_a_shard(tmp_path: Path, small_recipe: Cal
     lineage = pipeline(recipe, "validate")
     _, second = standardize.plan(lineage)
     with pytest.raises(RetuneError, match="this worker makes .* of what another one has planned as other"):
-        standardize.do(lineage, standardize.steps[0], {**second, "of": "other"})
+        standardize.run_step(lineage, standardize.steps[0], {**second, "of": "other"})
     summary = report("small", "test")
     assert summary["error"]["what"].startswith("rows 5,000 to the end: this worker makes ")
     assert summary["stages"]["standardize"]["state"] == "failed"
@@ -237,7 +237,7 @@ def test_shards_are_as_few_as_they_may_be() -> None:
     assert len(_split(3, 1_000_000, "")) == len(_split(3, None, "")) == 1
     assert len(_split(3, 1, "")) == 3, "a file is the least"
     many = _split(40_001, 5_000, "")
-    assert len(many) <= MOST_SHARDS
+    assert len(many) <= MAX_SHARDS
     assert (many[0]["first"], many[-1]["end"]) == (0, 40_001)
     assert all(one["end"] == other["first"] for one, other in pairwise(many))
 
