@@ -33,10 +33,10 @@ def resolve(
 
     Args:
         recipe_file: name or path of the recipe.
-        values: fields given at trigger time, which take the place of the file's.
+        values: fields given at trigger time, in place of the file's.
         run_id: the run's name; its records and report are kept under it.
-        to_publish: whether the run may end in a publication; then its registry is looked at, too.
-        revision: the dataset's, when the run was started for one; otherwise the newest that the recipe allows.
+        to_publish: whether the run may publish; then the access to its registry is checked, too.
+        revision: revision of the dataset that started the run; None: the newest that the recipe allows.
         force: run even if a run with the same recipe, data and base was finished.
 
     Raises:
@@ -50,7 +50,7 @@ def resolve(
     with recorded(store, name, run_id, "resolve") as record:
         recipe = load_recipe(find_recipe(recipe_file), values)
         check_arguments(recipe)
-        longest_try(recipe)  # names the stages of timeout_hours that do not exist
+        longest_try(recipe)  # refuses stages in timeout_hours that do not exist
         dataset, base = pin_dataset(dataset_ref(recipe), revision), pin_base(recipe)
         pinned = recipe.model_copy(
             update={
@@ -64,9 +64,8 @@ def resolve(
         own = recipe == load_recipe(find_recipe(recipe_file))
         earlier = find_outcome(store, pinned)
         if earlier and not force:
-            if (
-                own and not earlier["from_recipe_file"]
-            ):  # typed for a run once, and the file's since: the watch need not come back
+            if own and not earlier["from_recipe_file"]:
+                # an earlier run had these values from the form; now the file has them, and the watch need not run
                 record_outcome(store, pinned, **{**earlier, "from_recipe_file": True})
             raise _nothing_new(pinned, earlier)
         if to_publish:

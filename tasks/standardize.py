@@ -17,7 +17,7 @@ from include.pipeline.sharding import PARTS, ShardedContext, Step, sharded
 from include.pipeline.stage import Output, Result, StageContext
 from include.storage.files import file_digest
 
-MARKS, SIDES = f"{PARTS}/marks", f"{PARTS}/sides"
+SIGNATURES, SIDES = f"{PARTS}/signatures", f"{PARTS}/sides"
 
 
 def _benchmark_digest(context: StageContext, **_: Output[ValidateOutput]) -> str | None:
@@ -38,7 +38,7 @@ def compare(context: ShardedContext, names: list[str], validate: Output[Validate
         benchmark = Benchmark(pa.array(read_prompts(recipe.decontaminate_against), pa.large_string()))
     files = [source / ValidateOutput.READINGS / name for name in names]
     good = _good(validate, read_table(files[0])["row"][0].as_py(), read_table(files[-1])["row"][-1].as_py())
-    (context.out / MARKS).mkdir(parents=True)
+    (context.out / SIGNATURES).mkdir(parents=True)
     return list(in_order(lambda file: _compare(file, context.out, good, recipe.holdout_share, benchmark), files))
 
 
@@ -55,12 +55,12 @@ def decide(context: ShardedContext, validate: Output[ValidateOutput]) -> dict[st
     import pyarrow as pa
 
     recipe, folder = context.recipe, context.files_of(compare)
-    tables = [read_table(folder / MARKS / name) for name in context.names]
+    tables = [read_table(folder / SIGNATURES / name) for name in context.names]
     rows, holdout, contaminated = (
         np.concatenate([table[name].to_numpy() for table in tables]) for name in ("row", "holdout", "contaminated")
     )
-    marks = np.concatenate([_signatures(table) for table in tables])
-    earlier, held_out = near_duplicates(marks, holdout, recipe.near_duplicate_similarity)
+    signatures = np.concatenate([_signatures(table) for table in tables])
+    earlier, held_out = near_duplicates(signatures, holdout, recipe.near_duplicate_similarity)
     leaking = (held_out >= 0) & ~holdout
     repeating = earlier >= 0
     if leaking.sum() * 2 > len(rows):
@@ -163,11 +163,11 @@ def _compare(file: Path, out: Path, good: Any, holdout_share: float, benchmark: 
         "row": table["row"].combine_chunks(),
         "holdout": pa.array([is_holdout(digest, holdout_share) for digest in table["digest"].to_pylist()], pa.bool_()),
         "contaminated": pa.array(benchmark.contaminates(numbers, counts) if benchmark else np.zeros(len(table), bool)),
-        "marks": pa.FixedSizeBinaryArray.from_buffers(
+        "signature": pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(SLOTS * 4), len(table), [None, pa.py_buffer(minhash_signatures(numbers, counts).tobytes())]
         ),
     }
-    write_table(pa.table(columns), out / MARKS / file.name)
+    write_table(pa.table(columns), out / SIGNATURES / file.name)
 
 
 def _signatures(table: Any) -> Any:
@@ -176,7 +176,7 @@ def _signatures(table: Any) -> Any:
 
     found = [
         np.frombuffer(chunk.buffers()[1], np.uint32).reshape(-1, SLOTS)[chunk.offset : chunk.offset + len(chunk)]
-        for chunk in table["marks"].chunks
+        for chunk in table["signature"].chunks
     ]
     return np.concatenate([np.zeros((0, SLOTS), np.uint32), *found])
 

@@ -1,4 +1,4 @@
-"""template: messages become token ids and loss masks, once; every later stage works with these ids."""
+"""template: encode messages to token ids and loss masks, once; every later stage works with these ids."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROVED_ROWS, SHOWN_ROWS = 256, 10
 
 @Step
 def prove(context: ShardedContext, standardize: Output[StandardizeOutput]) -> dict[str, Any]:
-    """The tokenizer with the template in it, and the proof of the ids on rows from all over the data.
+    """Save the tokenizer with the chat template, and verify the ids on sampled rows from all files.
 
     Raises:
         BadRecipe: the template does not fit the base's vocabulary, or the ids differ from the tokenizer's own.
@@ -61,7 +61,7 @@ def prove(context: ShardedContext, standardize: Output[StandardizeOutput]) -> di
 
 @Step
 def encode(context: ShardedContext, names: list[str], standardize: Output[StandardizeOutput]) -> list[dict[str, Any]]:
-    """Ids and labels of the conversations; of each file the facts of its `sides` and, of the first, `samples`."""
+    """Write ids and labels of the conversations; return counts per side for each file, and samples of the first file."""
     recipe, proof = context.recipe, context.result_of(prove)
     chat = context.cache.get("chat")
     if chat is None:
@@ -74,8 +74,8 @@ def encode(context: ShardedContext, names: list[str], standardize: Output[Standa
     )
     for folder in (TRAIN, HOLDOUT, CONTRACT):
         (context.out / folder).mkdir(parents=True)
-    way = _encode_pairs if recipe.method == "dpo" else _encode_group
-    return list(in_order(lambda name: _encode(way, chat, messages / name, context.out, recipe), names))
+    encode_file = _encode_pairs if recipe.method == "dpo" else _encode_group
+    return list(in_order(lambda name: _encode(encode_file, chat, messages / name, context.out, recipe), names))
 
 
 @sharded(
@@ -88,11 +88,11 @@ def encode(context: ShardedContext, names: list[str], standardize: Output[Standa
     steps=(prove, encode),
 )  # fmt: skip
 def template(context: ShardedContext, standardize: Output[StandardizeOutput]) -> Result[TemplateOutput]:
-    """Write `train/` and `holdout/` (Arrow streams, one for each file of messages: `row`, `input_ids`, `labels`; of
-    preference rows `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`), `tokenizer/` with the template in it,
-    `samples.txt` for people (trained text between » and «) and `data_docs/` of the token checks.
+    """Write `train/` and `holdout/` (one Arrow stream per file of messages: `row`, `input_ids`, `labels`; for preference
+    rows `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`), `tokenizer/` with the chat template, `samples.txt` for
+    people (trained text between » and «) and `data_docs/` of the token checks.
 
-    The checks are over all rows at once, by some 50 bytes for each.
+    The checks run over all rows at once; they need some 50 bytes of memory per row.
 
     Raises:
         BadRecipe: see `prove`.
@@ -138,7 +138,7 @@ def _chat(context: ShardedContext) -> ChatFormat:
 
 
 def _contract_of_all(context: ShardedContext) -> Any:
-    """The facts that the suite checks, as a frame with a line for each row."""
+    """Return the columns that the suite checks, as a frame with one line per row."""
     import numpy as np
     import pandas as pd
 
@@ -149,22 +149,24 @@ def _contract_of_all(context: ShardedContext) -> Any:
     )
 
 
-def _encode(way: Callable[..., _Group], chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> dict[str, Any]:
+def _encode(
+    encode_file: Callable[..., _Group], chat: ChatFormat, file: Path, out: Path, recipe: Recipe
+) -> dict[str, Any]:
     import pyarrow as pa
 
-    group = way(chat, file, out, recipe)
+    group = encode_file(chat, file, out, recipe)
     write_table(pa.table(group.contract), out / CONTRACT / file.name)
     return {"sides": group.sides, "samples": group.samples}
 
 
 @dataclass
 class _Group:
-    """A file of messages, encoded.
+    """One encoded file of messages.
 
     Attributes:
-        contract: columns of the facts that the suite checks, one entry per row.
-        sides: for each side: rows, tokens, trained, and the sha256 of its ids and labels.
-        samples: the first rows as people can read them.
+        contract: the columns that the suite checks, one entry per row.
+        sides: rows, tokens, trained tokens, and the sha256 of ids and labels, by side.
+        samples: the first rows as text.
     """
 
     contract: dict[str, Any]
@@ -182,7 +184,7 @@ def _encode_group(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _G
     contract = {"row": rows, **token_contract(chat, encoded, conversations, longest)}
     usable = contract["tokens_over"] == 0
     over = np.flatnonzero(~usable)
-    used = usable.copy()  # rows of which something is used
+    used = usable.copy()  # rows that are used, whole or in part
     parts = []
     if len(over) and recipe.on_too_long == "truncate":
         encoded = encoded.truncate(longest)
@@ -214,8 +216,8 @@ def _encode_pairs(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _G
     table = read_table(file)
     conversations = list(conversations_in(table))
     rows, holdout = table["row"].to_numpy(), table["holdout"].to_numpy()
-    others = [replace(c, contents=[*c.contents[:-1], str(c.rejected)]) for c in conversations]
-    chosen, rejected = chat.encode(conversations), chat.encode(others)
+    with_rejected = [replace(c, contents=[*c.contents[:-1], str(c.rejected)]) for c in conversations]
+    chosen, rejected = chat.encode(conversations), chat.encode(with_rejected)
     contract = pair_contract(chat, chosen, rejected, conversations, recipe.max_seq_length)
     usable = contract["tokens_over"] == 0
     used = np.flatnonzero(usable)
@@ -239,7 +241,7 @@ def _encode_pairs(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _G
 
 
 def _spread_rows(files: list[Path]) -> list[Conversation]:
-    """Rows for the proof, from all over the files."""
+    """Return about PROVED_ROWS conversations, evenly spread over the files."""
     each = max(1, PROVED_ROWS // len(files))
     found: list[Conversation] = []
     for file in files:
@@ -249,7 +251,7 @@ def _spread_rows(files: list[Path]) -> list[Conversation]:
 
 
 def _readable(chat: ChatFormat, row: dict[str, Any]) -> str:
-    """A prepared row as text, with the trained stretches between » and «."""
+    """Return a prepared row as text, with the trained parts between » and «."""
     ids, trained = row["input_ids"], [label != IGNORED for label in row["labels"]]
     parts, begin = [], 0
     for end in range(1, len(trained) + 1):

@@ -13,7 +13,10 @@ from include.errors import BadRecipe
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"training_arguments": {"adam_bta1": 0.8}}, "SFTConfig has no argument 'adam_bta1' .did you mean 'adam_beta1'"),
+        (
+            {"training_arguments": {"adam_bta1": 0.8}},
+            "SFTConfig has no argument 'adam_bta1' .did you mean 'adam_beta1'",
+        ),
         ({"training_arguments": {"max_grad_norm": "high"}}, "'max_grad_norm': .*number"),
         ({"generation_arguments": {"min_new_token": 3}}, "has no argument 'min_new_token' .did you mean"),
         ({"timeout_hours": {"trian": 1}}, "field 'timeout_hours': there is no stage 'trian'"),
