@@ -102,7 +102,7 @@ def recorded(
         if record:
             with suppress(RetuneError):  # if the store itself failed, the log line below still tells
                 record.close("failed", summary=what, error={"kind": type(error).__name__, "what": what, "do": do})
-        log.error("%s failed: %s. %s.", stage, what, do)
+        log.error("%s failed: %s", stage, f"{what}. {do}." if do else f"{what}.")
         raise
 
 

@@ -132,7 +132,8 @@ def test_data_base_and_registry_on_the_hub(var: Path, small_recipe: Callable, ti
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.write_token}
         for verdict in ("published", "unchanged"):
             done = subprocess.run(
-                [sys.executable, "-m", "retune", "stage", "small"], cwd=PROJECT, env=environment, capture_output=True, text=True,
+                [sys.executable, "-m", "retune", "stage", "small"],
+                cwd=PROJECT, env=environment, capture_output=True, text=True,
                 check=False,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
