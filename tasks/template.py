@@ -61,7 +61,7 @@ def prove(context: ShardedContext, standardize: Output[StandardizeOutput]) -> di
 
 @Step
 def encode(context: ShardedContext, names: list[str], standardize: Output[StandardizeOutput]) -> list[dict[str, Any]]:
-    """Write ids and labels of the conversations; return counts per side for each file, and samples of the first file."""
+    """Write ids and labels of the conversations; return counts per side and file, and samples of the first file."""
     recipe, proof = context.recipe, context.result_of(prove)
     chat = context.cache.get("chat")
     if chat is None:
@@ -88,7 +88,7 @@ def encode(context: ShardedContext, names: list[str], standardize: Output[Standa
     steps=(prove, encode),
 )  # fmt: skip
 def template(context: ShardedContext, standardize: Output[StandardizeOutput]) -> Result[TemplateOutput]:
-    """Write `train/` and `holdout/` (one Arrow stream per file of messages: `row`, `input_ids`, `labels`; for preference
+    """Write `train/` and `holdout/` (an Arrow stream per file of messages: `row`, `input_ids`, `labels`; for preference
     rows `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`), `tokenizer/` with the chat template, `samples.txt` for
     people (trained text between » and «) and `data_docs/` of the token checks.
 
