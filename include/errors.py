@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class RetuneError(Exception):
-    """Base class of all errors: one clear sentence about the failure, and one about the remedy.
+    """Base class of all errors: one sentence about what is wrong, and one about what to do.
 
     Args:
         what: what is wrong, with the value and the place.
@@ -35,7 +35,7 @@ class BadRecipe(PermanentError):
 
 
 class UndeclaredField(PermanentError):
-    """A stage reads a recipe field that its `recipe_fields` do not name, so that its fingerprint would not cover it."""
+    """A stage reads a recipe field that it does not declare, so that its fingerprint would not cover the field."""
 
 
 class BadData(PermanentError):

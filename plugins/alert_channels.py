@@ -1,6 +1,6 @@
 """The channels of alerts: how a message looks in each channel, and how it is sent.
 
-To add a channel, write a function that sends a `Message` to one recipient, enter it in `CHANNELS`, and add the recipe
+To add a channel, write a function that sends a `Message` to one recipient, add it to `CHANNELS`, and add the recipe
 field that lists the recipients (include/recipe/operations.py).
 """
 
@@ -24,7 +24,7 @@ WEBHOOK_TIMEOUT = 10  # seconds
 
 @dataclass(frozen=True)
 class Message:
-    """A message for a person who reads it on a telephone.
+    """A message, short enough to read on a telephone.
 
     Attributes:
         event: one of the recipe's `alert_on`: `published`, `refused`, `failed` or `late`.
@@ -101,13 +101,13 @@ def send_webhook(message: Message, connection: str) -> None:
 
 @dataclass(frozen=True)
 class Channel:
-    """A kind of recipients, and how to send them a message.
+    """A way to send messages, for example mail.
 
     Attributes:
         recipe_field: the recipe field that lists the recipients.
         label: how the log names a recipient, with `{}` for the entry of the list.
         send: sends a message to one recipient; raises if that fails.
-        setup: where the channel is set up; part of the error message of an alert that was not sent.
+        setup: how to set up the channel; part of the error message if an alert was not sent.
     """
 
     recipe_field: str
@@ -116,7 +116,7 @@ class Channel:
     setup: str
 
     def send_with_retries(self, message: Message, recipient: str) -> None:
-        """Send a message, and try again `SEND_ATTEMPTS` times in all, unless a connection is missing."""
+        """Send a message in at most `SEND_ATTEMPTS` attempts. A missing connection is not retried."""
         Retrying(
             retry=retry_if_not_exception_type(AirflowNotFoundException), stop=stop_after_attempt(SEND_ATTEMPTS),
             wait=wait_exponential_jitter(initial=1, max=10), reraise=True,

@@ -42,7 +42,7 @@ class Alert(BaseNotifier):
 
     Args:
         recipe: name of the recipe and of its DAG.
-        on: events to send, of `published`, `refused`, `failed` and `late`. Every event is also logged.
+        on: the events to send: some of `published`, `refused`, `failed` and `late`. Every event is also logged.
         recipients: the recipients by recipe field of their channel.
         context: see `BaseNotifier`.
     """
@@ -50,7 +50,7 @@ class Alert(BaseNotifier):
     def __init__(self, recipe: str, on: list[str], recipients: dict[str, list[str]], context: Any = None):
         super().__init__(context=context)
         self.recipe, self.on, self.recipients = recipe, on, recipients
-        self.notified: list[str] = []  # labels of the recipients that have the message
+        self.notified: list[str] = []  # labels of the recipients that have got the message
 
     @staticmethod
     def settings(recipe: Recipe) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Alert(BaseNotifier):
             log.info("no alert for the verdict %s", summary["verdict"])
 
     async def async_notify(self, context: Any) -> None:
-        """Do the same in the triggerer without blocking its other triggers, with retries of its own."""
+        """Call `notify` in the triggerer without blocking its other triggers, and retry it on TransientError."""
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(TransientError), stop=stop_after_attempt(TASK_RETRIES + 1),
             wait=wait_exponential_jitter(initial=20, max=600), reraise=True,
@@ -200,7 +200,7 @@ def _message(
 
 
 def _position(stages: dict[str, dict[str, Any]]) -> tuple[str, str]:
-    """Return in words where a run is or ended (`in train`), and the last summary of that stage."""
+    """Return where a run is, or where it ended, in words (`in train`), and the last summary of that stage."""
     unfinished = [name for name in stages if stages[name]["state"] != "done"]
     name = next(iter(unfinished or [*stages][::-1]), None)
     if name is None:

@@ -23,7 +23,7 @@ class Approval(ApprovalOperator):
         lineage: the lineage up to `evaluate`.
     """
 
-    template_fields = ("lineage",)  # not the question: answers of models must not be rendered as templates
+    template_fields = ("lineage",)  # not subject and body: they quote models' answers, which must not be templates
 
     def __init__(self, *, lineage: Any, **options: Any):
         super().__init__(subject="May this candidate go live?", defaults=self.REJECT, **options)

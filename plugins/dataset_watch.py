@@ -44,7 +44,7 @@ class NewRevision(BaseEventTrigger):
         return "plugins.dataset_watch.NewRevision", {"recipe": self.recipe, "every": self.every}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Check the dataset for ever and yield an event for a revision without an outcome. Errors are logged."""
+        """Check the dataset forever; yield an event while its newest revision has no outcome. Errors are logged."""
         while True:
             try:
                 if event := await asyncio.to_thread(self._check):
@@ -52,7 +52,7 @@ class NewRevision(BaseEventTrigger):
                     yield TriggerEvent(event)
             except RetuneError as error:
                 self.log.warning("%s: the dataset could not be checked: %s", self.recipe, error)
-            except Exception:  # nobody would notice a trigger that ended
+            except Exception:  # an exception would end the trigger, and nobody would notice
                 self.log.exception("%s: the dataset could not be checked", self.recipe)
             await asyncio.sleep(self.every)
 

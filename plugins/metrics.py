@@ -28,8 +28,8 @@ from include.storage.artifacts import Store
 BACKENDS = ("statsd_on", "statsd_datadog_enabled", "otel_on")
 
 
-def _if_on(function: Callable[..., None]) -> Callable[..., None]:
-    """Call the function only if a metrics backend is on, and log its errors: metrics never fail a run."""
+def _when_enabled(function: Callable[..., None]) -> Callable[..., None]:
+    """Call the function only if a metrics backend is on, and log its errors: a metric never fails a run."""
 
     @functools.wraps(function)
     def wrapper(*arguments: Any) -> None:
@@ -42,9 +42,9 @@ def _if_on(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-@_if_on
+@_when_enabled
 def stage_done(stage: str, lineage: Lineage) -> None:
-    """Send a stage's seconds and key numbers, unless its output was reused. Gauges, because values are hours apart."""
+    """Send a stage's seconds and key numbers as gauges, unless its output was reused."""
     store, recipe = Store(), lineage["recipe"]
     records = store.read_records(recipe, lineage["run"]).values()
     record = next(one for one in records if (one.get("stage"), one.get("fingerprint")) == (stage, lineage[stage]))
@@ -59,7 +59,7 @@ def stage_done(stage: str, lineage: Lineage) -> None:
         _send(stats.gauge, "retune.validate.rows_refused", metadata.refused, recipe=recipe)
 
 
-@_if_on
+@_when_enabled
 def run_ended(summary: dict[str, Any]) -> None:
     """Count a run by its verdict."""
     _send(stats.incr, "retune.runs", 1, recipe=summary["recipe"], verdict=summary["verdict"])

@@ -14,7 +14,7 @@ from include.recipe import NAME
 from include.storage.artifacts import Store
 from plugins.links import REPORTS, report_address
 
-# the page shows text of models and datasets: it must not run scripts, load, send, or be framed by another site
+# the page shows texts of models and datasets, so it must not run scripts, load or send anything, or be framed
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'self'; sandbox",

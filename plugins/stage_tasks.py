@@ -21,7 +21,7 @@ from plugins.links import NOTE
 from tasks.report import note, report
 from tasks.stages import PipelineStage, timeout_of
 
-CANDIDATE_LABEL = "{{ task.op_args[0].candidate }}"  # the UI shows it in place of a map index
+CANDIDATE_LABEL = "{{ task.op_args[0].candidate }}"  # shown in the UI instead of the map index
 SHARD_LABEL = "{{ task.op_kwargs.shard.label }}"
 GPU = {"queue": "gpu", "pool": "gpu"}  # the pool has one slot: two trainings never share a device
 
@@ -54,7 +54,7 @@ def _single(stage: Stage[Any], **options: Any) -> Callable[..., Any]:
 
 def _sharded(stage: Sharded[Any], **options: Any) -> Callable[..., Any]:
     """Return a task group that all workers share: one task per step, mapped over shards if the step runs for files."""
-    # a plan without shards (the output is there already) skips the mapped tasks, but not the tasks after them
+    # without shards (the output exists), Airflow skips the mapped tasks; with this rule, the later tasks still run
     after = {"trigger_rule": "none_failed_min_one_success", **options}
 
     @task(task_id="plan", doc_md=stage.plan.__doc__, **options)
@@ -120,16 +120,16 @@ def _candidates(candidates: Callable[..., Any], **options: Any) -> Callable[...,
 
 
 def _choose(choose: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    # the grid is enough: `choose` itself reports candidates that failed, even if all of them did
+    # runs if only `candidates` succeeded: `choose` reports failed candidates, even if all of them failed
     @task(trigger_rule="all_done_min_one_success", **options)
     def run(grid: Any, lineages: Any):
-        # Airflow passes one XCom of a mapped task as it is, without a list, and none as None
+        # if a mapped task has a single XCom, Airflow passes it without a list; if it has none, None
         return choose(list(grid), [lineages] if isinstance(lineages, dict) else lineages or [])
 
     return run
 
 
-# stages that are plain functions and no `Stage`
+# stages that are plain functions, not a `Stage`
 FUNCTION_TASKS: dict[str, Callable[..., Any]] = {"resolve": _resolve, "candidates": _candidates, "choose": _choose}
 
 

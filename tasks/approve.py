@@ -32,7 +32,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """A person's answer: whether the candidate may go live, the name (None: no answer in time), the time (UTC)."""
+    """A person's answer: whether the candidate may go live, the person (None: no answer in time), the time (UTC)."""
 
     approved: bool
     by: str | None
@@ -55,7 +55,7 @@ class _Decision:
         return regressions(self.smoke_test.metadata, self.evaluate.metadata)
 
     def why_not_asked(self) -> str | None:
-        """Return why no person is asked; None if a person is."""
+        """Return the reason why nobody is asked; None if a person must be asked."""
         if self.recipe.approve == "never":
             return "the recipe asks for no approval"
         if not self.evaluate.metadata.verdict.publish:
@@ -71,13 +71,13 @@ class _Decision:
 def ask(lineage: Lineage, report_address: str) -> Question | None:
     """Return the question that a person must answer before the candidate goes live; None if nobody needs to be asked.
 
-    The run's report is made, so that it can be looked at, and the run is recorded as waiting.
+    Also make the run's report, for the person to read, and record the run as waiting.
 
     Args:
         report_address: where the report can be seen; goes into the question.
 
     Raises:
-        Conflict: the run has asked another question before, which Airflow would show again: it keeps a run's first.
+        Conflict: the question differs from the run's first one, which is the one that Airflow shows.
     """
     with _decision(lineage) as case:
         if case.why_not_asked():
@@ -106,11 +106,11 @@ def approve(lineage: Lineage, answer: Answer | None = None) -> Lineage:
     """Record who approved the candidate, or why nobody was asked. `publish` copies it into the manifest.
 
     Args:
-        answer: a person's, where `ask` had a question.
+        answer: the person's answer; None if `ask` returned no question.
 
     Raises:
         Rejected: the person said no.
-        ApprovalTimeout: nobody answered in time, or nobody was asked who had to be.
+        ApprovalTimeout: nobody answered in time, or an approval is needed and nobody could be asked.
     """
     with _decision(lineage) as case:
         asked, nothing = answer is not None, "Nothing is published; the live version does not change"

@@ -28,7 +28,7 @@ def candidate_content(train: Output[TrainOutput]) -> str:
 
 
 def live_version(context: StageContext, train: Output[TrainOutput]) -> Version | None:
-    """Return the live version; None where nothing is live, or the candidate itself is."""
+    """Return the live version; None if nothing is live, or if the candidate itself is the live version."""
     live = open_registry(str(context.recipe.registry)).live()
     return None if live is None or live.content == candidate_content(train) else live
 

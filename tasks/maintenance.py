@@ -26,8 +26,8 @@ def maintain_store(recipe: str = "", dry_run: bool = False) -> list[str]:
     """Remove expired artifacts, checkpoints and runs from the store (`keep_days` in the recipe).
 
     An artifact was last used when it was made, or by the newest run that used it. The inputs of all published versions
-    are kept, and so are those of unfinished runs. An unfinished run is given up when nothing of it has changed for
-    `keep_days` and its longest stage. If a registry cannot be read, nothing of its recipe is removed.
+    are kept, and so are those of unfinished runs. A run without a change for a long time no longer counts as unfinished
+    (see `include.pipeline.retention`). If a registry cannot be read, nothing of its recipe is removed.
 
     Args:
         recipe: its name; empty for all recipes.
@@ -91,7 +91,7 @@ def maintain_disk(recipe: str = "", dry_run: bool = False) -> list[str]:
 
 
 def _maintain_caches(dry_run: bool) -> str:
-    """Remove caches that are older than any recipe keeps its artifacts and than any try of a stage takes."""
+    """Remove caches unused for longer than any recipe's `keep_days` and longest stage timeout together."""
     recipes = []
     for file in recipe_files():
         with suppress(RetuneError):

@@ -40,12 +40,12 @@ def publish(
     standardize: Output[StandardizeOutput], template: Output[TemplateOutput], train: Output[TrainOutput],
     smoke_test: Output[SmokeTestOutput], evaluate: Output[EvaluateOutput], approve: Output[ApproveOutput],
 ) -> Result[PublishOutput]:  # fmt: skip
-    """Publish a candidate that passed the gate. The same content again is the same version.
+    """Publish a candidate that passed the gate. The same content is never published as a second version.
 
     Raises:
-        GateRefused: the gate did not let the candidate through, and why; or it is an older version, which a person may
-            make live again.
-        Conflict: something else went live since the candidate was compared.
+        GateRefused: the gate refused the candidate (the message has the reasons), or its content is an older version's,
+            which only a rollback makes live again.
+        Conflict: another version went live since the candidate was compared.
         NoPermission, Unreachable: the registry cannot be written, or does not answer.
     """
     verdict = evaluate.metadata.verdict
@@ -64,7 +64,7 @@ def publish(
     manifest["files"] = describe_files(folder)
     manifest["content"] = content_digest(manifest["files"])
     (folder / MANIFEST).write_bytes(to_json(manifest))
-    # the card comes last and names the manifest's digest, so the manifest cannot name the card's
+    # the card is written last: it contains the manifest's digest, so the manifest cannot contain the card's
     card = model_card(manifest, file_digest(folder / MANIFEST))
     (folder / CARD).write_text(card, encoding="utf-8")
 
@@ -120,7 +120,7 @@ def publish_merged(context: StageContext, version: Version, adapter: Path, manif
 def build_manifest(context: StageContext, outputs: dict[str, Output[Any]]) -> dict[str, Any]:
     """Return the manifest: data, base, settings, losses and verdicts of the adapter. The model card is made from it.
 
-    Rows of the data and the recipe's operations (addresses) stay out of it: the adapter may be public.
+    It has no rows of the data and no values of `Operations` (mail addresses), because the adapter may be public.
     """
     metadata = {name: output.metadata.to_json() for name, output in outputs.items()}
     del metadata["template"]["samples"]

@@ -10,7 +10,7 @@ from include.pipeline.outcomes import FINAL, record_outcome
 from include.pipeline.records import log
 from include.pipeline.stage import Output, find_output, pinned_recipe
 from include.recipe import find_recipe
-from include.reporting.pages import run_page
+from include.reporting.pages import report_page
 from include.storage.artifacts import Store
 from include.storage.files import atomic_write, now, to_json
 from include.storage.object_store import read_all
@@ -20,17 +20,17 @@ from tasks.stages import NAMES
 def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, Any]:
     """Summarize the records of a run, write its page, and return the summary that `var/last_run.json` holds.
 
-    The verdict is `published`, `unchanged` (what was made was live already), `refused` (by the gate), `rejected` (by a
-    person), `skipped` (nothing was new) or `failed`. All but the last two are an outcome: that recipe on that data and
+    The verdict is `published`, `unchanged` (the candidate was live already), `refused` (by the gate), `rejected` (by a
+    person), `skipped` (nothing was new) or `failed`. All but the last two are outcomes: the same recipe, data and
     base need not run again.
 
     Args:
         waiting: the run waits for a person's approval. Then its page is made and its verdict is `waiting`; what
-            programs read stays that of the newest run that ended.
+            programs read (`var/last_run.json`) is still the newest run that has ended.
     """
     store, name = Store(), find_recipe(recipe_file).stem
     records = store.read_records(name, run_id)
-    reached = NAMES[: NAMES.index("approve") + 1] if waiting else NAMES  # later records are of before it was cleared
+    reached = NAMES[: NAMES.index("approve") + 1] if waiting else NAMES  # later ones: before it was cleared
     stages = {stage: records[stage] for stage in reached if stage in records}
     outputs = {stage: _output(store, name, stages.get(stage)) for stage in NAMES}
     details = {stage: output.metadata if output else None for stage, output in outputs.items()}
@@ -56,7 +56,7 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
         },
         "sweep": sweep,
     }  # fmt: skip
-    content = run_page(summary, details, _training_log(store, outputs["train"]))
+    content = report_page(summary, details, _training_log(store, outputs["train"]))
     with store.write_errors():
         atomic_write(page, content.encode())
     if waiting:

@@ -1,4 +1,4 @@
-"""resolve: make one full recipe of the file and the values given for this run, with every revision pinned."""
+"""resolve: combine the recipe file and the values given for this run into one recipe with every revision pinned."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def resolve(
 
     Raises:
         UpToDate: a run of the same recipe on the same data and base was published or refused.
-        Conflict: the dataset is a file, and has another revision than the one that the run was started for.
+        Conflict: the dataset is a file that has changed since the revision that started the run.
         BadRecipe: a field is unknown, of the wrong type or out of range; the message names it.
-        NotFound, NoPermission, Unreachable: the dataset or the base model is not there or does not answer.
+        NotFound, NoPermission, Unreachable: the dataset or the base model does not exist or cannot be read.
         NoPermission: the store or the registry cannot be written.
     """
     store, name = Store(), Path(recipe_file).stem
@@ -61,32 +61,32 @@ def resolve(
                 "registry": registry_uri(recipe.name, recipe.registry),
             }
         )
-        own = recipe == load_recipe(find_recipe(recipe_file))
+        from_recipe_file = recipe == load_recipe(find_recipe(recipe_file))
         earlier = find_outcome(store, pinned)
         if earlier and not force:
-            if own and not earlier["from_recipe_file"]:
+            if from_recipe_file and not earlier["from_recipe_file"]:
                 # an earlier run had these values from the form; now the file has them, and the watch need not run
                 record_outcome(store, pinned, **{**earlier, "from_recipe_file": True})
-            raise _nothing_new(pinned, earlier)
+            raise _up_to_date(pinned, earlier)
         if to_publish:
             uri = str(pinned.registry)
             for place in (uri, merged_uri(uri)) if pinned.merged_16bit else (uri,):
-                open_registry(place).check()  # hours of training do not end at a missing permission
-        line = f"dataset {_short(recipe.dataset)}@{dataset[:8]}, base {_short(recipe.base_model)}@{base[:8]}"
-        artifact, reused = pin(store, pinned, line)
+                open_registry(place).check()  # find a missing permission before hours of training
+        summary = f"dataset {_short(recipe.dataset)}@{dataset[:8]}, base {_short(recipe.base_model)}@{base[:8]}"
+        artifact, reused = pin(store, pinned, summary)
         record.close(
             "done",
             reused=reused,
-            summary=line,
+            summary=summary,
             fingerprint=artifact.fingerprint,
             folder=str(artifact.folder),
-            from_recipe_file=own,
+            from_recipe_file=from_recipe_file,
         )
-        log.info("resolve done: %s", line)
+        log.info("resolve done: %s", summary)
     return {"recipe": name, "run": run_id, "resolve": artifact.fingerprint}
 
 
-def pin(store: Store, recipe: Recipe, line: str) -> tuple[Artifact, bool]:
+def pin(store: Store, recipe: Recipe, summary: str) -> tuple[Artifact, bool]:
     """Store a recipe with every revision pinned; return the artifact and whether it was there already."""
     content = recipe.to_json()
     key = fingerprint(content)
@@ -97,11 +97,11 @@ def pin(store: Store, recipe: Recipe, line: str) -> tuple[Artifact, bool]:
     with store.write_errors():
         atomic_write(out / ResolveOutput.RECIPE, to_json(content))
     return store.commit(
-        out, recipe.name, "resolve", key, summary=line, metadata=ResolveOutput().to_json(), inputs={}
+        out, recipe.name, "resolve", key, summary=summary, metadata=ResolveOutput().to_json(), inputs={}
     ), False
 
 
-def _nothing_new(pinned: Recipe, earlier: dict[str, Any]) -> UpToDate:
+def _up_to_date(pinned: Recipe, earlier: dict[str, Any]) -> UpToDate:
     became = f"published as {earlier['version']}" if earlier["version"] else earlier["verdict"]
     data = f"{_short(pinned.dataset)}@{str(pinned.dataset_revision)[:8]}"
     return UpToDate(

@@ -79,7 +79,7 @@ def smoke_test(
 
 
 def _failed(answers: list[dict[str, Any]], required: Sequence[str]) -> list[str]:
-    """A sentence for each required check that answers fail: how many do, and what was seen in the first of them."""
+    """Return a sentence per failed required check: how many answers fail it, and how the first of them fails."""
     sentences = []
     for name in required:
         seen = [answer["failures"][name] for answer in answers if name in answer["failures"]]

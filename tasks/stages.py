@@ -25,13 +25,13 @@ class PipelineStage:
 
     Attributes:
         name: of the stage, of its task in Airflow, of its module and of the function in it.
-        timeout_hours: default hours after which one try is ended; generous, for a try that hangs without a sign.
+        timeout_hours: default hours after which one try is ended; so long that only a hung try reaches it.
         summary: one line for the documentation.
-        gpu: whether it runs on the queue `gpu`, in the pool of that name, and not on the CPU queue.
+        gpu: whether it runs on the queue `gpu` and in the pool `gpu`; otherwise on the queue `default`.
         per_candidate: whether it runs once for each candidate of a sweep.
         shardable: whether CPU workers can share its work (see `include.pipeline.sharding`).
         module: where the function is, if not in the module of the stage's name.
-        applies: whether a recipe's pipeline has the stage.
+        applies: returns whether a recipe's pipeline has the stage.
     """
 
     name: str
@@ -44,7 +44,7 @@ class PipelineStage:
     applies: Callable[[Recipe], bool] = lambda recipe: True
 
     def load(self) -> Any:
-        """Return the stage's function: a `Stage`, or a plain function of resolve, candidates, choose and approve."""
+        """Return the `Stage`; for resolve, candidates, choose and approve, a plain function."""
         return getattr(importlib.import_module(f"tasks.{self.module or self.name}"), self.name)
 
 
@@ -142,6 +142,6 @@ def _after(stage: Callable[[Lineage], Lineage], lineages: list[Lineage]) -> Iter
     for lineage in lineages:
         try:
             yield stage(lineage)
-        except PermanentError:  # after any other error, a new run continues from there
+        except PermanentError:  # any other error ends the run; a new run continues from there
             if "candidate" not in lineage:
                 raise

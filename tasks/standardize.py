@@ -1,4 +1,4 @@
-"""standardize: compare the rows with each other and put each row on its side, training or holdout."""
+"""standardize: compare the rows with each other and assign each row to training or holdout."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _benchmark_digest(context: StageContext, **_: Output[ValidateOutput]) -> str
 
 @Step
 def compare(context: ShardedContext, names: list[str], validate: Output[ValidateOutput]) -> list[None]:
-    """Write the columns that comparing all rows needs: number, side, MinHash signature, whether the row holds a
-    benchmark's prompt. One file per file of readings, 266 bytes per good row.
+    """Write the columns that are needed to compare all rows: number, holdout or not, MinHash signature, and whether the
+    row contains a benchmark's prompt. One file per file of readings, 266 bytes per good row.
     """
     import pyarrow as pa
 
@@ -46,10 +46,10 @@ def compare(context: ShardedContext, names: list[str], validate: Output[Validate
 def decide(context: ShardedContext, validate: Output[ValidateOutput]) -> dict[str, int]:
     """Compare all rows with each other: decide which rows stay, and list the pairs of near-duplicates.
 
-    Memory: 266 bytes per row, and some 100 more while sorting.
+    Memory: 266 bytes per row, and about 100 more while sorting.
 
     Raises:
-        BadData: one of the two sides is empty, or most rows nearly equal a held-out one.
+        BadData: training or holdout has no rows, or most rows are near-duplicates of held-out rows.
     """
     import numpy as np
     import pyarrow as pa
@@ -65,7 +65,7 @@ def decide(context: ShardedContext, validate: Output[ValidateOutput]) -> dict[st
     repeating = earlier >= 0
     if leaking.sum() * 2 > len(rows):
         raise BadData(
-            f"{leaking.sum():,} of {len(rows):,} rows nearly equal a held-out row and could not train",
+            f"{leaking.sum():,} of {len(rows):,} rows are near-duplicates of held-out rows and cannot train",
             "The rows share long texts: raise near_duplicate_similarity",
         )
     dropped = contaminated | leaking | (repeating if recipe.near_duplicates == "drop" else False)
@@ -92,7 +92,7 @@ def decide(context: ShardedContext, validate: Output[ValidateOutput]) -> dict[st
 
 @Step
 def write(context: ShardedContext, names: list[str], validate: Output[ValidateOutput]) -> list[None]:
-    """Write the conversations of the rows that stay, each with its side."""
+    """Write the conversations of the rows that are used, each with its flag `holdout`."""
     readings = (
         context.fetch(validate, *(f"{ValidateOutput.READINGS}/{name}" for name in names)) / ValidateOutput.READINGS
     )
@@ -116,8 +116,8 @@ def standardize(context: ShardedContext, validate: Output[ValidateOutput]) -> Re
     """Write `messages/` (one Arrow file per file of readings: `row`, the conversation's columns and `holdout`) and
     `near_duplicates.jsonl` (pairs of rows).
 
-    A row's side depends on its content alone, so the row keeps its side when other rows change. Rows that nearly equal
-    a held-out row, and rows that hold a benchmark's prompt, are left out.
+    Only a row's content decides whether it is held out, so a change of other rows does not move it. Near-duplicates of
+    held-out rows, and rows that contain a benchmark's prompt, are left out.
 
     Raises:
         BadData: see `decide`.
@@ -135,7 +135,7 @@ def standardize(context: ShardedContext, validate: Output[ValidateOutput]) -> Re
 
 
 def _good(validate: Output[ValidateOutput], first: int, last: int) -> Any:
-    """Return the numbers of the good rows between two rows (int64); read only the row groups that can have them."""
+    """Return the numbers of the good rows from `first` to `last` (int64); read only the row groups that have some."""
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -182,7 +182,7 @@ def _signatures(table: Any) -> Any:
 
 
 def _words_said(table: Any) -> tuple[Any, Any]:
-    """Return the words of each row and their counts, without system messages, which would make rows alike."""
+    """Return the hashed words of all rows and their number per row, without system messages, which make rows alike."""
     import numpy as np
 
     contents = table["contents"].combine_chunks()
@@ -214,5 +214,5 @@ def _write_pairs(target: Path, rows: Any, earlier: Any, held_out: Any) -> None:
 
 
 def is_holdout(digest: bytes, share: float) -> bool:
-    """Return whether a row is held out: the first 64 bits of its content's sha256, as a number, are below the share."""
+    """Return whether a row is held out: its digest's first 64 bits, as a fraction of 2**64, are below the share."""
     return int.from_bytes(digest[:8]) < share * 2**64

@@ -25,50 +25,51 @@ def candidates(lineage: Lineage) -> list[Lineage]:
             pinned, _ = pin(store, candidate, label)
             grid.append({**lineage, "resolve": pinned.fingerprint, "candidate": label})
         values = " x ".join(f"{name} ({len(values)})" for name, values in recipe.sweep.items())
-        line = f"{len(grid)} candidates: {values or 'the recipe as written'}"
-        frozen_as = {lineage["candidate"]: lineage["resolve"] for lineage in grid}
-        record.close("done", summary=line, grid=recipe.sweep, candidates=frozen_as)
-        log.info("%s", line)
+        summary = f"{len(grid)} candidates: {values or 'the recipe as written'}"
+        fingerprints = {lineage["candidate"]: lineage["resolve"] for lineage in grid}
+        record.close("done", summary=summary, grid=recipe.sweep, candidates=fingerprints)
+        log.info("%s", summary)
     return grid
 
 
 def choose(grid: list[Lineage], lineages: Iterable[Lineage]) -> Lineage:
-    """Return the lineage of the candidate with the lowest holdout loss of those that passed the gate, else of all.
+    """Return the lineage of the best candidate: the lowest holdout loss among those that passed the gate, or among all
+    if none passed.
 
-    Its records become those of the run. The first of the grid wins a tie.
+    The records of the best candidate become the records of the run. On a tie, the first one in the grid wins.
 
     Args:
         grid: what `candidates` returned.
-        lineages: of those that came through `evaluate`.
+        lineages: the lineages of the candidates that finished `evaluate`.
 
     Raises:
-        PermanentError: every candidate failed; the message has the first one's failure.
+        PermanentError: every candidate failed; the message has the failure of the first one.
     """
     store, recipe, run = Store(), grid[0]["recipe"], grid[0]["run"]
     with recorded(store, recipe, run, "choose") as record:
-        records, through = store.read_records(recipe, run), {lineage["resolve"]: lineage for lineage in lineages}
-        table = [_result(store, records, lineage, through.get(lineage["resolve"])) for lineage in grid]
-        record.content.update(grid=records["candidates"]["grid"], candidates=table)  # also of a sweep that failed
+        records, finished = store.read_records(recipe, run), {lineage["resolve"]: lineage for lineage in lineages}
+        table = [_result(store, records, lineage, finished.get(lineage["resolve"])) for lineage in grid]
+        record.content.update(grid=records["candidates"]["grid"], candidates=table)  # a failed sweep, too
         measured = [row for row in table if row["loss"] is not None]
         if not measured:
             raise PermanentError(
-                f"none of the {len(grid)} candidates came through: {table[0]['candidate']}: {table[0]['summary']}",
-                "Correct the sweep and run again; the report says what became of each",
+                f"all {len(grid)} candidates failed; the first one: {table[0]['candidate']}: {table[0]['summary']}",
+                "Correct the sweep and run again; the report has the reason for each",
             )
         best = min(measured, key=lambda row: (not row["publish"], row["loss"]))
         best["chosen"] = True
-        chosen = through[best["resolve"]]
+        chosen = finished[best["resolve"]]
         for stage in CANDIDATE_STAGES:
             store.write_record(recipe, run, stage, records[record_name(stage, chosen)])
         failed = len(table) - len(measured)
-        line = f"{best['candidate']}, the best of {len(grid)}: loss {best['loss']:.3f}"
-        line += f"; {failed} failed" if failed else ""
-        record.close("done", summary=line)
-        log.info("%s", line)
+        summary = f"{best['candidate']}, the best of {len(grid)}: loss {best['loss']:.3f}"
+        summary += f"; {failed} failed" if failed else ""
+        record.close("done", summary=summary)
+        log.info("%s", summary)
     return {name: value for name, value in chosen.items() if name != "candidate"}
 
 
-def _result(store: Store, records: dict[str, Any], lineage: Lineage, through: Lineage | None) -> dict[str, Any]:
+def _result(store: Store, records: dict[str, Any], lineage: Lineage, finished: Lineage | None) -> dict[str, Any]:
     """Return a candidate's row of the table: its losses and the verdict, or its failure."""
     found = [records[name] for stage in CANDIDATE_STAGES if (name := record_name(stage, lineage)) in records]
     failures = [record["summary"] for record in found if record["state"] == "failed"]
@@ -77,8 +78,8 @@ def _result(store: Store, records: dict[str, Any], lineage: Lineage, through: Li
         "loss": None, "base": None, "live": None, "summary": failures[0] if failures else "it was stopped",
         "seconds": round(sum(record.get("seconds", 0) for record in found), 2),
     }  # fmt: skip
-    if through:
-        verdict = output_of(store, through, "evaluate").metadata.verdict
+    if finished:
+        verdict = output_of(store, finished, "evaluate").metadata.verdict
         base, live = verdict.against_base, verdict.against_live
         row.update(
             publish=verdict.publish, summary="; ".join(verdict.reasons), loss=base.candidate, base=base.other,

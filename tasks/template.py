@@ -108,7 +108,9 @@ def template(context: ShardedContext, standardize: Output[StandardizeOutput]) ->
         contract = _contract_of_all(context)
         findings = suite.validate(contract)
     if findings.errors:
-        raise BadData(findings.errors[0], "If no limit of the recipe says so, it is a fault of the template or Retune")
+        raise BadData(
+            findings.errors[0], "If check_limits does not set this limit, it is a bug of the template or of Retune"
+        )
     train, holdout = (sum_up([group["sides"][side] for group in groups]) for side in (TRAIN, HOLDOUT))
     if not train["rows"] or not holdout["rows"]:
         raise BadData(

@@ -25,7 +25,7 @@ from include.storage.files import MANIFEST, atomic_write, describe_files, remove
 from include.storage.object_store import download, list_dir, read_all, upload
 
 OOM_EVENTS = "out_of_memory.json"
-RESUME_FILES = (TRAINING_LOG, OOM_EVENTS)  # what a training goes on with, beside its checkpoint
+RESUME_FILES = (TRAINING_LOG, OOM_EVENTS)  # needed to resume a training, besides its checkpoint
 
 
 @stage(
@@ -130,13 +130,13 @@ class StoredCheckpoint:
     def keep(self, checkpoint: Path) -> None:
         """Copy a checkpoint to the store, its manifest last, and remove earlier ones.
 
-        A store that does not take it only causes a warning: hours of training must not end for it.
+        If the store does not answer, only log a warning: that must not end hours of training.
         """
         if self._context.store.is_local:
             return
         target, held = self._stored / checkpoint.name, self._context.out.with_name(f".{self._context.out.name}.held")
         shutil.rmtree(held, ignore_errors=True)
-        try:  # the training goes on meanwhile, and removes what is not its newest, and all at its end
+        try:  # training continues meanwhile and may remove this checkpoint
             shutil.copytree(checkpoint, held, copy_function=os.link)
             files = orjson.loads((held / MANIFEST).read_bytes())["files"]
         except (FileNotFoundError, shutil.Error):

@@ -1,4 +1,4 @@
-"""validate: read and check every row before anything is spent on it."""
+"""validate: read and check every row before any GPU time is spent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool:
 @stage(
     version=4,
     recipe_fields=("method", "dataset_format", "merge_turns", "max_refused_share", "check_limits"),
-    other_fields=("chat_template", "base_model", "base_revision"),  # `_tools_rendered` stands for them
+    other_fields=("chat_template", "base_model", "base_revision"),  # covered by `_tools_rendered`
     external_inputs=_tools_rendered,
 )
 def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[ValidateOutput]:
@@ -75,7 +75,7 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
         refused[findings.failed_rows[name]] = True
     good = ~refused & (originals < 0)
     pq.write_table(pa.table({"row": np.flatnonzero(good)}), context.out / ValidateOutput.GOOD)
-    verdicts = _Verdicts(source, findings, parts, originals, refused, good)
+    verdicts = _RowReports(source, findings, parts, originals, refused, good)
     reasons = verdicts.write(context.out)
     verdicts.judge(context, reasons)
     repairs: Counter[str] = Counter(repair for part in parts for made in part.repairs.values() for repair in made)
@@ -147,8 +147,8 @@ def _originals(digests: Any) -> Any:
     return np.where((found == np.arange(len(digests))) | (digests == 0), -1, found)
 
 
-class _Verdicts:
-    """The verdict on each row, for people: refused or repaired, and why."""
+class _RowReports:
+    """Reports for people: which rows are refused or repaired, and why."""
 
     def __init__(
         self, source: Path, findings: ValidationResult, parts: list[_Part], originals: Any, refused: Any, good: Any
@@ -163,15 +163,15 @@ class _Verdicts:
         import pyarrow.parquet as pq
 
         repairs = {row: made for part in self._parts for row, made in part.repairs.items()}
-        says: dict[int, list[str]] = {}
+        reasons_by_row: dict[int, list[str]] = {}
         for entry in self._findings.checks:
             if entry["severity"] != "info":
                 for row in self._findings.failed_rows[entry["check"]].tolist():
-                    says.setdefault(row, []).append(entry["message"])
-        counts = Counter(reasons[0] for reasons in says.values())
+                    reasons_by_row.setdefault(row, []).append(entry["message"])
+        counts = Counter(reasons[0] for reasons in reasons_by_row.values())
         file, begin = pq.ParquetFile(self._source), 0
         wanted = np.zeros(len(self._good), bool)
-        wanted[[*says, *repairs]] = True
+        wanted[[*reasons_by_row, *repairs]] = True
         with (
             (out / ValidateOutput.QUARANTINE).open("wb") as refused,
             (out / ValidateOutput.REPAIRED).open("wb") as repaired,
@@ -182,8 +182,8 @@ class _Verdicts:
                     content = file.read_row_group(group, ["content"], use_threads=False)["content"]
                     for row in (begin + np.flatnonzero(wanted[begin:end])).tolist():
                         text = content[row - begin].as_py().decode("utf-8", "backslashreplace")
-                        if row in says:
-                            why = [*says[row], *([self._problems[row]] if row in self._problems else [])]
+                        if row in reasons_by_row:
+                            why = [*reasons_by_row[row], *([self._problems[row]] if row in self._problems else [])]
                             copy_of = {"copy_of": int(self._originals[row])} if self._originals[row] >= 0 else {}
                             entry = {"row": row, "reasons": why, **copy_of, "content": text}
                             refused.write(orjson.dumps(entry) + b"\n")

@@ -1,4 +1,4 @@
-"""verify: prove that the published version is complete, loads, and answers like the tested adapter."""
+"""verify: check that the published version is complete, loads, and answers like the tested adapter."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from include.registry import CARD, merged_uri, open_registry
 from include.storage.files import MANIFEST, describe_files, file_digest, fingerprint
 from tasks.smoke_test import messages
 
-MERGED_TOLERANCE = 0.05  # nats: room for weights rounded to 16 bits, none for another model
+MERGED_TOLERANCE = 0.05  # nats: rounding the weights to 16 bits stays below it, another model does not
 TOLERANCE = 1e-4  # of logits: the two copies are the same bytes, run by the same code
 
 
 def as_published(context: StageContext, publish: Output[PublishOutput]) -> str:
-    """Return a digest of the version's files as they are in the registry now; a changed file needs a new proof."""
+    """Return a digest of the version's files in the registry now. If a file changes, the stage runs again."""
     held = [open_registry(str(context.recipe.registry)).file_digests(publish.metadata.revision)]
     if merged := publish.metadata.merged:
         held.append(open_registry(merged_uri(str(context.recipe.registry))).file_digests(merged.revision))

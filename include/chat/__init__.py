@@ -1,1 +1,1 @@
-"""Chat: conversations to token ids and loss masks. Only this room renders chat templates."""
+"""Chat: conversations to token ids and loss masks. Only this package renders chat templates."""

@@ -1,6 +1,7 @@
 """Checks of a generated answer.
 
-To add a check, write a function here, enter it in `CHECKS`, and enter its name in `AnswerCheck` (include/recipe).
+To add a check, write a function here, add it to `CHECKS`, and add its name to `AnswerCheck`
+(include/recipe/evaluation.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What each stage leaves behind: its files by name, and its metadata with types.
 
-Other stages, the report, the model card, metrics and the approval page read these attributes and nothing else. A class
-belongs to the stage that it names. File and folder names are class variables; the fields are the metadata, which is
-stored as JSON in the artifact's manifest.
+Other stages, the report, the model card, metrics and the approval page read these attributes and nothing else. Each
+class belongs to the stage in its class argument. Names of files and folders are class variables. The fields are the
+metadata, which is stored as JSON in the artifact's manifest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Contract(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, stage: str = "", **options: Any) -> None:
-        """Take the class argument, which pydantic passes on here, too."""
+        """Accept the class argument `stage`, which pydantic also passes here."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the metadata as plain JSON values."""
@@ -55,7 +55,7 @@ class Bar(Contract):
 
 
 class CopiedRow(Contract):
-    """A row of which there are exact copies: its number, how many copies, and its first characters."""
+    """A row with exact copies: its number, the number of copies, and its first characters."""
 
     row: int
     copies: int
@@ -63,7 +63,7 @@ class CopiedRow(Contract):
 
 
 class Profile(Contract):
-    """A description of the usable rows: how many have so many turns, turns by role, characters, rows by script."""
+    """The usable rows in numbers: rows by number of turns, turns by role, rows by characters, rows by script."""
 
     turns: dict[str, int]
     roles: dict[str, int]
@@ -174,7 +174,7 @@ class ValidateOutput(Contract, stage="validate"):
 
 
 class StandardizeOutput(Contract, stage="standardize"):
-    """The conversations that stay, each with its side, and the pairs of near-duplicates. Numbers are rows."""
+    """The conversations that are used, for training or holdout, and pairs of near-duplicates. Numbers count rows."""
 
     MESSAGES: ClassVar = "messages"
     NEAR_DUPLICATES: ClassVar = "near_duplicates.jsonl"

@@ -27,8 +27,8 @@ def record_outcome(store: Store, pinned: Recipe, verdict: str, **facts: Any) -> 
 
     Args:
         verdict: one of `FINAL`.
-        facts: `run`, `version`, and `from_recipe_file`: whether all values were those of the recipe file. Once True, it
-            stays True for this pinned recipe.
+        facts: `run`, `version`, and `from_recipe_file`: whether the run used only values of the recipe file. Once True,
+            it stays True for this pinned recipe.
 
     Raises:
         NoPermission, NotFound, NoSpace, TransientError: see `Store.write_errors`.
@@ -52,7 +52,7 @@ def find_outcome(store: Store, pinned: Recipe) -> dict[str, Any] | None:
 
 
 def completed_revisions(store: Store, recipe: str, dataset: str) -> list[dict[str, Any]]:
-    """Return the outcomes of a recipe with the values of its file, on any revision of a dataset, the oldest first."""
+    """Return the outcomes of runs with exactly the recipe file's values, for all dataset revisions, oldest first."""
     outcomes = store.read_documents(store.path(recipe, FOLDER)).values()
     from_recipe_file = [entry for entry in outcomes if entry["from_recipe_file"] and entry["dataset"] == dataset]
     return sorted(from_recipe_file, key=lambda entry: entry["at"])

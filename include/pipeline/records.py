@@ -15,7 +15,7 @@ from include.storage.object_store import object_errors
 
 log = logging.getLogger("airflow.task.retune")  # below Airflow's own task logger, so that the UI shows it
 
-# recipe, run, and the fingerprint of each stage so far: all that goes from task to task; in a sweep, which candidate
+# all that goes from task to task: recipe, run, the fingerprint of each stage so far; in a sweep, also the candidate
 Lineage = dict[str, str]
 
 
@@ -23,7 +23,7 @@ class Record:
     """The document of a stage in the run's folder: state, summary, seconds, error, and the candidate of a sweep.
 
     Args:
-        failures_only: write only a failure; for tasks that do a part of a stage and neither begin nor end it.
+        failures_only: write the record only on failure; for tasks that neither begin nor end a stage.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Record:
         self._write()
 
     def progress(self, line: str) -> None:
-        """Log a line and show it to whoever follows the run. A store that does not take it ends no work."""
+        """Log a line and show it to whoever follows the run. If the store does not answer, the work goes on."""
         log.info("%s", line)
         self.content["summary"] = line
         with suppress(TransientError):
@@ -75,11 +75,11 @@ class Record:
 def recorded(
     store: Store, recipe: str, run_id: str, stage: str, lineage: Lineage | None = None, part: str = ""
 ) -> Iterator[Record]:
-    """Keep the run's record of a stage, also when it fails, and log a failure in one line.
+    """Write the run's record of a stage, also if the stage fails, and log a failure in one line.
 
     Args:
         lineage: needed for the candidates of a sweep, whose records have names of their own (see `record_name`).
-        part: names the part of the stage's work that this task does; then only a failure is recorded.
+        part: name of the part that this task does, if it does not do the whole stage; then only a failure is recorded.
     """
     record, lineage = None, lineage or {}
     try:
@@ -93,19 +93,22 @@ def recorded(
         log.info("%s", error)
         raise
     except BaseException as error:
-        what, do = f"{type(error).__name__}: {error}", "See the log; this is a fault of Retune or of its surroundings"
+        what, do = (
+            f"{type(error).__name__}: {error}",
+            "See the log; this is a bug of Retune or a problem of its environment",
+        )
         if isinstance(error, RetuneError):
             what, do = error.what, error.do
         elif isinstance(error, KeyboardInterrupt):
             what, do = f"{stage} was stopped", "Run again: finished stages are reused"
         what = f"{part}: {what}" if part else what
         if record:
-            with suppress(RetuneError):  # if the store itself failed, the log line below still tells
+            with suppress(RetuneError):  # if the store itself failed, the line below still reports the failure
                 record.close("failed", summary=what, error={"kind": type(error).__name__, "what": what, "do": do})
         log.error("%s failed: %s", stage, f"{what}. {do}." if do else f"{what}.")
         raise
 
 
 def record_name(stage: str, lineage: Lineage) -> str:
-    """Return the stage's name; for a candidate of a sweep with the fingerprint of its pinned recipe behind it."""
+    """Return the stage's name; for a candidate of a sweep, followed by the fingerprint of its pinned recipe."""
     return f"{stage}.{lineage['resolve']}" if "candidate" in lineage else stage

@@ -4,8 +4,8 @@ An artifact expires `keep_days` (a field of the recipe) after its last use: when
 that used it started the stage. These artifacts never expire:
 
 - the inputs, direct or indirect, of the live version and of every published version,
-- those of active runs and their inputs. A run is active until it ends, or until no record of it has changed for
-  `keep_days`, the approval's time and the longest stage's timeout together.
+- the artifacts of active runs, and their inputs. A run is active until it ends, or until none of its records has
+  changed for the sum of `keep_days`, `approve_within_hours` and the longest timeout of a stage.
 
 A run expires `keep_days` after its last record, unless it is active, published a version, or is the newest run. An
 incomplete folder (a leftover of a killed task, or checkpoints of an unfinished training) expires `keep_days` after its
@@ -57,8 +57,8 @@ class Run:
 
     Attributes:
         last_change: the newest time in its records.
-        used: fingerprint of each artifact that it made or reused -> when.
-        active: it has not ended, and may still go on.
+        used: the time of use of each artifact that it made or reused, by fingerprint.
+        active: whether it may still continue: it has not ended and has changed lately.
     """
 
     folder: UPath

@@ -1,12 +1,13 @@
 """A stage whose work several machines can share, shard by shard, through the store.
 
-Such a stage reads a folder of numbered files, `ROWS_PER_GROUP` rows each. Its work consists of steps. Some steps run
-once, others run for files. On one machine, a step runs when the work asks for its result. Shared, each step is a task
-of its own, for each shard of files. Its files go straight to their place in the stage's folder of the store, which no
-reader opens before the manifest is there. Then a record of the step (bytes and sha256 of each file, small results)
-goes below `.parts/`. The last task runs the stage's work, which finds every step done, and writes the manifest.
+Such a stage reads a folder of numbered files, `ROWS_PER_GROUP` rows each. Its work consists of steps. A step runs
+either once, or once per shard, that is, for a range of files. On one machine, a step runs when the stage's function
+asks for its result. If several machines share the stage, each step (and each shard of it) is an Airflow task. The
+task moves its files directly to the stage's folder in the store; no reader opens the folder before it has a manifest.
+Then the task writes a record of the step (bytes and sha256 of each file, small results) to `.parts/`. The last task
+calls the stage's function, which reads the results of the steps, and writes the manifest.
 
-So a killed step runs again, a finished step does not, and two tries at once write the same bytes.
+A killed step runs again, a finished step does not, and two tries at the same time write the same bytes.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Step:
 
 @dataclass
 class ShardedContext(StageContext):
-    """The surroundings of a stage with steps.
+    """What the steps of a stage work with.
 
     Attributes:
         inputs: the outputs that the stage reads, by stage.
@@ -80,10 +81,10 @@ class ShardedContext(StageContext):
     _results: dict[str, Any] = field(default_factory=dict)
 
     def result_of(self, step: Step) -> Any:
-        """Return a step's value, or its list of one value per file. On one machine, run the step now if need be.
+        """Return a step's value, or its list of one value per file. On one machine, run the step if it has not run.
 
         Raises:
-            RetuneError: another machine should have run the step, and its record is not there.
+            RetuneError: the record of a step that another machine should have run is missing.
         """
         if step.name not in self._results:
             if self.folder is None:
@@ -128,12 +129,12 @@ class ShardedContext(StageContext):
 
 
 class Sharded(Stage[C]):
-    """A stage with steps. Called, it runs all of them here. `plan`, `run_step` for each step and shard, and `finish`
-    do the same on several machines, with the same result.
+    """A stage with steps. Calling it runs all steps in this process. On several machines, `plan`, `run_step` for each
+    step and shard, and `finish` give the same result.
 
     Args:
         split_folder: the folder of the stage's first input whose files make the shards.
-        steps: in order; the work asks for their results by `context.result_of`.
+        steps: in order; `work` gets their results with `context.result_of`.
         work, version, options: see `Stage`.
     """
 
@@ -161,7 +162,7 @@ class Sharded(Stage[C]):
         return super().run(context, inputs)
 
     def plan(self, lineage: Lineage) -> list[Shard]:
-        """Return the shards of the work; none where the stage's output is there already."""
+        """Write the plan and run the leading steps; return the shards, or [] if the stage's output exists already."""
         store = Store()
         with recorded(store, lineage["recipe"], lineage["run"], self.name, lineage) as record:
             recipe = pinned_recipe(store, lineage)
@@ -172,7 +173,7 @@ class Sharded(Stage[C]):
                 return []
             context.folder = store.path(recipe.name, self.name, key)
             with suppress(FileNotFoundError):
-                (context.folder / MANIFEST).unlink()  # one of its files is missing
+                (context.folder / MANIFEST).unlink()  # the artifact is incomplete and is made again
             shards = _split(len(context.names), recipe.shard_rows, key)
             began = _read(context.folder, PLAN) or {"began_at": now("milliseconds")}
             with store.write_errors():
@@ -279,7 +280,7 @@ class Sharded(Stage[C]):
 def sharded(
     version: int, split_folder: str, steps: Iterable[Step], **options: Any
 ) -> Callable[[Callable[..., Result[C]]], Sharded[C]]:
-    """Make a `Sharded` of a function; see there for the arguments."""
+    """Return a decorator that turns a function into a `Sharded` stage, which documents the arguments."""
     return lambda work: Sharded(work, version, split_folder, steps, **options)
 
 
@@ -295,19 +296,19 @@ def _split(files: int, shard_rows: int | None, key: str) -> list[Shard]:
 
 
 def _record_path(step: Step, shard: Shard | None) -> str:
-    """Return the place of a step's record in the stage's folder."""
+    """Return the path of a step's record in the stage's folder."""
     return f"{PARTS}/{step.name}{'' if shard is None else '-{first}-{end}'.format(**shard)}.json"
 
 
 def _output_unchecked(store: Store, lineage: Lineage, stage: str) -> Output[Any]:
-    """Return a stage's output without looking at each file; a fetched file is compared with its digest anyway."""
+    """Return a stage's output without checking each file; a fetched file is compared with its digest anyway."""
     folder = store.path(lineage["recipe"], stage, lineage[stage])
     manifest = _read(folder, MANIFEST)
     return Output(Artifact(folder, manifest), CONTRACTS[stage]) if manifest else output_of(store, lineage, stage)
 
 
 def _read(folder: UPath, name: str) -> dict[str, Any] | None:
-    """Return a JSON document of the store as it is now, whatever an earlier listing says; None where there is none."""
+    """Return a JSON document of the store, read without any cached listing; None if it does not exist."""
     try:
         return orjson.loads(folder.fs.cat_file((folder / name).path))
     except FileNotFoundError:

@@ -34,7 +34,7 @@ class Result(Generic[C]):
     Args:
         summary: one line for people.
         metadata: the stage's contract.
-        unchanged: the stage looked, and everything was already as it should be.
+        unchanged: the stage changed nothing, because the result existed already (for `publish`: it is live already).
     """
 
     summary: str
@@ -87,13 +87,13 @@ class Output(Generic[C]):
 
 @dataclass
 class StageContext:
-    """The surroundings of a stage's work.
+    """What a stage's function works with, besides its inputs.
 
     Attributes:
         recipe: the pinned recipe; only the fields that the stage declares can be read.
         run_id: name of the run.
         out: the work folder, on this machine's disk; its files become the artifact.
-        record: the stage's record of the run.
+        record: the run's record of this stage.
     """
 
     recipe: Recipe
@@ -110,17 +110,18 @@ class StageContext:
 class Stage(Generic[C]):
     """A stage of the pipeline. Called with the lineage so far, it returns the lineage with its own fingerprint.
 
-    The work's name is the stage's name, under which `include.pipeline.contracts` declares its output. The names of the
-    work's parameters are the stages that it reads, and their annotations say so: `download: Output[DownloadOutput]`.
+    `work` is the function that does the stage's work. Its name is the stage's name; `include.pipeline.contracts`
+    declares the output under that name. Each parameter after the first has the name of a stage whose output the
+    function reads, and is annotated with that stage's contract: `download: Output[DownloadOutput]`.
 
     Args:
         work: `work(context, **inputs) -> Result`.
-        version: raise it by hand when the code makes another output of the same input.
+        version: increase it when a change of the code changes the output for the same input.
         recipe_fields: fields of the recipe that decide the output; part of the fingerprint.
-        other_fields: fields that the stage may read besides: they do not decide the output (timeouts), or
-            `external_inputs` stands for them.
-        external_inputs: `external_inputs(context, **inputs)`, returns JSON values that decide the output and are in
-            no recipe field and no artifact (say, the version that is live now).
+        other_fields: more fields that the stage may read. They are not part of the fingerprint, because they do not
+            change the output (timeouts) or because `external_inputs` covers them.
+        external_inputs: `external_inputs(context, **inputs)`, returns JSON values that decide the output and come from
+            neither the recipe nor an artifact, for example the live version.
         resumable: keep the work folder of an earlier try, from which the stage can go on.
         reuse: False for a stage that must run each time.
         fingerprint_fn: `fingerprint_fn(context)`, computes the fingerprint directly, for callers that need it before
@@ -150,10 +151,10 @@ class Stage(Generic[C]):
         self.input_stages = input_stages_of(work)
 
     def __call__(self, lineage: Lineage) -> Lineage:
-        """Make the output, or find it made.
+        """Make the output, or reuse an existing one.
 
         Args:
-            lineage: of the stages before this one; `resolve` begins it.
+            lineage: the lineage up to the stage before this one; `resolve` starts it.
         """
         store = Store()
         with recorded(store, lineage["recipe"], lineage["run"], self.name, lineage) as record:
@@ -221,12 +222,12 @@ class Stage(Generic[C]):
 
 
 def stage(version: int, **options: Any) -> Callable[[Callable[..., Result[C]]], Stage[C]]:
-    """Make a `Stage` of a function; see there for the arguments."""
+    """Return a decorator that turns a function into a `Stage`, which documents the arguments."""
     return lambda work: Stage(work, version, **options)
 
 
 def input_stages_of(work: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the names of the stages that a function reads, which its parameters after the first name."""
+    """Return the stages that a function reads: the names of its parameters after the first."""
     names = tuple(inspect.signature(work).parameters)[1:]
     hints = get_type_hints(work)
     for name in names:
@@ -245,12 +246,12 @@ def output_of(store: Store, lineage: Lineage, stage: str) -> Output[Any]:
     """Return the output of a stage of the lineage.
 
     Raises:
-        RetuneError: it has been removed from the store since.
+        RetuneError: it is no longer in the store.
     """
     output = find_output(store, lineage["recipe"], stage, lineage[stage])
     if output is None:
         raise RetuneError(
-            f"the output of {stage} ({lineage[stage]}) is no longer whole in {store.uri}",
+            f"the output of {stage} ({lineage[stage]}) is incomplete in {store.uri}",
             f"Clear the task {stage} to make it again",
         )
     return output

@@ -133,7 +133,7 @@ class Gate(BaseModel):
     )
     gate_prompt_control: bool = Field(
         False,
-        description="Refuse a candidate whose answers do not depend on the prompt: its loss is no better after the own "
-        "prompt of a row than after the prompt of another row. If questions and answers are shuffled, the loss still "
+        description="Refuse a candidate whose answers do not depend on the prompt: its loss on a row's answers is no "
+        "lower after their own prompt than after another row's. If questions and answers are shuffled, the loss still "
         "falls; only this check and prompts with `expect` detect it. Off (default): reported only.",
     )

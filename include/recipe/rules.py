@@ -11,7 +11,7 @@ SWEEP_FIELDS = [name for name in (*Lora.model_fields, *Training.model_fields) if
 
 
 def check_rules(recipe: RecipeFields) -> None:
-    """Check a recipe, whose single fields are valid.
+    """Check the fields of a recipe together; each of them is valid alone.
 
     Raises:
         ValueError: names the fields of the first broken rule, and how to change them.

@@ -1,8 +1,8 @@
 """The recipe: one file describes one model.
 
-`Recipe` is the only source of the checks on a recipe file and on the values given at trigger time, of the trigger form,
-and of the documentation of every field. Fields have the names that the libraries which use them have. The defaults are
-the reference recipe's: Unsloth's "Llama-3.2 (1B and 3B) Conversational" notebook.
+The checks of a recipe file, the checks of values given at trigger time, the trigger form and docs/recipe.md all come
+from `Recipe`. A field that is passed to a library has the library's name. The defaults are those of the reference
+recipe: Unsloth's "Llama-3.2 (1B and 3B) Conversational" notebook.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from include.recipe.publishing import Publishing
 from include.recipe.rules import check_rules
 from include.recipe.training import MODULE_SETS, Lora, Training
 
-# old names of fields, by which an error gives the new one
+# by old name of a field: its new name, for the error message
 RENAMED = {"device_memory_gb": "device_memory_gib", "gate_questions_matter": "gate_prompt_control"}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # valid for Airflow, file systems and the Hub
 

@@ -1,4 +1,4 @@
-"""The adapter and its training."""
+"""Recipe fields: the adapter and its training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Lora(BaseModel):
         "o), `comprehensive` (and gate, up, down).",
         examples=[*MODULE_SETS, *PROJECTIONS],
     )
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained, too.")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases that are trained, too.")
     use_rslora: bool = Field(False, description="Scale updates by alpha/sqrt(r) (rank-stabilized LoRA).")
 
     @field_validator("target_modules", mode="before")
@@ -46,18 +46,17 @@ class Training(BaseModel):
     method: Literal["sft", "dpo"] = Field(
         "sft",
         description="`sft`: supervised fine-tuning on the assistant's turns; `dpo`: direct preference optimization on "
-        "rows with a prompt, a chosen and a rejected answer. It wants a learning_rate of some 1e-6 to 1e-5.",
+        "rows with a prompt, a chosen and a rejected answer; use a learning_rate of about 1e-6 to 1e-5.",
     )
-    beta: float = Field(0.1, gt=0, le=10, description="DPO's beta: the higher, the nearer to the base it stays.")
+    beta: float = Field(0.1, gt=0, le=10, description="DPO's beta. A higher value keeps the model closer to the base.")
     full_finetuning: bool = Field(
         False,
-        description="Train the whole model in place of an adapter (set load_in_4bit to false, too). What is published "
-        "is then a model.",
+        description="Train and publish the whole model instead of an adapter; set load_in_4bit to false.",
     )
     engine: Literal["auto", "unsloth", "transformers"] = Field(
         "auto",
         description="`unsloth` needs a supported GPU; `transformers` (with PEFT and bitsandbytes) runs anywhere;"
-        " `auto` takes Unsloth where there is a GPU for it.",
+        " `auto` uses Unsloth if there is a supported GPU.",
     )
     per_device_train_batch_size: int = Field(2, ge=1, le=4096, description="Conversations per device and micro-step.")
     gradient_accumulation_steps: int = Field(4, ge=1, le=4096, description="Micro-steps per optimizer step.")
@@ -72,17 +71,17 @@ class Training(BaseModel):
         "adamw_8bit", "paged_adamw_8bit", "adamw_torch", "adamw_torch_fused", "adafactor", "lion_8bit"
     ] = Field(
         "adamw_8bit",
-        description="Optimizer. Without a GPU, adamw_torch takes the place of the 8-bit and fused ones.",
+        description="Optimizer. Without a GPU, adamw_torch replaces all others except adafactor.",
     )  # fmt: skip
     weight_decay: float = Field(0.01, ge=0, le=1, description="Weight decay.")
     packing: bool = Field(False, description="Put several conversations into one sequence of max_seq_length.")
-    save_steps: int = Field(20, ge=1, description="A checkpoint every so many steps; a killed run loses no more.")
-    logging_steps: int = Field(1, ge=1, description="A line in the training log every so many steps.")
+    save_steps: int = Field(20, ge=1, description="Steps between two checkpoints. A killed run loses at most these.")
+    logging_steps: int = Field(1, ge=1, description="Optimizer steps between two lines of the training log.")
     early_stopping_patience: int | None = Field(
         None,
         ge=1,
-        description="Measure the holdout loss at every checkpoint, stop when it has not fallen so many times in a row, "
-        "and keep the best checkpoint. Empty: train to the end.",
+        description="Measure the holdout loss at every checkpoint, stop after this many checkpoints without a lower "
+        "loss, and keep the best checkpoint. Empty (default): train to the end.",
     )
     report_to: list[Literal["mlflow", "tensorboard", "wandb", "trackio"]] = Field(
         [],
@@ -91,8 +90,8 @@ class Training(BaseModel):
     )
     fit_device: bool = Field(
         True,
-        description="On a GPU, choose conversations per micro-step and gradient checkpointing by the device's memory; "
-        "their product with the accumulation stays. Off: exactly what is written here.",
+        description="On a GPU (default), choose batch size and gradient checkpointing by the free memory. The "
+        "effective batch (batch size times accumulation) stays the same. Off: use the values of the recipe unchanged.",
     )
     num_processes: int = Field(
         1,
@@ -102,13 +101,13 @@ class Training(BaseModel):
         "accumulation say, and must be a multiple of this.",
     )
     device_memory_gib: float | None = Field(
-        None, gt=0, description="Use no more of the GPU's memory than this (GiB). Empty: all that is free."
+        None, gt=0, description="Maximum GPU memory to use (GiB). Empty (default): all free memory."
     )
     hang_timeout: int = Field(
         1800,
         ge=10,
-        description="Seconds without a sign of life after which the training process is ended and the task retried. "
-        "Until the first step is done, it may take 15 minutes all the same.",
+        description="Seconds without any progress after which the training process is ended and the task is retried. "
+        "Before the end of the first step, the limit is at least 15 minutes.",
     )
     training_arguments: dict[str, Any] = Field(
         {},

@@ -69,7 +69,9 @@ def approval_page(
     )  # fmt: skip
 
 
-def run_page(summary: dict[str, Any], details: Mapping[str, Contract | None], training_log: bytes | None = None) -> str:
+def report_page(
+    summary: dict[str, Any], details: Mapping[str, Contract | None], training_log: bytes | None = None
+) -> str:
     """Return one self-contained HTML page about a run.
 
     Args:
@@ -78,4 +80,4 @@ def run_page(summary: dict[str, Any], details: Mapping[str, Contract | None], tr
         training_log: content of `training_log.jsonl`; None if there was no training.
     """
     picture = base64.b64encode(loss_plot(training_log)).decode() if training_log else None
-    return page_templates().get_template("run.html").render(run=summary, details=details, picture=picture)
+    return page_templates().get_template("report.html").render(run=summary, details=details, picture=picture)

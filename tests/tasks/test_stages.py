@@ -48,6 +48,8 @@ def test_a_recipe_has_the_stages_that_it_needs() -> None:
     assert [stage.name for stage in stages_of(recipe(sweep={"r": [4, 8]}))] == [n for n in NAMES if n != "pretrain"]
     assert "pretrain" in [stage.name for stage in stages_of(recipe(base_model="demo://little-llama"))]
     assert [stage.name for stage in PIPELINE if stage.gpu] == ["train", "smoke_test", "evaluate"]
+    mapped = NAMES[NAMES.index("candidates") + 1 : NAMES.index("choose")]
+    assert [stage.name for stage in PIPELINE if stage.per_candidate] == [*mapped], "the DAG maps all of them"
 
 
 def test_timeouts_are_the_stages_own_or_the_recipes() -> None:

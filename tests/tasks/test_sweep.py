@@ -56,7 +56,7 @@ def test_the_best_of_a_grid_is_published_and_the_rest_is_told(
 
 
 def test_a_grid_of_which_none_comes_through_says_what_became_of_it(small_recipe: Callable, pipeline: Callable) -> None:
-    with pytest.raises(PermanentError, match="none of the 2 candidates came through: r=4: field 'target_modules'"):
+    with pytest.raises(PermanentError, match="all 2 candidates failed; the first one: r=4: field 'target_modules'"):
         pipeline(small_recipe(sweep={"r": [4, 8]}, target_modules=["no_proj"]))
     summary = report("small", "test")
     assert (summary["verdict"], summary["error"]["kind"]) == ("failed", "PermanentError")

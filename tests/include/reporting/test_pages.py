@@ -12,7 +12,7 @@ from include.evaluation.answer_checks import CHECKS
 from include.evaluation.gate import judge
 from include.pipeline.contracts import CONTRACTS, Answer, Contract, EvaluateOutput, LiveVersion, SmokeTestOutput
 from include.reporting.model_card import merged_card
-from include.reporting.pages import page_templates, run_page
+from include.reporting.pages import page_templates, report_page
 from include.reporting.plots import loss_plot
 
 BASE = [1.0 + 0.01 * i for i in range(12)]
@@ -45,7 +45,7 @@ def details(candidate: list[float], answer: str = "Mill Lane.", **failures: str)
 
 
 def test_a_refused_candidate_comes_with_the_reasons_as_sentences() -> None:
-    page = run_page(summary("refused"), details([loss + 0.1 for loss in LIVE]))
+    page = report_page(summary("refused"), details([loss + 0.1 for loss in LIVE]))
     assert 'class="verdict refused"' in page
     assert "The live adapter was not replaced. Reasons against this candidate:" in page
     (reason,) = re.findall(r"<li>(.*)</li>", page)
@@ -55,7 +55,7 @@ def test_a_refused_candidate_comes_with_the_reasons_as_sentences() -> None:
 
 
 def test_a_published_candidate_comes_with_the_notes() -> None:
-    page = run_page(
+    page = report_page(
         summary("published", version="v8", place="file:///registry/v8"), details([loss - 0.1 for loss in LIVE])
     )
     assert "<b>v8</b> in <code>file:///registry/v8</code>" in page
@@ -66,15 +66,15 @@ def test_a_published_candidate_comes_with_the_notes() -> None:
 
 def test_failed_checks_are_shown_by_whether_they_are_required() -> None:
     failures = {"stops": "no end-of-turn token after 8 tokens", "no_echo": "the answer repeats the prompt"}
-    page = run_page(summary("refused"), details(BASE, **failures))
+    page = report_page(summary("refused"), details(BASE, **failures))
     assert '<p class="bad">stops: no end-of-turn token after 8 tokens</p>' in page
     assert '<p class="note">no_echo: the answer repeats the prompt</p>' in page
     assert "passes every check" not in page
-    assert "passes every check" in run_page(summary("refused"), details(BASE))
+    assert "passes every check" in report_page(summary("refused"), details(BASE))
 
 
 def test_answers_of_models_are_text_in_the_page() -> None:
-    page = run_page(summary("refused"), details(BASE, answer="<script>alert(1)</script>{{ 7 * 7 }}"))
+    page = report_page(summary("refused"), details(BASE, answer="<script>alert(1)</script>{{ 7 * 7 }}"))
     assert "&lt;script&gt;alert(1)&lt;/script&gt;{{ 7 * 7 }}" in page
     assert "<script" not in page
 
@@ -82,7 +82,7 @@ def test_answers_of_models_are_text_in_the_page() -> None:
 def test_a_run_that_failed_in_its_first_stage_has_a_page() -> None:
     failed = {"state": "failed", "seconds": None, "reused": None, "folder": None, "summary": "there is no file x"}
     error = {"kind": "NotFound", "what": "there is no file x", "do": "Check dataset"}
-    page = run_page(summary("failed", stages={"resolve": failed}, error=error), dict.fromkeys(CONTRACTS))
+    page = report_page(summary("failed", stages={"resolve": failed}, error=error), dict.fromkeys(CONTRACTS))
     assert "<b>there is no file x.</b>" in page and "<p>Check dataset.</p>" in page
     assert "May it go live?" not in page
 
