@@ -57,7 +57,7 @@ class Output(Generic[C]):
             RetuneError: the stored metadata does not have the contract's fields.
         """
         try:
-            return self.contract.model_validate(self.artifact.manifest["metadata"])
+            return self.contract.model_validate(self.artifact.manifest.get("metadata", {}))
         except ValidationError as error:
             fields = ", ".join(sorted({".".join(map(str, e["loc"])) for e in error.errors()}))
             raise RetuneError(
