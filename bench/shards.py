@@ -34,8 +34,8 @@ def task(core: str, stage: str, way: str, lineage: str, step: str, shard: str) -
     """A task of a stage, on a core."""
     os.sched_setaffinity(0, {int(core)})
     of = getattr(import_module(f"tasks.{stage}"), stage)
-    if way == "do":
-        return of.do(json.loads(lineage), next(one for one in of.steps if one.name == step), json.loads(shard))
+    if way == "run_step":
+        return of.run_step(json.loads(lineage), next(one for one in of.steps if one.name == step), json.loads(shard))
     return getattr(of, way)(json.loads(lineage))
 
 
@@ -113,12 +113,12 @@ def share(folder: Path, lineage: dict[str, str], workers: int) -> dict[str, dict
             return said
 
         shards = once("plan")
-        for step in of.steps[len(of.ahead) :]:
+        for step in of.steps[len(of.leading_steps) :]:
             if not step.mapped:
-                once("do", step.name)
+                once("run_step", step.name)
                 continue
 
-            tasks = [(stage, "do", known, step.name, json.dumps(shard)) for shard in shards]
+            tasks = [(stage, "run_step", known, step.name, json.dumps(shard)) for shard in shards]
 
             def lane(worker: int, tasks: list[tuple[str, ...]] = tasks) -> list[dict[str, Any]]:
                 own = tasks[worker::workers]

@@ -18,7 +18,7 @@ from plugins.dag_doc import dag_doc
 from plugins.dataset_watch import NewRevision
 from plugins.retry_policy import RETRIES
 from plugins.stage_tasks import CANDIDATE_LABEL, alert_task, report_task, stage_task
-from tasks.stages import PipelineStage, stages_of
+from tasks.stages import PipelineStage, longest_try, stages_of
 
 FORCE = Param(
     False, type="boolean", title="force",
@@ -81,6 +81,17 @@ def schedule(recipe: Recipe) -> Any:
     return AssetOrTimeSchedule(timetable=clock, assets=[dataset]) if clock else [dataset]
 
 
+def _dag(dag_id: str, recipe: Recipe | RetuneError) -> DAG:
+    """Return the DAG of a recipe. A recipe with an error must not take the DAGs of the others with it."""
+    try:
+        if isinstance(recipe, RetuneError):
+            raise recipe
+        longest_try(recipe)  # names the stages of timeout_hours that do not exist
+        return finetune(recipe)
+    except RetuneError as error:
+        return _broken(dag_id, error)
+
+
 def _broken(dag_id: str, error: RetuneError) -> DAG:
     """Return a DAG that stands for an unreadable recipe and says why it cannot be read."""
     with DAG(dag_id, description=str(error), doc_md=f"**This recipe cannot be read.** {error}", tags=["broken"]) as dag:
@@ -94,4 +105,4 @@ def _broken(dag_id: str, error: RetuneError) -> DAG:
 
 
 for _dag_id, _recipe in load_all().items():
-    globals()[f"dag_{_dag_id}"] = _broken(_dag_id, _recipe) if isinstance(_recipe, RetuneError) else finetune(_recipe)
+    globals()[f"dag_{_dag_id}"] = _dag(_dag_id, _recipe)

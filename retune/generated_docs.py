@@ -83,7 +83,7 @@ def table_of_stages() -> str:
     """Return the table of stages: what each does and leaves behind, where it runs, and its default timeout."""
     lines = ["| stage | what it does | what it leaves behind | queue | timeout |", "|---|---|---|---|---|"]
     for stage in PIPELINE:
-        hours = f"{stage.timeout_hours:g} h"
+        hours = "none" if stage.timeout_hours is None else f"{stage.timeout_hours:g} h"
         cells = [f"`{stage.name}`", _what(stage), _left_behind(stage.name), "gpu" if stage.gpu else "default", hours]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return "\n".join(lines)

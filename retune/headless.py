@@ -22,6 +22,7 @@ from include.storage.artifacts import Store
 from include.storage.object_store import list_dir
 from retune.airflow_process import airflow_environment, migrate, start, stopped_at_exit
 from tasks.approve import refuse_if_approval_needed
+from tasks.stages import longest_try
 
 POLL_SECONDS = 0.3  # between two looks at the records of the run
 
@@ -42,7 +43,9 @@ def run(recipe_name: str, values: list[str]) -> bool:
     """
     file, overrides = find_recipe(recipe_name), parse_overrides(values)
     # report a wrong value at once, not after Airflow has started
-    refuse_if_approval_needed(load_recipe(file, overrides))
+    recipe = load_recipe(file, overrides)
+    longest_try(recipe)  # names the stages of timeout_hours that do not exist
+    refuse_if_approval_needed(recipe)
     environment = airflow_environment(var() / "airflow" / "headless") | {HEADLESS: "1"}
     if file not in recipe_files():
         environment["RETUNE_RECIPES"] = ":".join(filter(None, [os.environ.get("RETUNE_RECIPES"), str(file)]))

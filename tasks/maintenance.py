@@ -92,15 +92,15 @@ def maintain_disk(recipe: str = "", dry_run: bool = False) -> list[str]:
 
 def _maintain_caches(dry_run: bool) -> str:
     """Remove caches unused for longer than any recipe's `keep_days` and longest stage timeout together."""
-    recipes = []
+    kept_for = []
     for file in recipe_files():
         with suppress(RetuneError):
-            recipes.append(load_recipe(file))
-    if not recipes:
+            recipe = load_recipe(file)
+            kept_for.append(timedelta(days=recipe.keep_days) + longest_try(recipe))
+    if not kept_for:
         return "removed no caches of this machine: there is no recipe that can be read"
-    longest = max(timedelta(days=recipe.keep_days) + longest_try(recipe) for recipe in recipes)
     removal = Removal("this machine", dry_run)
-    remove_caches(var(), datetime.now(UTC) - longest, removal)
+    remove_caches(var(), datetime.now(UTC) - max(kept_for), removal)
     return removal.summary("cache", "log")
 
 
@@ -116,6 +116,8 @@ def _recipes(root: UPath, only: str) -> Iterator[Recipe]:
             log.warning("skipped %s: there is no recipe of that name", folder)
             continue
         try:
-            yield load_recipe(files[folder.name])
+            recipe = load_recipe(files[folder.name])
+            longest_try(recipe)  # names the stages of timeout_hours that do not exist
+            yield recipe
         except RetuneError as error:
             log.warning("skipped %s: its recipe cannot be read: %s", folder, error)

@@ -25,7 +25,8 @@ class PipelineStage:
 
     Attributes:
         name: of the stage, of its task in Airflow, of its module and of the function in it.
-        timeout_hours: default hours after which one try is ended; so long that only a hung try reaches it.
+        timeout_hours: default hours after which one try is ended; so long that only a hung try reaches it. None: no
+            limit, since a person decides.
         summary: one line for the documentation.
         gpu: whether it runs on the queue `gpu` and in the pool `gpu`; otherwise on the queue `default`.
         per_candidate: whether it runs once for each candidate of a sweep.
@@ -35,7 +36,7 @@ class PipelineStage:
     """
 
     name: str
-    timeout_hours: float
+    timeout_hours: float | None
     summary: str
     gpu: bool = False
     per_candidate: bool = False
@@ -79,7 +80,7 @@ PIPELINE = (
         per_candidate=True,
     ),
     PipelineStage("choose", 0.5, "takes the best candidate of a sweep", module="sweep", applies=_has_sweep),
-    PipelineStage("approve", 0.5, "asks a person, if the recipe says so"),
+    PipelineStage("approve", None, "asks a person, if the recipe says so"),
     PipelineStage("publish", 6, "publishes one version to the registry, with model card and manifest"),
     PipelineStage("verify", 4, "fetches the published version and compares it with the tested adapter"),
 )  # fmt: skip
@@ -92,23 +93,25 @@ def stages_of(recipe: Recipe) -> tuple[PipelineStage, ...]:
     return tuple(stage for stage in PIPELINE if stage.applies(recipe))
 
 
-def timeout_of(recipe: Recipe, stage: PipelineStage) -> timedelta:
-    """Return the time after which one try of a stage is ended.
+def timeout_of(recipe: Recipe, stage: PipelineStage) -> timedelta | None:
+    """Return the time after which one try of a stage is ended; None for a stage without a limit.
 
     Raises:
-        BadRecipe: `timeout_hours` names a stage that does not exist.
+        BadRecipe: `timeout_hours` names a stage that does not exist, or has no limit.
     """
-    if unknown := set(recipe.timeout_hours) - set(NAMES):
+    limited = [one.name for one in PIPELINE if one.timeout_hours is not None]
+    if unknown := set(recipe.timeout_hours) - set(limited):
         raise BadRecipe(
-            f"{recipe.name}: field 'timeout_hours': there is no stage '{min(unknown)}'",
-            f"Use one of: {', '.join(NAMES)}",
+            f"{recipe.name}: field 'timeout_hours': there is no stage '{min(unknown)}' with a time limit",
+            f"Use one of: {', '.join(limited)}",
         )
-    return timedelta(hours=recipe.timeout_hours.get(stage.name, stage.timeout_hours))
+    hours = recipe.timeout_hours.get(stage.name, stage.timeout_hours)
+    return None if hours is None else timedelta(hours=hours)
 
 
 def longest_try(recipe: Recipe) -> timedelta:
     """Return the longest time that one try of any stage can take."""
-    return max(timeout_of(recipe, stage) for stage in PIPELINE)
+    return max(limit for stage in PIPELINE if (limit := timeout_of(recipe, stage)))
 
 
 def run_stages(recipe_name: str, values: dict[str, Any], run_id: str, until: str = NAMES[-1]) -> Lineage:

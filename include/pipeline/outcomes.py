@@ -54,5 +54,6 @@ def find_outcome(store: Store, pinned: Recipe) -> dict[str, Any] | None:
 def completed_revisions(store: Store, recipe: str, dataset: str) -> list[dict[str, Any]]:
     """Return the outcomes of runs with exactly the recipe file's values, for all dataset revisions, oldest first."""
     outcomes = store.read_documents(store.path(recipe, FOLDER)).values()
-    from_recipe_file = [entry for entry in outcomes if entry["from_recipe_file"] and entry["dataset"] == dataset]
+    # versions up to 0.4.0 wrote no `from_recipe_file`: their revisions count as not completed
+    from_recipe_file = [entry for entry in outcomes if entry.get("from_recipe_file") and entry["dataset"] == dataset]
     return sorted(from_recipe_file, key=lambda entry: entry["at"])

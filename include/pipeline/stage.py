@@ -19,7 +19,7 @@ from include.errors import RetuneError
 from include.paths import var
 from include.pipeline.contracts import CONTRACTS, Contract, ResolveOutput
 from include.pipeline.records import Lineage, Record, log, recorded
-from include.recipe import Recipe
+from include.recipe import Recipe, validate_recipe
 from include.recipe.view import RecipeView
 from include.storage.artifacts import Artifact, Store
 from include.storage.files import fingerprint
@@ -57,7 +57,7 @@ class Output(Generic[C]):
             RetuneError: the stored metadata does not have the contract's fields.
         """
         try:
-            return self.contract.model_validate(self.artifact.manifest["metadata"])
+            return self.contract.model_validate(self.artifact.manifest.get("metadata", {}))
         except ValidationError as error:
             fields = ", ".join(sorted({".".join(map(str, e["loc"])) for e in error.errors()}))
             raise RetuneError(
@@ -258,7 +258,12 @@ def output_of(store: Store, lineage: Lineage, stage: str) -> Output[Any]:
 
 
 def pinned_recipe(store: Store, lineage: Lineage) -> Recipe:
-    """Return the full recipe of a run as `resolve` left it, with its revisions pinned."""
+    """Return the full recipe of a run as `resolve` left it, with its revisions pinned.
+
+    Raises:
+        RetuneError: its output has been removed from the store since.
+        BadRecipe: another version of Retune pinned the recipe, and this one does not have the same fields.
+    """
     path = output_of(store, lineage, "resolve").folder / ResolveOutput.RECIPE
     with store.read_errors():
-        return Recipe.model_validate(orjson.loads(path.fs.cat_file(path.path)))
+        return validate_recipe(orjson.loads(path.fs.cat_file(path.path)), f"the pinned recipe {path}")

@@ -18,7 +18,7 @@ from upath import UPath
 from include.storage.files import remove
 from include.storage.object_store import log
 
-CACHES = ("store", "published", "datasets")  # in `var/cache`: one folder for each artifact, version, revision
+CACHES = ("store", "published", "datasets", "unsloth", "triton")  # in `var/cache`: a folder per artifact, version ...
 HUB_CACHES = ("hub", "huggingface/hub")  # with the layout of huggingface_hub; `datasets` writes into the second one
 HEADLESS_LOGS = "*-????????-??????.log"
 LONG_AGO = datetime.min.replace(tzinfo=UTC)

@@ -132,9 +132,8 @@ def test_data_base_and_registry_on_the_hub(var: Path, small_recipe: Callable, ti
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.write_token}
         for verdict in ("published", "unchanged"):
             done = subprocess.run(
-                [sys.executable, "-m", "retune", "stage", "small"],
-                cwd=PROJECT, env=environment, capture_output=True, text=True,
-                check=False,
+                [sys.executable, "-m", "retune", "stage", "small"], cwd=PROJECT, env=environment, capture_output=True,
+                text=True, check=False,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             assert last_run(var)["verdict"] == verdict
@@ -151,14 +150,17 @@ def test_data_base_and_registry_on_the_hub(var: Path, small_recipe: Callable, ti
 
 @pytest.fixture
 def airflow(var: Path, airflow_home: Path, small_recipe: Callable) -> Iterator[Airflow]:
-    (small_recipe().parent / "broken.yaml").write_text("lora_rank: 8\n")
-    os.environ["RETUNE_RECIPES"] += f":{small_recipe().parent / 'broken.yaml'}"
+    mistyped = small_recipe("mistyped", timeout_hours={"trian": 1})
+    broken = small_recipe().parent / "broken.yaml"
+    broken.write_text("lora_rank: 8\n")
+    os.environ["RETUNE_RECIPES"] += f":{broken}:{mistyped}"
     with up(var) as airflow:
         yield airflow
 
 
 def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var: Path) -> None:
-    expected = {"demo", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken", "rollback", "maintenance"}
+    recipes = {"demo", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken", "mistyped"}
+    expected = recipes | {"rollback", "maintenance"}
 
     def known() -> dict[str, dict] | bool:
         dags = {dag["dag_id"]: dag for dag in airflow.call("GET", "/api/v2/dags")["dags"]}
@@ -166,6 +168,7 @@ def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var
 
     dags = eventually(known)  # each file is parsed by itself
     assert "unknown field 'lora_rank'" in dags["broken"]["description"]
+    assert "there is no stage 'trian'" in dags["mistyped"]["description"], "and the other recipes keep their DAGs"
     assert airflow.call("GET", "/api/v2/importErrors")["total_entries"] == 0
 
     with pytest.raises(urllib.error.HTTPError) as refused:

@@ -234,6 +234,21 @@ def test_old_work_caches_and_logs_are_removed_from_a_disk_but_locked_work_is_kep
     assert maintain_disk("small") == ["removed 1 work folder of small on this machine, 1.0 kB; kept 1"]
 
 
+def test_a_recipe_that_names_an_unknown_stage_is_skipped_and_the_others_are_maintained(
+    tmp_path: Path, write_recipe: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"dataset": "rows.jsonl", "registry": f"file://{tmp_path / 'registry'}"}
+    mistyped = write_recipe("mistyped", timeout_hours={"trian": 1}, **fields)
+    monkeypatch.setenv("RETUNE_RECIPES", f"{mistyped}:{write_recipe(**fields)}")
+    for name in ("mistyped", "small"):
+        Store().path(name).mkdir(parents=True)
+    with caplog.at_level("INFO"):
+        (line,) = maintain_store()
+        (caches,) = maintain_disk()
+    assert line.startswith("removed 0 artifacts of small, ") and caches.startswith("removed 0 caches ")
+    assert "there is no stage 'trian'" in caplog.text
+
+
 def test_versions_on_the_hub_are_kept_and_if_the_hub_cannot_be_read_everything_is_kept(
     tmp_path: Path, write_recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

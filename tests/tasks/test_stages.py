@@ -56,8 +56,11 @@ def test_timeouts_are_the_stages_own_or_the_recipes() -> None:
     train = STAGES["train"]
     assert timeout_of(recipe(), train) == longest_try(recipe()) == timedelta(hours=72)
     assert timeout_of(recipe(timeout_hours={"train": 100}), train) == timedelta(hours=100)
-    with pytest.raises(BadRecipe, match="field 'timeout_hours': there is no stage 'trian'. Use one of: resolve, pre"):
-        timeout_of(recipe(timeout_hours={"trian": 1}), train)
+    assert timeout_of(recipe(), STAGES["approve"]) is None, "a person decides"
+    for name in ("trian", "approve"):
+        message = f"field 'timeout_hours': there is no stage '{name}' with a time limit. Use one of: resolve, pretrain"
+        with pytest.raises(BadRecipe, match=message):
+            timeout_of(recipe(timeout_hours={name: 1}), train)
 
 
 @pytest.mark.parametrize("stage", [one for one in PIPELINE if isinstance(one.load(), Stage)], ids=lambda one: one.name)

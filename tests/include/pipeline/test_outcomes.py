@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from include.errors import GateRefused, Rejected, Unreachable, UpToDate
-from include.pipeline.outcomes import completed_revisions, find_outcome, record_outcome
+from include.pipeline.outcomes import FOLDER, completed_revisions, find_outcome, record_outcome
 from include.pipeline.records import recorded
 from include.pipeline.stage import pinned_recipe
 from include.storage.artifacts import Store
+from include.storage.files import atomic_write, to_json
 from tasks.report import report
 from tasks.resolve import resolve
 
@@ -32,6 +33,13 @@ def test_a_run_with_overrides_completes_a_revision_once_the_file_has_those_value
     ]
     record_outcome(store, typed, "refused", run="typed again", version=None, from_recipe_file=False)
     assert find_outcome(store, typed)["from_recipe_file"], "it stays True"
+
+
+def test_an_outcome_of_an_older_version_completes_no_revision_and_stops_no_watch() -> None:
+    store = Store()
+    older = {"dataset": "rows", "revision": "1", "verdict": "published", "at": "2026-01-01T00:00:00", "own": True}
+    atomic_write(store.path("small", FOLDER, "older.json"), to_json(older))
+    assert completed_revisions(store, "small", "rows") == []
 
 
 def test_fields_that_do_not_decide_the_model_make_no_new_run(small_recipe: Callable) -> None:
