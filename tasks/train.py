@@ -61,7 +61,7 @@ def train(context: StageContext, template: Output[TemplateOutput]) -> Result[Tra
         run_name=recipe.name,
     )
     output = _train_with_what_fits(context, job)
-    resumed = f", went on from {output.resumed_from}" if output.resumed_from else ""
+    resumed = f", resumed from {output.resumed_from}" if output.resumed_from else ""
     summary = (
         f"{output.steps} steps, loss {output.first_losses:.3f} -> {output.last_losses:.3f}, "
         f"{output.tokens_per_second:,.0f} tokens/s on {output.plan.device_name}{resumed}"
@@ -93,7 +93,7 @@ def _train_with_what_fits(context: StageContext, job: TrainJob) -> TrainOutput:
                 ) from error
             events.append({"what": error.what, "micro_batch": smaller})
             atomic_write(kept, to_json(events))
-            context.progress(f"{error.what}: going on with {smaller} x {batch // smaller}")
+            context.progress(f"{error.what}: retrying with {smaller} x {batch // smaller}")
 
 
 class StoredCheckpoint:

@@ -75,7 +75,7 @@ def verify(
             f"{compared.largest_difference:.2g})",
             "Do not use that version; compare the packages of this worker with those in its manifest",
         )
-    summary = f"{name}: {files} files whole, logits differ by {compared.largest_difference:.1g} at most"
+    summary = f"{name}: {files} files intact, logits differ by at most {compared.largest_difference:.1g}"
     merged_distance = None
     if merged := publish.metadata.merged:
         whole, files = fetch_and_check(merged_uri(str(recipe.registry)), merged, context.out / "merged")
@@ -86,7 +86,7 @@ def verify(
                 f"the merged {merged.name} answers differently from base and adapter (KL {distance.kl:.2g} nats)",
                 "Do not use the merged model; the adapter itself is as it was tested",
             )
-        summary += f"; merged: {files} files whole, KL to base and adapter {distance.kl:.1g} nats"
+        summary += f"; merged: {files} files intact, KL to base and adapter {distance.kl:.1g} nats"
         merged_distance = MergedDistance(**asdict(distance))
     for download in ("published", "merged"):
         shutil.rmtree(context.out / download, ignore_errors=True)

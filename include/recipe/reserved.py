@@ -54,6 +54,6 @@ def refuse_reserved(
     """
     for name in arguments:
         if name in fields or name in instead:
-            raise ValueError(f"'{name}' cannot stand here: set the recipe field {instead.get(name, name)} instead")
+            raise ValueError(f"'{name}' is not allowed here: set the recipe field {instead.get(name, name)} instead")
         if name in decided:
-            raise ValueError(f"'{name}' cannot stand here: Retune decides it")
+            raise ValueError(f"'{name}' is not allowed here: Retune decides it")

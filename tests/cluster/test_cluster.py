@@ -234,7 +234,7 @@ def test_a_run_is_published_through_a_bad_night(running: Running) -> None:
     assert {name for name, task in tasks.items() if task["queue"] == "gpu"} == set(GPU)
     summary, train = running.record("night", run), running.record("night", run, "train")
     assert (summary["verdict"], summary["version"]) == ("published", "v1")
-    assert "went on from checkpoint-" in train["summary"]
+    assert "resumed from checkpoint-" in train["summary"]
     fetched = [line for attempt in (2, 3) for line in airflow.log("night", run, "train", attempt) if "fetched" in line]
     assert len(fetched) == 2, "each new disk was empty"
     assert [int(line.split("checkpoint-")[1].split()[0]) for line in fetched] == [saved, later]

@@ -155,6 +155,6 @@ def test_one_of_the_wrong_template_is_refused(recipe: Callable, pipeline: Callab
     assert verdict.against_base.high < -0.5, "the loss alone lets it pass"
     assert verdict.publish is False
     said = "\n".join(verdict.reasons)
-    assert "wrong template: the adapter was trained with another chat template than alpaca" in said
+    assert "wrong template: the adapter was trained with another chat template than the current alpaca" in said
     assert "4 of 4 answers fail stops: no end-of-turn token after 24 tokens" in said
     assert "4 of 4 answers fail no_special_tokens: the answer contains <|im_end|>" in said

@@ -119,7 +119,7 @@ def test_a_wrong_generation_argument_is_named(arguments: dict[str, Any], problem
     ],
 )
 def test_a_reserved_argument_is_refused_by_name(field: str, name: str, remedy: str) -> None:
-    with pytest.raises(BadRecipe, match=f"field '{field}': '{name}' cannot stand here: .*{remedy}"):
+    with pytest.raises(BadRecipe, match=f"field '{field}': '{name}' is not allowed here: .*{remedy}"):
         recipe_with(**{field: {name: 1}})
 
 
