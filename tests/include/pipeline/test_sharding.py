@@ -225,7 +225,7 @@ def test_the_report_shows_the_error_of_a_shard(tmp_path: Path, small_recipe: Cal
     lineage = pipeline(recipe, "validate")
     _, second = standardize.plan(lineage)
     with pytest.raises(
-        RetuneError, match="this worker computes the fingerprint .*, the worker that planned computed other"
+        RetuneError, match="this worker computes .*, the worker that planned computed other"
     ):
         standardize.run_step(lineage, standardize.steps[0], {**second, "of": "other"})
     summary = report("small", "test")
