@@ -224,9 +224,7 @@ def test_the_report_shows_the_error_of_a_shard(tmp_path: Path, small_recipe: Cal
     recipe = small_recipe(dataset=written(tmp_path, rows(5_200)), shard_rows=5_000)
     lineage = pipeline(recipe, "validate")
     _, second = standardize.plan(lineage)
-    with pytest.raises(
-        RetuneError, match="this worker computes .*, the worker that planned computed other"
-    ):
+    with pytest.raises(RetuneError, match="this worker computes .*, the worker that planned computed other"):
         standardize.run_step(lineage, standardize.steps[0], {**second, "of": "other"})
     summary = report("small", "test")
     assert summary["error"]["what"].startswith("rows 5,000 to the end: this worker makes ")
