@@ -16,6 +16,7 @@ import yaml
 
 from include.data.sources import pin_dataset
 from include.errors import Conflict
+from include.pipeline.stage import find_output
 from include.registry import ObjectRegistry
 from include.storage.artifacts import Store
 from include.storage.files import MANIFEST
@@ -151,7 +152,8 @@ def test_a_training_killed_on_one_machine_goes_on_on_another_from_the_newest_sto
     second = killed_on("two", first + 6)
     assert second > first
     lineage = done(start("train", lineage, disks / "one"))  # which has an older checkpoint of its own
-    found = Store().find("small", "train", lineage["train"])
+    found = find_output(Store(), "small", "train", lineage["train"])
+    assert found
     assert int(found.metadata.resumed_from.removeprefix("checkpoint-")) == second
     log = [
         json.loads(line)

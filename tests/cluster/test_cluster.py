@@ -27,6 +27,7 @@ import yaml
 from cluster.env import fernet_key
 from cluster.native import Cluster, cluster, free_port, program
 from include.errors import RetuneError
+from include.pipeline.stage import find_output
 from include.registry import open_registry
 from include.storage.artifacts import Store
 from tests.conftest import conversation
@@ -290,7 +291,7 @@ def test_two_cpu_workers_share_the_data_and_make_what_one_makes(
         assert list((running.made.folder / worker / "work" / "many").glob("*/.*-*.lock")), f"{worker} had no shard"
     shared = running.record("many", run, "template")
 
-    shared_facts = Store().find("many", "template", shared["fingerprint"])
+    shared_facts = find_output(Store(), "many", "template", shared["fingerprint"])
     monkeypatch.setenv("RETUNE_STORE", f"file://{tmp_path}/store")
     monkeypatch.setenv("RETUNE_RECIPES", running.made.variables["RETUNE_RECIPES"])
     lineage = pipeline(Path("many"), "template")
