@@ -37,13 +37,13 @@ def tiers_of(item: pytest.Function) -> set[str]:
 
 
 def missing_marker(item: pytest.Item, state: Path) -> str | None:
-    """Return the marker that a test lacks, by the traces of what it has started.
+    """Return the marker that a test lacks, by the traces of its processes; None for a test in any tier but the fast one.
 
     Args:
         state: the folder with all state of the test.
     """
-    if next(state.rglob("airflow.db"), None) and not item.get_closest_marker("airflow"):
+    if any(item.get_closest_marker(tier) for tier in TIERS):
+        return None
+    if next(state.rglob("airflow.db"), None):
         return "airflow"
-    if next(state.rglob("engine.log"), None) and not item.get_closest_marker("engine"):
-        return "engine"
-    return None
+    return "engine" if next(state.rglob("engine.log"), None) else None
