@@ -37,7 +37,7 @@ def tiers_of(item: pytest.Function) -> set[str]:
 
 
 def missing_marker(item: pytest.Item, state: Path) -> str | None:
-    """Return the marker that a test lacks, by the traces of its processes; None for a test in any tier but the fast one.
+    """Return the marker that a test of the fast tier lacks, by the traces of what it has started; None if it lacks none.
 
     Args:
         state: the folder with all state of the test.
