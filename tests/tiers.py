@@ -37,7 +37,7 @@ def tiers_of(item: pytest.Function) -> set[str]:
 
 
 def missing_marker(item: pytest.Item, state: Path) -> str | None:
-    """Return the marker that a test of the fast tier lacks, by the traces of what it has started; None if it lacks none.
+    """Return the marker that a test of the fast tier lacks, by the traces of what it has started.
 
     Args:
         state: the folder with all state of the test.
