@@ -311,7 +311,7 @@ def test_the_ui_shows_the_logs_of_a_worker_that_is_gone(running: Running) -> Non
 
 def test_a_backup_is_restored_under_fresh_secrets(running: Running) -> None:
     """Follow docs/operations.md: a backup during a run, and a restore with new secrets."""
-    old, run = running.made, running.airflow.trigger("one")
+    old, run = running.made, running.airflow.trigger("one", force=True)
 
     def stored_log(airflow: Airflow) -> bool:
         return any("s3://retune/logs" in line for line in airflow.log("one", run, "resolve"))
