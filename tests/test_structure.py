@@ -24,7 +24,7 @@ ORDER = (  # a room imports only rooms of the rows above its own
     ("include.chat", "include.registry", "include.base_model"),
     ("include.engine", "include.evaluation"),
     ("include.pipeline",),
-    ("include.reporting", "include.demo", "include.serving"),
+    ("include.reporting", "include.demo"),
     ("tasks",),
     ("plugins",),
     ("dags",),
