@@ -129,7 +129,7 @@ def test_a_rollback_between_evaluate_and_publish_is_a_conflict(
     pipeline(recipe, "approve", run_id="third")
     assert rollback("small", "v1", "v2 insults people").startswith("v1 is live again instead of v2: ")
     assert rollback("small", "v1", "v2 insults people").startswith("v1 is live already: ")
-    for version, reason, said in (("v3", "why", "that are: v1, v2"), ("v2", " ", "no reason is given")):
+    for version, reason, said in (("v3", "why", "of these: v1, v2"), ("v2", " ", "no reason is given")):
         with pytest.raises(PermanentError, match=said):
             rollback("small", version, reason)
     with pytest.raises(Conflict, match="v1 is live in .*, not v2"):

@@ -123,6 +123,7 @@ def test_a_tampered_version_is_found(var: Path, small_recipe: Callable, pipeline
         pipeline(recipe, run_id="again")
 
 
+@pytest.mark.engine
 def test_data_base_and_registry_on_the_hub(var: Path, small_recipe: Callable, tiny_base: Path, dataset: Path) -> None:
     with Hub() as hub:
         owner = next(iter(hub.tokens.values()))[0]

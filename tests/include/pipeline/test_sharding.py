@@ -227,7 +227,7 @@ def test_the_report_shows_the_error_of_a_shard(tmp_path: Path, small_recipe: Cal
     with pytest.raises(RetuneError, match="this worker computes .*, the worker that planned computed other"):
         standardize.run_step(lineage, standardize.steps[0], {**second, "of": "other"})
     summary = report("small", "test")
-    assert summary["error"]["what"].startswith("rows 5,000 to the end: this worker makes ")
+    assert summary["error"]["what"].startswith("rows 5,000 to the end: this worker computes ")
     assert summary["stages"]["standardize"]["state"] == "failed"
     assert [stage for stage in summary["stages"] if stage.startswith("standardize")] == ["standardize"]
 
