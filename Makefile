@@ -63,4 +63,5 @@ bench-train: $(READY) ## time ways to train on the device at hand
 	@.venv/bin/python -m bench.train
 
 clean: ## remove the state of all runs (var/), keep .venv
+	@[ ! -d var ] || chmod -R u+rwX var  # artifacts are read-only
 	rm -rf var

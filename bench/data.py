@@ -181,7 +181,7 @@ def compare(state: str) -> dict[str, Any]:
     tokenizer.chat_template = (PROJECT / "include" / "templates" / "llama-3.1.jinja").read_text()
     (prepared,) = Path(state).glob("store/bench/template/*/train")
     (messages,) = Path(state).glob("store/bench/standardize/*/messages")
-    rows = load_rows(prepared)
+    rows = load_rows(sorted(prepared.iterdir()))
     chosen = rows.select(random.Random(1).sample(range(len(rows)), min(SAMPLE, len(rows))))
     wanted = dict(zip(chosen["row"], chosen["input_ids"], strict=True))
     for file in messages.iterdir():

@@ -101,7 +101,7 @@ def train(fields: dict[str, Any], work: Path, out: Path) -> dict[str, Any]:
 
     job = TrainJob(
         recipe=validate_recipe({"name": "bench", **fields}, "bench"), base=work / "base", base_name="bench",
-        base_revision=None, tokenizer=work / "base", rows=work / "rows", holdout=work / "rows", out=out,
+        base_revision=None, tokenizer=work / "base", rows=[work / "rows" / "00000.arrow"], holdout=[work / "rows" / "00000.arrow"], out=out,
         run_name="bench",
     )  # fmt: skip
     began = time.monotonic()
@@ -157,7 +157,7 @@ def trl(folder: str, out: str, steps: str, length: str) -> None:
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, processing_class=AutoTokenizer.from_pretrained(f"{folder}/base"), callbacks=[meter],
-        train_dataset=pack_dataset(load_rows(f"{folder}/rows").select_columns(["input_ids", "labels"]), int(length)),
+        train_dataset=pack_dataset(load_rows([Path(folder) / "rows" / "00000.arrow"]).select_columns(["input_ids", "labels"]), int(length)),
         peft_config=LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM", target_modules=PROJECTIONS),
         args=SFTConfig(
             output_dir=out, per_device_train_batch_size=4, max_steps=int(steps), warmup_steps=5,

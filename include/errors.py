@@ -69,6 +69,10 @@ class Conflict(RetuneError):
     """
 
 
+class Damaged(RetuneError):
+    """A file of an artifact is not what its manifest says. The stage that made the artifact must run again."""
+
+
 class UpToDate(RetuneError):
     """An earlier run with the same recipe, data and base was published or refused. There is nothing to do."""
 

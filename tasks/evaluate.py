@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from include.base_model import fetch_base
@@ -56,18 +55,18 @@ def evaluate(
     adapters = {"candidate": train.local() / TrainOutput.ADAPTER}
     if live:
         adapters["live"] = registry.fetch(live.revision)
-    rows, held_out = context.out / "rows", template.local(TemplateOutput.HOLDOUT) / TemplateOutput.HOLDOUT
+    rows, held_out = context.out / "rows.arrow", template.files(TemplateOutput.HOLDOUT)
     count, shuffled = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
     names = ("base", *adapters)
     job = LossesJob(
         recipe=recipe,
         base=fetch_base(recipe, context.store),
-        rows=rows,
+        rows=[rows],
         max_rows=count + len(shuffled),
         adapters=adapters,
     )
     measured = supervise.run(job, context.out, context.progress)
-    shutil.rmtree(rows)
+    rows.unlink()
     losses = {name: measured.losses[name][:count] for name in names}
     shuffled_prompts = {name: measured.losses[name][count:] for name in names}
     (context.out / EvaluateOutput.LOSSES).write_bytes(

@@ -28,7 +28,16 @@ from include.recipe import TRAINING_INPUTS
 from include.registry import CARD, Version, content_digest, merged_uri, open_registry
 from include.reporting.model_card import merged_card, model_card
 from include.reporting.plots import loss_plot
-from include.storage.files import MANIFEST, describe_files, file_digest, fingerprint, installed_packages, now, to_json
+from include.storage.files import (
+    MANIFEST,
+    copy_folder,
+    describe_files,
+    file_digest,
+    fingerprint,
+    installed_packages,
+    now,
+    to_json,
+)
 from tasks.sweep import sweep_of
 
 PICTURE = "loss.png"
@@ -56,8 +65,8 @@ def publish(
         )
     outputs = (download, validate, standardize, template, train, smoke_test, evaluate, approve)
     folder = context.out / "version"
-    shutil.copytree(train.local() / TrainOutput.ADAPTER, folder)
-    shutil.copy(train.local() / TrainOutput.TRAINING_LOG, folder)
+    copy_folder(train.local() / TrainOutput.ADAPTER, folder)
+    shutil.copyfile(train.local() / TrainOutput.TRAINING_LOG, folder / TrainOutput.TRAINING_LOG)
     (folder / PICTURE).write_bytes(loss_plot((folder / TrainOutput.TRAINING_LOG).read_bytes()))
     (folder / CARD).unlink(missing_ok=True)  # PEFT's own
     manifest = build_manifest(context, {output.manifest["stage"]: output for output in outputs})

@@ -55,8 +55,8 @@ def train(context: StageContext, template: Output[TemplateOutput]) -> Result[Tra
         base_name=recipe.base_model if on_hub else str(base),
         base_revision=recipe.base_revision if on_hub else None,
         tokenizer=prepared / TemplateOutput.TOKENIZER,
-        rows=prepared / TemplateOutput.TRAIN,
-        holdout=prepared / TemplateOutput.HOLDOUT,
+        rows=template.files(TemplateOutput.TRAIN),
+        holdout=template.files(TemplateOutput.HOLDOUT),
         out=context.out,
         run_name=recipe.name,
     )

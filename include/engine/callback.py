@@ -138,7 +138,7 @@ class TrainingCallback(TrainerCallback):
             accumulation: micro-steps of an optimizer step.
         """
         self._last_batches = LastBatches(model, accumulation)
-        self._highest_loss = 2 * math.log(model.get_input_embeddings().num_embeddings)  # twice the loss of guessing
+        self._guessing = math.log(model.config.get_text_config().vocab_size)
 
     def handle_sigterm(self) -> None:
         """From now on, SIGTERM means: finish the step, save a checkpoint, stop."""
@@ -178,17 +178,25 @@ class TrainingCallback(TrainerCallback):
             "tokens": int(state.num_input_tokens_seen),
             "seconds": round(self.log.seconds(), 3),
         }
-        if not math.isfinite(entry["loss"]) or entry["loss"] > self._highest_loss:
-            raise BadData(
-                f"the loss is {entry['loss']:.3g} at step {state.global_step}"
-                + ("" if math.isnan(entry["loss"]) else ", more than twice the loss of guessing"),
-                "Lower learning_rate, or check these rows",
-            )
+        if not math.isfinite(entry["loss"]) or entry["loss"] > 2 * self._guessing:
+            raise BadData(*self._explain(entry))
         self.log.add(entry)
         last = state.global_step >= state.max_steps
         if time.monotonic() - self._last_line >= LINE_SECONDS or len(self.log.entries) == 1 or last:
             self._last_line = time.monotonic()
             self._progress(self._describe(entry, state.max_steps))
+
+    def _explain(self, entry: dict[str, Any]) -> tuple[str, str]:
+        """Return what is wrong with a loss, and what to do. The first loss is the base's: no step has changed it."""
+        what = f"the loss is {entry['loss']:.3g} at step {entry['step']}"
+        if not math.isnan(entry["loss"]):
+            what += f", more than twice the loss of guessing ({self._guessing:.1f})"
+        if entry["step"] > self._recipe.logging_steps:
+            return what, "Lower learning_rate, or check these rows"
+        return what, (
+            "The base is damaged, or chat_template does not fit it, or its tokenizer belongs to another model; "
+            "learning_rate is not the cause"
+        )
 
     def _describe(self, entry: dict[str, Any], steps: int) -> str:
         seconds, tokens, done = (entry[key] - self.log.resumed[key] for key in ("seconds", "tokens", "step"))

@@ -71,7 +71,7 @@ class TrainResult:
         resumed_from: name of the checkpoint that the last try began from.
         seconds: of training, over all tries; without loading the model.
         tokens_per_second, tokens: without padding, over all tries.
-        first_losses, last_losses: mean of the first and of the last ten entries of the training log.
+        first_losses, last_losses: mean of the first and of the last entries of the training log, ten of each, or half of all.
         peak_memory_bytes: of the device, or of the process where there is no GPU.
     """
 
@@ -95,7 +95,7 @@ class TrainJob(Job[TrainResult]):
         base: folder of the base model.
         base_name, base_revision: what the adapter's config names as its base.
         tokenizer: folder of the tokenizer.
-        rows, holdout: folders of rows, see `include.chat.tokenized`.
+        rows, holdout: files of rows, see `include.chat.tokenized`.
         out: folder of checkpoints, training log and adapter.
         run_name: what trackers (`report_to`) call the run.
         micro_batch: the largest one that may be tried, after a larger one did not fit into memory.
@@ -107,8 +107,8 @@ class TrainJob(Job[TrainResult]):
     base_name: str
     base_revision: str | None
     tokenizer: Path
-    rows: Path
-    holdout: Path
+    rows: list[Path]
+    holdout: list[Path]
     out: Path
     run_name: str
     micro_batch: int | None = None
@@ -165,7 +165,7 @@ class LossesJob(Job[LossesResult]):
 
     Attributes:
         base: folder of the base model.
-        rows: folder of rows, see `include.chat.tokenized`.
+        rows: files of rows, see `include.chat.tokenized`.
         max_rows: measure the first so many of them.
         adapters: folders by name.
     """
@@ -173,7 +173,7 @@ class LossesJob(Job[LossesResult]):
     command: ClassVar[str] = "losses"
     recipe: AnyRecipe
     base: Path
-    rows: Path
+    rows: list[Path]
     max_rows: Annotated[int, Field(ge=1)]
     adapters: dict[str, Path]
 

@@ -29,7 +29,7 @@ def merge(job: MergeJob, progress: Progress) -> MergeResult:
     model.merge_and_unload(safe_merge=True).save_pretrained(str(job.out), safe_serialization=True)
     for pattern in TOKENIZER_FILES:
         for file in job.adapter.glob(pattern):
-            shutil.copy(file, job.out)
+            shutil.copyfile(file, job.out / file.name)
     progress(f"base and adapter merged, {device.dtype}")
     return MergeResult(dtype=device.dtype)
 

@@ -10,14 +10,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
 
 from include import errors
-from include.engine.jobs import Job
-from include.errors import ProcessLost, ProcessTimeout, RetuneError
+from include.engine.jobs import Job, TrainJob
+from include.errors import BadRecipe, ProcessLost, ProcessTimeout, RetuneError
 from include.paths import PROJECT, var
 
 LOG, JOB = "engine.log", "job.json"
@@ -47,9 +48,12 @@ def run(
 
     Raises:
         ProcessTimeout: the process gave no sign of life for too long, and was killed.
+        BadRecipe: the training has more processes than GPUs.
         RetuneError: the error that the process reported, of the same class.
         ProcessLost: the process was killed or asked to stop; its checkpoints are in its output folder.
     """
+    processes = job.recipe.num_processes if isinstance(job, TrainJob) else 1
+    gpus = visible_gpus(processes)
     folder.mkdir(parents=True, exist_ok=True)
     job_file = folder / JOB
     job_file.write_bytes(job.to_json())
@@ -62,7 +66,7 @@ def run(
             stderr=log,
             pass_fds=(writer,),
             cwd=PROJECT,  # the checkout is on the process's path
-            env=environment(),
+            env=environment(gpus),
             start_new_session=True,  # Ctrl-C in a terminal reaches the supervisor only, which passes it on
         )
     os.close(writer)
@@ -89,14 +93,37 @@ def run(
     return result
 
 
-def environment() -> dict[str, str]:
-    """Return the process's environment: offline, without bars, compiled kernels in the cache and not in the checkout.
+def visible_gpus(processes: int) -> str:
+    """Return CUDA_VISIBLE_DEVICES for as many processes: the first of the GPUs that this process may use.
+
+    More GPUs than processes must not be visible: transformers would spread one process's batch over all of them, and
+    multiply it. The ids are numbers, or the UUIDs of GPUs or of their slices (MIG), as CUDA reads them.
+
+    Raises:
+        BadRecipe: CUDA_VISIBLE_DEVICES names fewer GPUs than there are processes.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return ",".join(map(str, range(processes)))  # on a machine without a GPU this has no effect
+    ids = [id.strip() for id in named.split(",")]
+    ids = list(takewhile(lambda id: id.isdigit() or id.startswith(("GPU-", "MIG-")), ids))  # CUDA ends there, too
+    if 0 < len(ids) < processes:
+        raise BadRecipe(
+            f"field 'num_processes': {processes} processes need as many GPUs, CUDA_VISIBLE_DEVICES={named} shows "
+            f"{len(ids)}",
+            "Lower num_processes, or run the gpu queue's worker with more GPUs",
+        )
+    return ",".join(ids[:processes]) if ids else named
+
+
+def environment(gpus: str) -> dict[str, str]:
+    """Return the process's environment: its GPUs, offline, without bars, compiled kernels in the cache and not in the checkout.
 
     Unsloth writes `unsloth_compiled_cache` into the current directory unless UNSLOTH_COMPILE_LOCATION names another.
     """
     cache = var() / "cache"
     caches = {"UNSLOTH_COMPILE_LOCATION": str(cache / "unsloth"), "TRITON_CACHE_DIR": str(cache / "triton")}
-    return {**caches, **os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    return {**caches, **os.environ, "CUDA_VISIBLE_DEVICES": gpus, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 def _events(pipe: Any, process: subprocess.Popen[bytes], hang_timeout: float) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from include.engine.device_plan import PLAN, Plan, fit, free_memory, make_plan
 from include.engine.distributed import RANK, init_process_group
 from include.engine.jobs import Progress, TrainJob, TrainResult
 from include.engine.model import load_trainable
-from include.errors import BadData, BadRecipe, OutOfMemory, ProcessLost
+from include.errors import BadData, BadRecipe, OutOfMemory, ProcessLost, RetuneError
 from include.storage.files import atomic_write, to_json
 
 
@@ -85,6 +85,7 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
         _save(trained, tokenizer, job, plan)
         shutil.rmtree(job.out / CHECKPOINTS, ignore_errors=True)
     losses = [entry["loss"] for entry in callback.log.entries]
+    compared = min(10, max(1, len(losses) // 2))  # the first and the last ones do not overlap
     return TrainResult(
         plan=plan,
         steps=trainer.state.global_step,
@@ -92,8 +93,8 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
         seconds=round(callback.log.seconds(), 2),
         tokens_per_second=round(callback.log.tokens_per_second(), 1),
         tokens=int(trainer.state.num_input_tokens_seen),
-        first_losses=sum(losses[:10]) / len(losses[:10]),
-        last_losses=sum(losses[-10:]) / len(losses[-10:]),
+        first_losses=sum(losses[:compared]) / compared,
+        last_losses=sum(losses[-compared:]) / compared,
         trainable_parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
         peak_memory_bytes=peak_memory(),
     )
@@ -126,6 +127,7 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:  # DPOConfig has no `skip_prepare_dataset`
             return dataset
 
+    datasets.disable_caching()  # the rows are in no file of the dataset's, and nothing may be written beside them
     recipe, callbacks, holdout = job.recipe, [callback], None
     if config.eval_strategy != "no":
         holdout = load_rows(job.holdout)
@@ -133,8 +135,9 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
     if recipe.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
     if recipe.packing:
-        datasets.disable_caching()  # otherwise the packed rows are written beside the rows, and the next try loads both
         rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe.max_seq_length)
+    if config.n_gpu > 1:  # transformers would wrap the model in DataParallel and multiply the batch
+        raise RetuneError(f"this process sees {config.n_gpu} GPUs and may use one", "Set CUDA_VISIBLE_DEVICES to it")
     try:
         return (PairTrainer if recipe.method == "dpo" else SFTTrainer)(
             model=model, args=config, train_dataset=rows, eval_dataset=holdout, processing_class=tokenizer,

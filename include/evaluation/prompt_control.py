@@ -5,24 +5,24 @@ If an answer is as likely after another row's prompt as after its own prompt, th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from include.chat.tokenized import IGNORED, write_rows
+from include.chat.tokenized import IGNORED, load_table, write_rows
 
 SHUFFLED_ROWS = 100  # enough for a narrow interval, in a fifth of the time that 500 rows take
 
 
-def write_with_shuffled_prompts(holdout: Path, out: Path, max_rows: int, max_tokens: int) -> tuple[int, list[int]]:
-    """Write holdout rows to `out`, and after them copies of the first rows with shuffled prompts.
+def write_with_shuffled_prompts(holdout: Iterable[Path], out: Path, max_rows: int, max_tokens: int) -> tuple[int, list[int]]:
+    """Write holdout rows to the file `out`, and after them copies of the first rows with shuffled prompts.
 
     A copy has the prompt (all tokens before the first answer) of another row: the row with the nearest prompt length
     whose prompt and answer both differ. A row without such another row has no copy. Preference pairs have no copies:
     their loss already compares an answer with another answer.
 
     Args:
-        holdout: folder of Arrow streams (`row`, `input_ids`, `labels`).
+        holdout: Arrow streams (`row`, `input_ids`, `labels`).
         max_rows: write this many holdout rows at most, and copies of the first `SHUFFLED_ROWS` of them at most.
         max_tokens: maximum length of a copy in tokens.
 
@@ -31,13 +31,11 @@ def write_with_shuffled_prompts(holdout: Path, out: Path, max_rows: int, max_tok
     """
     import pyarrow as pa
 
-    tables = [pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in sorted(holdout.iterdir())]
-    table = pa.concat_tables(tables).slice(0, max_rows)
+    table = load_table(holdout).slice(0, max_rows)
     rows = table.to_pylist()
     shuffled = list(_with_shuffled_prompts(rows, max_tokens)) if "labels" in table.column_names else []
     copies = pa.Table.from_pylist([copy for _, copy in shuffled], table.schema)
-    out.mkdir(exist_ok=True)
-    write_rows(out / "00000.arrow", [*table.to_batches(), *copies.to_batches()])
+    write_rows(out, [*table.to_batches(), *copies.to_batches()])
     return len(rows), [position for position, _ in shuffled]
 
 

@@ -37,7 +37,17 @@ from include.pipeline.records import Lineage, Record, log, recorded
 from include.pipeline.stage import C, Output, Result, Stage, StageContext, input_stages_of, output_of, pinned_recipe
 from include.recipe import Recipe
 from include.storage.artifacts import PARALLEL_FETCHES, Artifact, Store
-from include.storage.files import MANIFEST, atomic_write, describe_files, installed_packages, now, remove, to_json
+from include.storage.files import (
+    MANIFEST,
+    atomic_write,
+    describe_files,
+    installed_packages,
+    make_writable,
+    now,
+    remove,
+    seal,
+    to_json,
+)
 from include.storage.locations import is_local
 from include.storage.object_store import upload
 
@@ -172,6 +182,8 @@ class Sharded(Stage[C]):
             if store.find(recipe.name, self.name, key):
                 return []
             context.folder = store.path(recipe.name, self.name, key)
+            if store.is_local:
+                make_writable(Path(context.folder.path))
             with suppress(FileNotFoundError):
                 (context.folder / MANIFEST).unlink()  # the artifact is incomplete and is made again
             shards = _split(len(context.names), recipe.shard_rows, key)
@@ -218,7 +230,11 @@ class Sharded(Stage[C]):
                 record.add_seconds((datetime.now(UTC) - datetime.fromisoformat(plan["began_at"])).total_seconds())
             self.run(context, inputs)
             with store.write_errors():
+                if store.is_local:
+                    make_writable(Path(context.folder.path))
                 remove(context.folder / PARTS)
+                if store.is_local and (manifest := _read(context.folder, MANIFEST)):
+                    seal(Path(context.folder.path), manifest["files"], manifest["made_at"])
         return {**lineage, self.name: key}
 
     def _context(
@@ -244,6 +260,9 @@ class Sharded(Stage[C]):
             names = [context.names[shard["first"] : shard["end"]]] if shard else []
             result = step.work(context, *names, **context.inputs)
             files = describe_files(context.out)
+            if _read(folder, MANIFEST) is not None:  # another try has finished the stage, and its folder is read-only
+                _remove_work(context)
+                return
             with context.store.write_errors():
                 _move_into_store(context.out, folder, files)
                 atomic_write(folder / path, to_json({"files": files, "result": result}))

@@ -84,6 +84,10 @@ class Output(Generic[C]):
         """Return the folder on this machine's disk with the named files in it; see `Artifact.local`."""
         return self.artifact.local(*names, into=into)
 
+    def files(self, name: str) -> list[Path]:
+        """Return the files of a folder that the manifest names, on this machine's disk; see `Artifact.files`."""
+        return self.artifact.files(name)
+
 
 @dataclass
 class StageContext:
@@ -237,7 +241,7 @@ def input_stages_of(work: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def find_output(store: Store, recipe: str, stage: str, fingerprint: str) -> Output[Any] | None:
-    """Return the committed output of a stage; None where there is none, or a file of it is missing."""
+    """Return the committed output of a stage; None where there is none, or it is damaged."""
     artifact = store.find(recipe, stage, fingerprint)
     return Output(artifact, CONTRACTS[stage]) if artifact else None
 
@@ -247,14 +251,15 @@ def output_of(store: Store, lineage: Lineage, stage: str) -> Output[Any]:
 
     Raises:
         RetuneError: it is no longer in the store.
+        Damaged: one of its files has changed.
     """
-    output = find_output(store, lineage["recipe"], stage, lineage[stage])
-    if output is None:
+    artifact = store.open(lineage["recipe"], stage, lineage[stage])
+    if artifact is None:
         raise RetuneError(
             f"the output of {stage} ({lineage[stage]}) is incomplete in {store.uri}",
             f"Clear the task {stage} to make it again",
         )
-    return output
+    return Output(artifact, CONTRACTS[stage])
 
 
 def pinned_recipe(store: Store, lineage: Lineage) -> Recipe:

@@ -1,7 +1,8 @@
 """The artifact store: the output of each stage in a folder of its own, committed by a manifest that is written last.
 
 `<store>/<recipe>/<stage>/<fingerprint>/manifest.json`. A folder with a valid manifest is complete and is never written
-to again; a folder without one is ignored. `<store>/<recipe>/runs/<run>/` holds small JSON documents about a run. The
+to again: on a disk it is read-only, and a stage that opens it compares it with the manifest. A folder without one is
+ignored. `<store>/<recipe>/runs/<run>/` holds small JSON documents about a run. The
 store is a URI that fsspec can open. Tasks share nothing else.
 """
 
@@ -12,31 +13,35 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import orjson
 from upath import UPath
 
-from include.errors import NoPermission, NoSpace, RetuneError, TransientError
+from include.errors import Damaged, NoPermission, NoSpace, RetuneError, TransientError
 from include.paths import store_uri, var
 from include.storage.files import (
+    DAMAGED,
     MANIFEST,
     atomic_write,
+    changed_file,
     describe_files,
     file_digest,
     fingerprint,
     installed_packages,
     move_folder,
     now,
+    seal,
     to_json,
 )
 from include.storage.locations import is_local, open_path
-from include.storage.object_store import list_dir, list_files, object_errors, read_all, upload
+from include.storage.object_store import list_dir, list_files, log, object_errors, read_all, upload
 
 INCOMING = ".incoming"  # sub-folder for unfinished downloads, so that a listing of the folder shows whole files only
 PARALLEL_FETCHES = 8  # files
@@ -73,17 +78,18 @@ class Artifact:
                 been used for long.
 
         Raises:
+            Damaged: see `check`.
             RetuneError: a file is no longer in the store.
             NoSpace: the disk is full.
             TransientError: a downloaded file differs from the manifest.
             OSError: the store or the disk failed.
         """
         if is_local(self.folder):
+            self.check(*names)
             return Path(self.folder.path)
         # an artifact that was made again at the same location has other files and so another folder
         target = into or var() / "cache" / "store" / fingerprint([str(self.folder), self.manifest["files"]])
-        single, below = set(names), tuple(f"{name}/" for name in names)
-        wanted = [name for name in self.manifest["files"] if not names or name in single or name.startswith(below)]
+        wanted = self._named(names)
         with ThreadPoolExecutor(PARALLEL_FETCHES) as pool:
             for _ in pool.map(lambda name: self._fetch(name, target), wanted):
                 pass
@@ -94,12 +100,49 @@ class Artifact:
                 os.utime(target / MANIFEST)  # maintenance reads the time of the last use
         return target
 
+    def files(self, name: str, into: Path | None = None) -> list[Path]:
+        """Return the files that the manifest names below a folder, on this machine's disk, sorted by name.
+
+        What else lies in the folder is not among them. See `local` for the arguments and errors.
+        """
+        folder = self.local(name, into=into)
+        return [folder / file for file in sorted(self._named([name]))]
+
+    def check(self, *names: str) -> None:
+        """Compare files of a local store with the manifest: by size and time, by digest if the time differs.
+
+        Args:
+            names: see `local`.
+
+        Raises:
+            Damaged: a file is missing or has changed. The artifact has been moved aside, so that it is made again.
+        """
+        at = self.manifest.get("made_at")
+        if not is_local(self.folder) or at is None:  # without the time it is a stage's folder before its commit
+            return
+        folder, files = Path(self.folder.path), {name: self.manifest["files"][name] for name in self._named(names)}
+        problem = changed_file(folder, files, at)
+        if problem is None or not folder.exists():
+            return
+        kept = folder.with_name(f".{folder.name}{DAMAGED}{uuid.uuid4().hex[:8]}")
+        with suppress(FileNotFoundError):  # another process was faster
+            os.rename(folder, kept)
+        stage = self.manifest.get("stage", folder.parent.name)
+        raise Damaged(
+            f"the output of {stage} in {folder} is damaged: {problem}; it is now in {kept.name}",
+            f"Clear the task {stage}, or run again: it is made again",
+        )
+
+    def _named(self, names: Iterable[str]) -> list[str]:
+        single, below = set(names), tuple(f"{name}/" for name in names)
+        return [name for name in self.manifest["files"] if not single or name in single or name.startswith(below)]
+
     def _fetch(self, name: str, folder: Path) -> None:
         expected, target = self.manifest["files"][name], folder / name
         tmp_path = folder / INCOMING / uuid.uuid4().hex
-        with suppress(FileNotFoundError):
-            if target.stat().st_size == expected["bytes"]:
-                return
+        at = self.manifest.get("made_at")
+        if changed_file(folder, {name: expected}, at) is None:
+            return
         try:
             for parent in (target.parent, tmp_path.parent):
                 parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +152,9 @@ class Artifact:
                     f"the downloaded {self.folder / name} has another sha256 than its manifest says",
                     "Retry the task; if the error persists, remove that folder and run again",
                 )
+            if at is not None:
+                os.utime(tmp_path, (seconds := datetime.fromisoformat(at).timestamp(), seconds))
+            tmp_path.chmod(0o444)
             os.replace(tmp_path, target)
         except FileNotFoundError as error:
             raise RetuneError(
@@ -198,9 +244,25 @@ class Store:
             atomic_write(self.path(".probe"), b"")
 
     def find(self, recipe: str, stage: str, fingerprint: str) -> Artifact | None:
-        """Return the committed artifact, or None if there is none or one of its files is missing or has another size.
+        """Return the committed artifact, or None if there is none or it is damaged; see `open`.
 
         Raises:
+            NoPermission, NotFound, TransientError: see `read_errors`.
+        """
+        try:
+            return self.open(recipe, stage, fingerprint)
+        except Damaged as error:
+            log.warning("%s", error)
+            return None
+
+    def open(self, recipe: str, stage: str, fingerprint: str) -> Artifact | None:
+        """Return the committed artifact, or None if there is none.
+
+        Files of a local store are compared with the manifest (see `Artifact.check`); of files elsewhere, the sizes.
+        Their digests are compared when they are fetched.
+
+        Raises:
+            Damaged: a file of a local store is missing or has changed.
             NoPermission, NotFound, TransientError: see `read_errors`.
         """
         folder = self.path(recipe, stage, fingerprint)
@@ -208,14 +270,14 @@ class Store:
             with self.read_errors():
                 manifest = orjson.loads(folder.fs.cat_file((folder / MANIFEST).path))
                 expected = {name: file["bytes"] for name, file in manifest["files"].items()}
+                artifact, complete = Artifact(folder, manifest), manifest["fingerprint"] == fingerprint
                 if is_local(folder):
-                    sizes = {name: (folder / name).stat().st_size for name in expected}
+                    artifact.check()
                 else:
-                    sizes = {name: info["size"] for name, info in list_files(folder).items()}
+                    complete &= expected.items() <= {(name, info["size"]) for name, info in list_files(folder).items()}
         except (FileNotFoundError, NotADirectoryError, orjson.JSONDecodeError, KeyError):
             return None
-        complete = manifest["fingerprint"] == fingerprint and expected.items() <= sizes.items()
-        return Artifact(folder, manifest) if complete else None
+        return artifact if complete else None
 
     def commit(self, work: Path, recipe: str, stage: str, fingerprint: str, **facts: Any) -> Artifact:
         """Move a finished work folder into the store, its manifest last, and return the artifact.
@@ -240,6 +302,7 @@ class Store:
             if is_local(folder):
                 atomic_write(work / MANIFEST, to_json(manifest))
                 move_folder(work, Path(folder.path))
+                seal(Path(folder.path), manifest["files"], manifest["made_at"])
             else:
                 upload(work, manifest["files"], folder)
                 atomic_write(folder / MANIFEST, to_json(manifest))

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from include.storage.locations import is_local
 
 MANIFEST = "manifest.json"
 OLD = ".old-"  # in the name of a folder that is being removed
+DAMAGED = ".damaged-"  # in the name of a folder that is kept for a person to look at
 PACKAGES = (
     "apache-airflow", "accelerate", "bitsandbytes", "datasets", "great-expectations", "huggingface-hub", "peft",
     "tokenizers", "torch", "transformers", "trl", "unsloth",
@@ -94,6 +96,68 @@ def atomic_write(path: UPath | Path, content: bytes) -> None:
         tmp_path.unlink(missing_ok=True)
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder to a new place where it may be written, also if the source is read-only."""
+    for file in sorted(source.rglob("*")):
+        if file.is_file():
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def seal(folder: Path, files: Iterable[str], at: str) -> None:
+    """Make a folder read-only. Its files get one modification time, so that a later change shows.
+
+    Args:
+        files: relative paths of the files that get the time.
+        at: the time, ISO 8601.
+    """
+    for name in files:
+        os.utime(folder / name, (seconds := datetime.fromisoformat(at).timestamp(), seconds))
+    for path in (*folder.rglob("*"), folder):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def changed_file(folder: Path, files: dict[str, dict[str, Any]], at: str | None) -> str | None:
+    """Return a clause about the first file that is not as described, or None if all are.
+
+    A file of the right size and modification time is not read; any other is compared with its digest.
+
+    Args:
+        files: `bytes` and `sha256` by relative path.
+        at: the modification time that `seal` gave the files, ISO 8601; None if it is not known.
+    """
+    sealed = int(datetime.fromisoformat(at).timestamp()) * 10**9 if at else None
+    for name, expected in files.items():
+        path = folder / name
+        try:
+            state = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{name} is missing"
+        if state.st_size != expected["bytes"]:
+            return f"{name} has {state.st_size:,} bytes instead of {expected['bytes']:,}"
+        if state.st_mtime_ns != sealed:
+            if file_digest(path) != expected["sha256"]:
+                return f"{name} has changed (its sha256 differs)"
+            with suppress(PermissionError):  # the file is another account's
+                if sealed is not None:
+                    os.utime(path, ns=(sealed, sealed))  # the next check need not read it
+    return None
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a local folder, also if it is read-only, as far as the disk permits."""
+    make_writable(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_writable(folder: Path) -> None:
+    """Permit the owner to add and remove files in a folder and below it, after `seal`."""
+    for root, _, _ in os.walk(folder):  # from the top: a folder must be readable before its content is listed
+        with suppress(OSError):
+            os.chmod(root, 0o755)
+
+
 def move_folder(source: Path, target: Path) -> None:
     """Move a finished folder to its place in one step, also across file systems; an older folder there is replaced."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,12 +168,12 @@ def move_folder(source: Path, target: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
         shutil.copytree(source, tmp_path)
-        shutil.rmtree(source)
+        remove_tree(source)
     if target.exists():
         os.rename(target, target.with_name(f".{target.name}{OLD}{uuid.uuid4().hex}"))
     os.rename(tmp_path, target)
     for old in target.parent.glob(f".{target.name}{OLD}*"):
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)
 
 
 def remove(folder: UPath | Path) -> None:
@@ -123,6 +187,7 @@ def remove(folder: UPath | Path) -> None:
     if isinstance(folder, UPath) and not is_local(folder):
         _remove_objects(folder)
         return
+    make_writable(_local_path(folder))
     with suppress(FileNotFoundError):  # another process was faster
         for manifest in (folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")):
             with suppress(FileNotFoundError):
@@ -130,7 +195,7 @@ def remove(folder: UPath | Path) -> None:
         path = _local_path(folder)
         old = path.with_name(f".{path.name}{OLD}{uuid.uuid4().hex}")
         os.rename(path, old)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)
 
 
 def _remove_objects(folder: UPath) -> None:

@@ -120,7 +120,7 @@ def test_dpo_trains_on_the_templates_tokens_and_its_loss_is_the_papers(
     lineage = pipeline(recipe)
     prepared = artifact(lineage, "template").local()
     tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
-    rows = load_rows(prepared / "holdout")
+    rows = load_rows(artifact(lineage, "template").files("holdout"))
     for row in rows:
         question, chosen, rejected = (GOOD[row["row"]][name] for name in ("conversations", "chosen", "rejected"))
         prompt = [user(question[0]["value"])]

@@ -22,7 +22,7 @@ def test_what_is_prepared_is_what_the_trainer_gets(
     path.write_bytes(lines(rows))
     found = artifact(pipeline(small_recipe(dataset=str(path)), "template"))
     assert found.metadata.too_long == 1, "the long row is counted, not cut"
-    train, holdout = (load_rows(found.local() / side) for side in ("train", "holdout"))
+    train, holdout = (load_rows(found.files(side)) for side in ("train", "holdout"))
     assert len(train) + len(holdout) == 40
     assert sum(map(len, train["input_ids"])) == found.metadata.train.tokens
     assert max(map(len, train["input_ids"])) <= 256
@@ -48,7 +48,7 @@ def test_many_rows_are_encoded_by_several_processes_in_their_order(
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(rows))
     found = artifact(pipeline(small_recipe(dataset=str(path)), "template"))
-    train, holdout = (load_rows(found.local() / side) for side in ("train", "holdout"))
+    train, holdout = (load_rows(found.files(side)) for side in ("train", "holdout"))
     assert sorted([*train["row"], *holdout["row"]]) == list(range(11_000))
     assert train["row"] == sorted(train["row"])
     chat = ChatFormat.from_recipe(tiny_base, validate_recipe({"name": "x"}, "x"))
@@ -75,8 +75,8 @@ def test_too_long_conversations_are_dropped_split_or_truncated_and_counted(
         recipe = small_recipe(dataset=str(path), on_too_long=policy, holdout_share=0.2)
         made = artifact(pipeline(recipe, "template"))
         rows = [
-            *load_rows(made.local() / "train"),
-            *load_rows(made.local() / "holdout"),
+            *load_rows(made.files("train")),
+            *load_rows(made.files("holdout")),
         ]
         assert made.metadata.too_long == 3
         assert all(len(row["input_ids"]) <= 256 for row in rows)

@@ -132,8 +132,8 @@ def test_tool_turns_and_tool_lists_are_kept_where_the_template_renders_them(
     assert artifact(lineage, "validate").metadata.refused == 0
     assert sum("tool" in said.roles for said in kept.values()) > 100
     assert sum(said.tools is not None for said in kept.values()) > 100
-    prepared = load_rows(artifact(lineage).local() / "train")
-    assert len(prepared) + len(load_rows(artifact(lineage).local() / "holdout")) == len(kept)
+    prepared = load_rows(artifact(lineage).files("train"))
+    assert len(prepared) + len(load_rows(artifact(lineage).files("holdout"))) == len(kept)
     assert "Given the following functions" in (artifact(lineage).local() / "samples.txt").read_text()
     with pytest.raises(BadData, match="which the chat template does not render"):
         pipeline(small_recipe(dataset=str(path), chat_template="vicuna"), "validate")

@@ -18,11 +18,11 @@ def train_job(small_recipe: Callable, pipeline: Callable, artifact: Callable, ti
     def make(out: Path, **fields: Any) -> TrainJob:
         from include.recipe import find_recipe, load_recipe
 
-        prepared = artifact(pipeline(small_recipe(**fields), "template")).local()
+        template = artifact(pipeline(small_recipe(**fields), "template"))
         return TrainJob(
             recipe=load_recipe(find_recipe("small")), base=tiny_base, base_name="owner/base", base_revision="abc",
-            tokenizer=prepared / "tokenizer", rows=prepared / "train", holdout=prepared / "holdout", out=out,
-            run_name="small",
+            tokenizer=template.local() / "tokenizer", rows=template.files("train"), holdout=template.files("holdout"),
+            out=out, run_name="small",
         )  # fmt: skip
 
     return make

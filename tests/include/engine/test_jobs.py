@@ -15,12 +15,12 @@ from include.errors import UndeclaredField
 from include.recipe import RecipeView, recipe_to_json, validate_recipe
 
 RECIPE = validate_recipe({"name": "x", "training_arguments": {"lr_scheduler_kwargs": {"num_cycles": 2}}}, "x")
-FOLDERS = {"base": Path("/base"), "tokenizer": Path("/tokenizer"), "rows": Path("/rows"), "holdout": Path("/holdout")}
+FOLDERS = {"base": Path("/base"), "tokenizer": Path("/tokenizer"), "rows": [Path("/rows")], "holdout": [Path("/holdout")]}
 
 
 def test_a_job_with_a_view_carries_its_fields_only() -> None:
     view = RecipeView.of(RECIPE, ("method", "beta"), "evaluate")
-    job = LossesJob(recipe=view, base=Path("/base"), rows=Path("/rows"), max_rows=3, adapters={"live": Path("/live")})
+    job = LossesJob(recipe=view, base=Path("/base"), rows=[Path("/rows")], max_rows=3, adapters={"live": Path("/live")})
     content = job.to_json()
     assert set(json.loads(content)["recipe"]) == {"method", "beta"}
     received = LossesJob.from_json(content)
@@ -42,7 +42,7 @@ def test_a_result_is_the_same_after_json_also_when_a_number_is_not_finite() -> N
         logits.result_to_json(LogitsResult(largest_difference=math.nan, same_tokens=False))
     )
     assert math.isnan(received.largest_difference)
-    losses = LossesJob(recipe=RECIPE, base=Path(), rows=Path(), max_rows=1, adapters={})
+    losses = LossesJob(recipe=RECIPE, base=Path(), rows=[Path()], max_rows=1, adapters={})
     device = Device(device="cpu", device_name="a CPU", dtype="float32")
     result = LossesResult(row=[1], tokens=[2], losses={"base": [0.1]}, device=device)
     assert losses.result_from_json(losses.result_to_json(result)) == result

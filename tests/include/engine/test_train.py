@@ -161,7 +161,7 @@ def test_the_loss_counts_assistant_tokens_only_and_packed_rows_do_not_see_each_o
         job = train_job(out, packing=packing, num_train_epochs=1, **ONE_STEP)
         supervise.run(job, out, ignore)
         losses[packing] = log_of(out)[0]["loss"]
-    assert [file.name for file in job.rows.iterdir()] == ["00000.arrow"], "packing leaves nothing beside the rows"
+    assert [file.name for file in job.rows[0].parent.iterdir()] == ["00000.arrow"], "nothing is left beside the rows"
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     total = count = 0.0
     with torch.inference_mode():

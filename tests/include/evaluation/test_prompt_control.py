@@ -11,7 +11,7 @@ from include.chat.tokenized import IGNORED, load_rows, write_rows
 from include.evaluation.prompt_control import SHUFFLED_ROWS, write_with_shuffled_prompts
 
 
-def holdout(folder: Path, conversations: list[tuple[list[int], list[int]]]) -> Path:
+def holdout(folder: Path, conversations: list[tuple[list[int], list[int]]]) -> list[Path]:
     """Write rows of a prompt and a trained answer each, in two files."""
     rows = [
         {"row": 10 * i, "input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
@@ -22,16 +22,16 @@ def holdout(folder: Path, conversations: list[tuple[list[int], list[int]]]) -> P
     half = len(rows) // 2
     for name, part in (("00000", rows[:half]), ("00001", rows[half:])):
         write_rows(folder / f"{name}.arrow", pa.Table.from_pylist(part, schema).to_batches())
-    return folder
+    return sorted(folder.iterdir())
 
 
 def written(
     tmp_path: Path, conversations: list[Any], max_rows: int = 500, max_tokens: int = 100
 ) -> tuple[int, list[int], Any]:
     count, positions = write_with_shuffled_prompts(
-        holdout(tmp_path / "in", conversations), tmp_path / "out", max_rows, max_tokens
+        holdout(tmp_path / "in", conversations), tmp_path / "out.arrow", max_rows, max_tokens
     )
-    return count, positions, load_rows(tmp_path / "out").to_list()
+    return count, positions, load_rows([tmp_path / "out.arrow"]).to_list()
 
 
 def test_each_answer_gets_the_prompt_nearest_in_length(tmp_path: Path) -> None:
