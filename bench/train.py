@@ -38,6 +38,7 @@ SIZES = {
     "cpu": {"vocab_size": 8_192, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
 }  # fmt: skip
+ROWS = "rows/00000.arrow"
 AS_WRITTEN = {"fit_device": False}
 PACKED = {"packing": True, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
 WAYS: dict[str, dict[str, Any]] = {
@@ -101,7 +102,7 @@ def train(fields: dict[str, Any], work: Path, out: Path) -> dict[str, Any]:
 
     job = TrainJob(
         recipe=validate_recipe({"name": "bench", **fields}, "bench"), base=work / "base", base_name="bench",
-        base_revision=None, tokenizer=work / "base", rows=[work / "rows" / "00000.arrow"], holdout=[work / "rows" / "00000.arrow"], out=out,
+        base_revision=None, tokenizer=work / "base", rows=[work / ROWS], holdout=[work / ROWS], out=out,
         run_name="bench",
     )  # fmt: skip
     began = time.monotonic()
@@ -157,7 +158,7 @@ def trl(folder: str, out: str, steps: str, length: str) -> None:
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, processing_class=AutoTokenizer.from_pretrained(f"{folder}/base"), callbacks=[meter],
-        train_dataset=pack_dataset(load_rows([Path(folder) / "rows" / "00000.arrow"]).select_columns(["input_ids", "labels"]), int(length)),
+        train_dataset=pack_dataset(load_rows([Path(folder) / ROWS]).select_columns(["input_ids", "labels"]), int(length)),
         peft_config=LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM", target_modules=PROJECTIONS),
         args=SFTConfig(
             output_dir=out, per_device_train_batch_size=4, max_steps=int(steps), warmup_steps=5,

@@ -5,11 +5,14 @@ A base model is a Hub id (`owner/name`), a local folder, or `demo://little-llama
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from include.data.sources import absolute_path, is_hub_id
-from include.errors import NotFound
+from include.errors import BadRecipe, NotFound
 from include.paths import PROJECT, var
 from include.recipe import Recipe
 from include.storage.artifacts import Store
@@ -17,6 +20,7 @@ from include.storage.files import file_digest, fingerprint
 from include.storage.hub import hub_api, hub_errors
 
 DEMO_BASE = "demo://little-llama"
+ADAPTER_CONFIG = "adapter_config.json"
 DEMO_SOURCES = ("village.py", "pretraining.py")  # files of include/demo/ that decide the weights of the demo's base
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "config.json", "chat_template*", "generation_config.json"]
 
@@ -26,6 +30,7 @@ def pin_base(recipe: Recipe) -> str:
 
     Raises:
         NotFound: the model does not exist, or has no safetensors files.
+        BadRecipe: it is an adapter.
         NoPermission: it cannot be read with this account.
         Unreachable: the Hub does not answer.
     """
@@ -36,10 +41,14 @@ def pin_base(recipe: Recipe) -> str:
         with hub_errors(f"the model {name}", "base_model"):
             info = hub_api().model_info(name, revision=recipe.base_revision)
         names = {file.rfilename for file in info.siblings or ()}
+        if ADAPTER_CONFIG in names:
+            _refuse_adapter(name, (info.card_data or {}).get("base_model"))
         if not any(file.endswith(".safetensors") for file in names):
             raise NotFound(f"field 'base_model': {name} has no safetensors files", "Choose a model that has them")
         return str(info.sha)
     folder = Path(absolute_path(name))
+    if (folder / ADAPTER_CONFIG).is_file():
+        _refuse_adapter(str(folder), _base_of_adapter(folder / ADAPTER_CONFIG))
     files = sorted(p for p in folder.glob("*") if p.suffix in (".json", ".safetensors", ".jinja", ".model"))
     if not (folder / "config.json").is_file() or not any(p.suffix == ".safetensors" for p in files):
         raise NotFound(
@@ -47,6 +56,36 @@ def pin_base(recipe: Recipe) -> str:
             "Name a folder that save_pretrained wrote, or a model on the Hub as owner/name",
         )
     return fingerprint([[p.name, file_digest(p)] for p in files])
+
+
+def fetch_config(recipe: Recipe) -> Path | None:
+    """Return a local folder with the config.json of the pinned base; None for the demo's base, which is made later.
+
+    Raises:
+        NotFound, NoPermission, Unreachable: see `pin_base`.
+    """
+    if recipe.base_model == DEMO_BASE:
+        return None
+    if not is_hub_id(recipe.base_model):
+        return Path(absolute_path(recipe.base_model))
+    with hub_errors(f"the model {recipe.base_model}", "base_model"):
+        return Path(
+            hub_api().snapshot_download(
+                recipe.base_model, revision=recipe.base_revision, allow_patterns=["config.json"],
+                cache_dir=var() / "cache" / "hub",
+            )
+        )  # fmt: skip
+
+
+def _refuse_adapter(name: str, base: Any) -> None:
+    at = f"Name its base{f' {base}' if isinstance(base, str) else ''} as base_model"
+    raise BadRecipe(f"field 'base_model': {name} is an adapter (adapter_config.json), not a whole model", at)
+
+
+def _base_of_adapter(path: Path) -> Any:
+    with suppress(orjson.JSONDecodeError, AttributeError):
+        return orjson.loads(path.read_bytes()).get("base_model_name_or_path")
+    return None
 
 
 def fetch_base(recipe: Recipe, store: Store, tokenizer_only: bool = False) -> Path:

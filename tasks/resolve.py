@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from include.base_model import pin_base
+from include.base_model import fetch_config, pin_base
 from include.data.sources import absolute_source, is_hub_id, pin_dataset
 from include.engine.arguments import check_arguments
+from include.engine.compatibility import check_base
 from include.errors import UpToDate
 from include.paths import var
 from include.pipeline.contracts import ResolveOutput
@@ -42,7 +43,7 @@ def resolve(
     Raises:
         UpToDate: a run of the same recipe on the same data and base was published or refused.
         Conflict: the dataset is a file that has changed since the revision that started the run.
-        BadRecipe: a field is unknown, of the wrong type or out of range; the message names it.
+        BadRecipe: a field is unknown, of the wrong type or out of range, or does not fit the base; it is named.
         NotFound, NoPermission, Unreachable: the dataset or the base model does not exist or cannot be read.
         NoPermission: the store or the registry cannot be written.
     """
@@ -61,6 +62,8 @@ def resolve(
                 "registry": registry_uri(recipe.name, recipe.registry),
             }
         )
+        if folder := fetch_config(pinned):
+            check_base(pinned, folder)
         from_recipe_file = recipe == load_recipe(find_recipe(recipe_file))
         earlier = find_outcome(store, pinned)
         if earlier and not force:

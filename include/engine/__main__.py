@@ -76,7 +76,8 @@ def main(command: str, job_file: str, descriptor: str) -> int:
 def _is_disk_full(folder: Path, error: Exception) -> bool:
     """Return whether a full disk caused the error; PyTorch and safetensors raise errors of their own for it."""
     no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return no_space or "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return no_space or "No space left" in str(error) or shutil.disk_usage(existing).free < 2**20
 
 
 if __name__ == "__main__":

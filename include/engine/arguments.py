@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from include.engine.checkpoints import CHECKPOINTS
-from include.engine.device_plan import Plan
+from include.engine.device_plan import Plan, trains_head
 from include.errors import BadRecipe
 from include.recipe import Recipe, SmokeTest, Training
 
@@ -52,6 +52,8 @@ def training_config(recipe: Recipe, plan: Plan, out: Path, run_name: str) -> Any
     }
     if recipe.method == "sft":
         arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
+        if trains_head(recipe):  # TRL's default reads the head's own weights, without its adapter
+            arguments["loss_type"] = "nll"
     if recipe.early_stopping_patience:  # measure the holdout loss at every checkpoint and keep the best one
         arguments |= {
             "eval_strategy": "steps",

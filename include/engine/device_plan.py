@@ -13,7 +13,7 @@ import orjson
 
 from include.engine.distributed import RANK, WORLD_SIZE, all_reduce_max
 from include.errors import BadRecipe
-from include.recipe import Recipe
+from include.recipe import ALL_LINEAR, Recipe
 
 PLAN = "plan.json"
 HEADROOM = 1.15  # free memory over predicted memory
@@ -131,7 +131,8 @@ def make_plan(recipe: Recipe, micro_batch: int | None = None) -> Plan:
     if plan.engine == "unsloth":
         plan.gradient_checkpointing = "unsloth"
     else:
-        plan.liger = liger and recipe.method == "sft"  # for DPO, TRL computes another way with it
+        # for DPO, TRL computes another way with it; it reads the head's own weights, without its adapter
+        plan.liger = liger and recipe.method == "sft" and not trains_head(recipe)
         if bf16 and recipe.packing and importlib.util.find_spec("torch.nn.attention.varlen"):
             plan.attention = "varlen"
     return plan
@@ -204,22 +205,39 @@ def predict_peak(config: dict[str, Any], recipe: Recipe, plan: Plan, tokens: int
         "up_proj": (hidden, inner), "down_proj": (inner, hidden),
     }  # fmt: skip
     in_layers = layers * sum(a * b for a, b in sizes.values())
-    embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    vocabulary = config["vocab_size"]
+    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
     adam_bytes = 2 if plan.optim.endswith("_8bit") else 8  # for each parameter
     if recipe.full_finetuning:
         weights, trained = 0.0, (in_layers + embeddings) * (4 + 4 + adam_bytes)
     else:
         weight_bytes = 0.53 if recipe.load_in_4bit else 1.03 if recipe.load_in_8bit else 2  # with their scales
         weights = in_layers * weight_bytes + embeddings * 2
-        adapted = sum(a + b for name, (a, b) in sizes.items() if name in recipe.target_modules)
-        trained = layers * recipe.r * adapted * (4 + 4 + adam_bytes)
+        modules = {*sizes, *recipe.target_modules} if ALL_LINEAR in recipe.target_modules else {*recipe.target_modules}
+        adapted = layers * sum(a + b for name, (a, b) in sizes.items() if name in modules)
+        adapted += sum(vocabulary + hidden for name in ("embed_tokens", "lm_head") if name in modules)
+        whole = sum(vocabulary * hidden for name in ("embed_tokens", "lm_head") if name in recipe.modules_to_save)
+        trained = (recipe.r * adapted + whole) * (4 + 4 + adam_bytes)
     in_layer = 2 * (4 * hidden + (heads + 2 * groups) * head_dim + 3 * inner)
     overhead = 1 if plan.engine == "unsloth" else 1.2 if plan.liger else 2  # of transformers' own kernels (measured)
     if not plan.gradient_checkpointing:
         activations = tokens * layers * in_layer * overhead
     else:
         activations = tokens * in_layer * overhead + (0 if plan.engine == "unsloth" else tokens * layers * hidden * 2)
-    return int(weights + trained + activations + 2**30 // overhead)
+    # with a trained head the loss is not computed in chunks: logits and their gradient, in 16 and in 32 bits
+    logits = tokens * vocabulary * 12 if trains_head(recipe) else 0
+    return int(weights + trained + activations + logits + 2**30 // overhead)
+
+
+def trains_head(recipe: Recipe) -> bool:
+    """Return whether the layer that makes the logits is trained, by an adapter or as a whole."""
+    return "lm_head" in (*recipe.target_modules, *recipe.modules_to_save) and not recipe.full_finetuning
+
+
+def _trains_outside_layers(recipe: Recipe) -> bool:
+    """Return whether the embeddings or the head get an adapter, which Unsloth would train whole, or layers are trained
+    whole, of which Unsloth knows these two only."""
+    return bool({"embed_tokens", "lm_head"} & set(recipe.target_modules) or recipe.modules_to_save)
 
 
 def _gpu_engine(recipe: Recipe, fast_packing: bool) -> tuple[str, list[str]]:
@@ -234,6 +252,7 @@ def _gpu_engine(recipe: Recipe, fast_packing: bool) -> tuple[str, list[str]]:
         "method: dpo": recipe.method == "dpo",
         "full_finetuning": recipe.full_finetuning,
         "several processes": recipe.num_processes > 1,
+        "embed_tokens, lm_head or modules_to_save, of which unsloth trains others": _trains_outside_layers(recipe),
         "packed rows": recipe.packing and recipe.engine == "auto" and fast_packing,
     }
     if applying := [reason for reason, applies in reasons.items() if applies]:

@@ -71,7 +71,8 @@ class TrainResult:
         resumed_from: name of the checkpoint that the last try began from.
         seconds: of training, over all tries; without loading the model.
         tokens_per_second, tokens: without padding, over all tries.
-        first_losses, last_losses: mean of the first and of the last entries of the training log, ten of each, or half of all.
+        first_losses, last_losses: mean of the first and of the last ten entries of the training log; of fewer than 20,
+            of the first and the last half.
         peak_memory_bytes: of the device, or of the process where there is no GPU.
     """
 

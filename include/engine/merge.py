@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from include.engine.compatibility import HEAD_AND_EMBEDDINGS
 from include.engine.device_plan import Device, find_device
 from include.engine.jobs import MergedLogitsJob, MergedLogitsResult, MergeJob, MergeResult, Progress
 from include.engine.model import load_adapter, load_base
@@ -26,6 +27,7 @@ def merge(job: MergeJob, progress: Progress) -> MergeResult:
         NotFound: the base or the adapter cannot be loaded.
     """
     device, model = _base_and_adapter(job.base, job.adapter)
+    _untie(model)
     model.merge_and_unload(safe_merge=True).save_pretrained(str(job.out), safe_serialization=True)
     for pattern in TOKENIZER_FILES:
         for file in job.adapter.glob(pattern):
@@ -60,6 +62,22 @@ def merged_logits(job: MergedLogitsJob, progress: Progress) -> MergedLogitsResul
     merged = log_probabilities(model)
     kl = (separate.exp() * (separate - merged)).sum(-1).mean().item()
     return MergedLogitsResult(kl=kl, same_tokens=(separate.argmax(-1) == merged.argmax(-1)).float().mean().item())
+
+
+def _untie(model: Any) -> None:
+    """Give the head weights of its own, if the adapter changes it or the embeddings and the base ties the two: merged,
+    one would change with the other."""
+    import torch
+
+    config, lora = model.config, model.peft_config["default"]
+    changed = {*(lora.target_modules or ()), *(lora.modules_to_save or ())}
+    if not config.get_text_config().tie_word_embeddings or not changed & set(HEAD_AND_EMBEDDINGS):
+        return
+    head = model.get_base_model().get_output_embeddings()
+    own = getattr(head, "original_module", getattr(head, "base_layer", head))  # below PEFT's wrapper
+    own.weight = torch.nn.Parameter(own.weight.detach().clone())
+    for each in (config, config.get_text_config()):
+        each.tie_word_embeddings = False
 
 
 def _base_and_adapter(base: Path, adapter: Path) -> tuple[Device, Any]:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from include.engine.compatibility import linear_names
 from include.engine.device_plan import Device, Plan
 from include.errors import BadRecipe, NotFound
-from include.recipe import Recipe
+from include.recipe import ALL_LINEAR, Recipe
 
 
 def weight_bits(recipe: Recipe) -> int:
@@ -70,7 +71,6 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
         "r": recipe.r,
         "lora_alpha": recipe.lora_alpha,
         "lora_dropout": recipe.lora_dropout,
-        "target_modules": recipe.target_modules,
         "bias": recipe.bias,
         "use_rslora": recipe.use_rslora,
     }
@@ -84,6 +84,8 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
         )  # fmt: skip
     else:
         model = load_base(base, plan, weight_bits(recipe))
+    modules = [name for module in recipe.target_modules for name in _expand(module, model)]
+    lora["target_modules"] = list(dict.fromkeys(modules))
     try:
         if plan.engine == "unsloth":
             return FastLanguageModel.get_peft_model(
@@ -91,9 +93,15 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
             )
         from peft import LoraConfig, get_peft_model
 
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+        whole = recipe.modules_to_save or None
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=whole, **lora))
     except ValueError as error:
         raise BadRecipe(f"field 'target_modules': {error}", "Name projections that the base model has") from error
+
+
+def _expand(module: str, model: Any) -> list[str]:
+    """Return the layers that an entry of `target_modules` stands for."""
+    return linear_names(model) if module == ALL_LINEAR else [module]
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -130,6 +138,10 @@ def variants(base: Path, trained: Mapping[str, Path], device: Device, bits: int)
         if (folder / "adapter_config.json").is_file():
             adapted = load_adapter(model, folder)
             yield name, adapted.eval()
+            whole = adapted.peft_config["default"].modules_to_save
             model = adapted.unload()
+            if whole:  # PEFT leaves the trained layers in the base
+                del adapted, model
+                model = load_base(base, device, bits).eval()
         else:
             yield name, load_base(folder, device, bits).eval()

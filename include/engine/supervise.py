@@ -117,7 +117,7 @@ def visible_gpus(processes: int) -> str:
 
 
 def environment(gpus: str) -> dict[str, str]:
-    """Return the process's environment: its GPUs, offline, without bars, compiled kernels in the cache and not in the checkout.
+    """Return the process's environment: its GPUs, offline, no bars, compiled kernels in the cache, not in the checkout.
 
     Unsloth writes `unsloth_compiled_cache` into the current directory unless UNSLOTH_COMPILE_LOCATION names another.
     """

@@ -157,12 +157,14 @@ def _save(trained: Any, tokenizer: Any, job: TrainJob, plan: Plan) -> None:
     import torch
 
     folder: Path = job.out / ADAPTER
+    options: dict[str, Any] = {}
     if job.recipe.full_finetuning:
         trained.config._name_or_path = job.base_name
         trained = trained.to(getattr(torch, plan.dtype))
     else:
         config = trained.peft_config["default"]
         config.base_model_name_or_path, config.revision = job.base_name, job.base_revision
-    trained.save_pretrained(str(folder), safe_serialization=True)
+        options = {"save_embedding_layers": False}  # of the base; those that are trained whole are saved anyway
+    trained.save_pretrained(str(folder), safe_serialization=True, **options)
     tokenizer.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `publish` writes the real one

@@ -14,7 +14,9 @@ from include.chat.tokenized import IGNORED, load_table, write_rows
 SHUFFLED_ROWS = 100  # enough for a narrow interval, in a fifth of the time that 500 rows take
 
 
-def write_with_shuffled_prompts(holdout: Iterable[Path], out: Path, max_rows: int, max_tokens: int) -> tuple[int, list[int]]:
+def write_with_shuffled_prompts(
+    holdout: Iterable[Path], out: Path, max_rows: int, max_tokens: int
+) -> tuple[int, list[int]]:
     """Write holdout rows to the file `out`, and after them copies of the first rows with shuffled prompts.
 
     A copy has the prompt (all tokens before the first answer) of another row: the row with the nearest prompt length

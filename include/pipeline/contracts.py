@@ -214,7 +214,7 @@ class TemplateOutput(Contract, stage="template"):
 
 
 class TrainOutput(Contract, stage="train"):
-    """The adapter (or the whole model) and the training log. Losses are means over the first and last ten log lines."""
+    """The adapter (or the whole model) and the training log. Losses: means over the first and last ten log lines."""
 
     ADAPTER: ClassVar = "adapter"
     TRAINING_LOG: ClassVar = "training_log.jsonl"

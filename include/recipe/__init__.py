@@ -8,10 +8,11 @@ from include.recipe.model import Model
 from include.recipe.operations import Operations
 from include.recipe.publishing import Publishing
 from include.recipe.schema import NAME, TRAINING_INPUTS, Recipe
-from include.recipe.training import MODULE_SETS, PROJECTIONS, Lora, Training
+from include.recipe.training import ALL_LINEAR, MODULE_SETS, PROJECTIONS, Lora, Training
 from include.recipe.view import AnyRecipe, RecipeView, recipe_to_json
 
 __all__ = [
+    "ALL_LINEAR",
     "MODULE_SETS",
     "NAME",
     "PROJECTIONS",

@@ -10,7 +10,12 @@ from include.recipe.data import Share
 from include.recipe.reserved import TRAINING_DECIDED, TRAINING_INSTEAD, refuse_reserved
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-MODULE_SETS = {"minimal": ["q_proj", "v_proj"], "standard": PROJECTIONS[:4], "comprehensive": PROJECTIONS}
+MODULE_SETS = {
+    "minimal": ["q_proj", "v_proj"],
+    "standard": PROJECTIONS,
+    "comprehensive": [*PROJECTIONS, "embed_tokens", "lm_head"],
+}
+ALL_LINEAR = "all-linear"  # every linear layer between embeddings and head, as PEFT has it
 MOST_CANDIDATES = 64
 
 
@@ -23,9 +28,16 @@ class Lora(BaseModel):
     target_modules: list[str] = Field(
         PROJECTIONS,
         min_length=1,
-        description="The projections that get an adapter; or the name of a set: `minimal` (q, v), `standard` (q, k, v, "
-        "o), `comprehensive` (and gate, up, down).",
-        examples=[*MODULE_SETS, *PROJECTIONS],
+        description="The layers that get an adapter; or the name of a set: `minimal` (q, v), `standard` (the seven "
+        "projections of Llama), `comprehensive` (these, embed_tokens and lm_head), `all-linear` (every linear layer "
+        "except lm_head).",
+        examples=[*MODULE_SETS, ALL_LINEAR, *PROJECTIONS, "embed_tokens", "lm_head"],
+    )
+    modules_to_save: list[str] = Field(
+        [],
+        description="Layers that are trained and published whole, beside the adapter, for example embed_tokens and "
+        "lm_head. They make the adapter as large as these layers.",
+        examples=["embed_tokens", "lm_head"],
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases that are trained, too.")
     use_rslora: bool = Field(False, description="Scale updates by alpha/sqrt(r) (rank-stabilized LoRA).")

@@ -15,7 +15,12 @@ from include.errors import UndeclaredField
 from include.recipe import RecipeView, recipe_to_json, validate_recipe
 
 RECIPE = validate_recipe({"name": "x", "training_arguments": {"lr_scheduler_kwargs": {"num_cycles": 2}}}, "x")
-FOLDERS = {"base": Path("/base"), "tokenizer": Path("/tokenizer"), "rows": [Path("/rows")], "holdout": [Path("/holdout")]}
+FOLDERS = {
+    "base": Path("/base"),
+    "tokenizer": Path("/tokenizer"),
+    "rows": [Path("/rows")],
+    "holdout": [Path("/holdout")],
+}
 
 
 def test_a_job_with_a_view_carries_its_fields_only() -> None:

@@ -38,8 +38,8 @@ def test_a_full_disk_is_reported_in_one_line_and_retried(train_job: Callable, tm
 
 
 def test_compiled_kernels_are_not_written_into_the_checkout(var: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = supervise.environment()
+    environment = supervise.environment("0")
     assert environment["UNSLOTH_COMPILE_LOCATION"] == str(var / "cache" / "unsloth")
     assert environment["TRITON_CACHE_DIR"] == str(var / "cache" / "triton")
     monkeypatch.setenv("UNSLOTH_COMPILE_LOCATION", "/elsewhere")
-    assert supervise.environment()["UNSLOTH_COMPILE_LOCATION"] == "/elsewhere"
+    assert supervise.environment("0")["UNSLOTH_COMPILE_LOCATION"] == "/elsewhere"

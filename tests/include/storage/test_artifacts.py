@@ -9,7 +9,7 @@ import pytest
 
 from include.errors import NoPermission
 from include.storage.artifacts import Store
-from include.storage.files import MANIFEST, fingerprint
+from include.storage.files import DAMAGED, MANIFEST, fingerprint
 
 
 def work_folder(tmp_path: Path) -> Path:
@@ -42,7 +42,9 @@ def test_without_its_manifest_or_one_of_its_files_an_artifact_is_absent_and_can_
         assert store.find("r", "train", "abc") is None
         store.commit(work_folder(tmp_path), "r", "train", "abc", metadata={}, summary="")
         assert store.find("r", "train", "abc") is not None
-        assert [path.name for path in folder.parent.iterdir()] == ["abc"]
+        kept = [path for path in folder.parent.iterdir() if path.name != "abc"]
+        assert [DAMAGED in path.name for path in kept] == ([True] if missing == "note.txt" else [])
+        assert all((path / "deep" / "data.bin").exists() for path in kept), "a damaged artifact is moved, not deleted"
 
 
 def test_a_cut_file_makes_an_artifact_absent(tmp_path: Path) -> None:
