@@ -156,9 +156,10 @@ def trl(folder: str, out: str, steps: str, length: str) -> None:
         f"{folder}/base", quantization_config=quantization, device_map={"": 0 if gpu else "cpu"},
         dtype=torch.bfloat16 if gpu else torch.float32,
     )  # fmt: skip
+    rows = load_rows([Path(folder) / ROWS])
     trainer = SFTTrainer(
         model=model, processing_class=AutoTokenizer.from_pretrained(f"{folder}/base"), callbacks=[meter],
-        train_dataset=pack_dataset(load_rows([Path(folder) / ROWS]).select_columns(["input_ids", "labels"]), int(length)),
+        train_dataset=pack_dataset(rows.select_columns(["input_ids", "labels"]), int(length)),
         peft_config=LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM", target_modules=PROJECTIONS),
         args=SFTConfig(
             output_dir=out, per_device_train_batch_size=4, max_steps=int(steps), warmup_steps=5,

@@ -17,16 +17,17 @@ from include.storage.object_store import read_all
 from tasks.stages import NAMES
 
 
-def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, Any]:
+def report(recipe_file: str, run_id: str, waiting: bool = False, until: str = NAMES[-1]) -> dict[str, Any]:
     """Summarize the records of a run, write its page, and return the summary that `var/last_run.json` holds.
 
     The verdict is `published`, `unchanged` (the candidate was live already), `refused` (by the gate), `rejected` (by a
-    person), `skipped` (nothing was new) or `failed`. All but the last two are outcomes: the same recipe, data and
-    base need not run again.
+    person), `stopped` (after the stage that it was to end with), `skipped` (nothing was new) or `failed`. All but the
+    last three are outcomes: the same recipe, data and base need not run again.
 
     Args:
         waiting: the run waits for a person's approval. Then its page is made and its verdict is `waiting`; what
             programs read (`var/last_run.json`) is still the newest run that has ended.
+        until: the last stage that the run was to do.
     """
     store, name = Store(), find_recipe(recipe_file).stem
     records = store.read_records(name, run_id)
@@ -34,6 +35,7 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
     stages = {stage: records[stage] for stage in reached if stage in records}
     outputs = {stage: _output(store, name, stages.get(stage)) for stage in NAMES}
     details = {stage: output.metadata if output else None for stage, output in outputs.items()}
+    ended = any(record["state"] == "done" for key, record in records.items() if key.partition(".")[0] == until)
     errors = [record["error"] for record in stages.values() if record["state"] == "failed"]
     published = details["publish"]
     sweep = stages.get("choose", {}).get("candidates", [])
@@ -41,7 +43,7 @@ def report(recipe_file: str, run_id: str, waiting: bool = False) -> dict[str, An
     summary: dict[str, Any] = {
         "recipe": name,
         "run": run_id,
-        "verdict": "waiting" if waiting else _verdict(stages, errors),
+        "verdict": "waiting" if waiting else _verdict(stages, errors, ended, until),
         "version": published and published.name,
         "revision": published and published.revision,
         "place": published and published.place,
@@ -88,15 +90,17 @@ def note(summary: dict[str, Any]) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _verdict(stages: dict[str, Any], errors: list[dict[str, str]]) -> str:
+def _verdict(stages: dict[str, Any], errors: list[dict[str, str]], ended: bool, until: str) -> str:
     if any(error["kind"] == "GateRefused" for error in errors):
         return "refused"
     if any(error["kind"] == "Rejected" for error in errors):
         return "rejected"
     if stages.get("resolve", {}).get("state") == "skipped":
         return "skipped"
-    if errors or stages.get("verify", {}).get("state") != "done":
+    if errors or not ended:
         return "failed"
+    if until != NAMES[-1]:
+        return "stopped"
     return "unchanged" if stages["publish"]["reused"] else "published"
 
 

@@ -109,6 +109,8 @@ def test_stages_run_here_and_the_report_of_a_run_is_found(
     assert [path.name for path in (var / "store" / "small").iterdir() if path.name != "runs"] != []
     assert not (var / "store" / "small" / "validate").exists(), "no stage after the last one that was asked for"
     first = json.loads((var / "last_run.json").read_text())
+    assert (first["verdict"], first["error"]) == ("stopped", None)
+    assert "stopped after download, as asked" in caplog.text
     assert call("stage", "small", "--until", "download", "--set", "max_rows=7") == 0
     assert "download done: 7 rows" in caplog.text
     second = json.loads((var / "last_run.json").read_text())

@@ -6,10 +6,8 @@ A training with several processes becomes torchrun, whose children are this prog
 from __future__ import annotations
 
 import ctypes
-import errno
 import importlib
 import os
-import shutil
 import signal
 import sys
 import traceback
@@ -18,6 +16,7 @@ from pathlib import Path
 import orjson
 
 from include.engine.distributed import RANK, WORLD_SIZE
+from include.engine.failures import explain
 from include.engine.jobs import JOBS, TrainJob
 from include.errors import RetuneError
 
@@ -61,23 +60,12 @@ def main(command: str, job_file: str, descriptor: str) -> int:
         return 1
     except Exception as error:
         traceback.print_exc()
-        if _is_disk_full(getattr(job, "out", Path()), error):
-            do = "Free some space and retry the task: it resumes from its last checkpoint"
-            send(event="error", kind="NoSpace", what="the disk of the work folder is full", do=do)
-            return 1
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        send(event="error", kind="RetuneError", what=f"the {command} process failed: {what}", do="See engine.log")
+        failure = explain(error, command, getattr(job, "out", Path()))
+        send(event="error", kind=type(failure).__name__, what=failure.what, do=failure.do)
         return 1
     if RANK == 0:
         send(event="result", result=orjson.Fragment(job.result_to_json(result)))
     return 0
-
-
-def _is_disk_full(folder: Path, error: Exception) -> bool:
-    """Return whether a full disk caused the error; PyTorch and safetensors raise errors of their own for it."""
-    no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return no_space or "No space left" in str(error) or shutil.disk_usage(existing).free < 2**20
 
 
 if __name__ == "__main__":

@@ -78,9 +78,10 @@ def training_config(recipe: Recipe, plan: Plan, out: Path, run_name: str) -> Any
     try:
         return config_class(**arguments)
     except (TypeError, ValueError) as error:
+        problem = " ".join(str(error).split())
         if not own:
-            raise
-        raise _bad("training_arguments", f"{', '.join(own)}: {' '.join(str(error).split())}") from error
+            raise BadRecipe(f"the trainer refuses the recipe: {problem}", "Correct it and run again") from error
+        raise _bad("training_arguments", f"{', '.join(own)}: {problem}") from error
 
 
 def generation_config(recipe: Recipe, stop: list[int], pad: int | None) -> Any:

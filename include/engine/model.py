@@ -26,9 +26,10 @@ def load_base(base: Path, device: Device, bits: int = 16, dtype: str | None = No
         dtype: of weights that are not quantized, if it is not the device's.
 
     Raises:
-        NotFound: transformers can load no model from the folder.
+        NotFound: transformers can load no model from the folder, or some of its weights are not there.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     compute = getattr(torch, device.dtype)
@@ -43,13 +44,23 @@ def load_base(base: Path, device: Device, bits: int = 16, dtype: str | None = No
     elif bits == 8:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             base, quantization_config=quantization, dtype=dtype or compute, use_safetensors=True,
             device_map={"": torch.cuda.current_device() if device.device == "cuda" else device.device},
+            output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
-        problem = " ".join(str(error).split())
-        raise NotFound(f"field 'base_model': {base} cannot be loaded: {problem}", "Check the model's files") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise NotFound(
+            f"field 'base_model': {base} cannot be loaded: {problem}", "Check the model's files, or fetch them again"
+        ) from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
+        raise NotFound(
+            f"field 'base_model': {base} lacks {len(missing)} weights, for example {missing[0]}",
+            "Fetch all files of the model again",
+        )
     for module in model.modules() if device.device == "cpu" else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50 repacks weights for a bfloat16 kernel once a layer runs in eval mode: it rounds
@@ -110,11 +121,15 @@ def load_adapter(model: Any, folder: Path) -> Any:
     Raises:
         NotFound: the folder holds no adapter that fits the base.
     """
+    import torch
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     try:
         return PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         problem = " ".join(str(error).split())[:300]
         raise NotFound(f"the adapter in {folder} cannot be loaded: {problem}", "Train it again") from error
 

@@ -117,7 +117,7 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
     """Return TRL's trainer of the recipe's method, on rows that are token ids already.
 
     Raises:
-        BadRecipe: a package that `report_to` names is not installed.
+        BadRecipe: a package that `report_to` names is not installed, or the settings exclude each other.
     """
     import datasets
     from transformers import EarlyStoppingCallback
@@ -148,6 +148,10 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
             problem = " ".join(str(error).split())
             raise BadRecipe(f"field 'report_to': {problem}", "Install it, or leave it out") from error
         raise
+    except ValueError as error:
+        problem = " ".join(str(error).split())[:300]
+        field = "field 'training_arguments': " if recipe.training_arguments else ""
+        raise BadRecipe(f"{field}the trainer refuses the recipe: {problem}", "Correct it and run again") from error
 
 
 def _save(trained: Any, tokenizer: Any, job: TrainJob, plan: Plan) -> None:
