@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def _train_with_what_fits(context: StageContext, job: TrainJob) -> TrainOutput:
         try:
             result = supervise.run(job, context.out, context.progress, recipe.hang_timeout, checkpoints.keep)
             checkpoints.drop()
-            return TrainOutput.model_validate({**asdict(result), "out_of_memory": events})
+            return TrainOutput.model_validate({**dict(result), "out_of_memory": events})
         except OutOfMemory as error:
             micro = orjson.loads((context.out / PLAN).read_bytes())["micro_batch"]
             smaller = max((n for n in range(1, micro // 2 + 1) if batch % n == 0), default=0)

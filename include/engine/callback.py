@@ -70,6 +70,12 @@ class TrainingLog:
         """Return the rate of tokens without padding, over all tries."""
         return self.entries[-1]["tokens"] / max(self.entries[-1]["seconds"], 1e-9)
 
+    def first_and_last(self) -> tuple[float, float]:
+        """Return the mean loss of the first and of the last ten entries; of fewer than 20, of each half."""
+        losses = [entry["loss"] for entry in self.entries]
+        count = min(10, max(1, len(losses) // 2))
+        return sum(losses[:count]) / count, sum(losses[-count:]) / count
+
     def add(self, entry: dict[str, Any]) -> None:
         """Append an entry."""
         self.entries.append(entry)

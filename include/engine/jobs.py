@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from include.engine.device_plan import Device, Plan
@@ -62,8 +62,7 @@ class Job(Generic[R]):
         return TypeAdapter(get_args(base)[0])
 
 
-@dataclass(frozen=True, config=CONFIG)
-class TrainResult:
+class TrainResult(BaseModel):
     """The outcome of a training.
 
     Attributes:
@@ -75,6 +74,8 @@ class TrainResult:
             of the first and the last half.
         peak_memory_bytes: of the device, or of the process where there is no GPU.
     """
+
+    model_config = CONFIG | ConfigDict(frozen=True)
 
     plan: Plan
     steps: int

@@ -43,8 +43,9 @@ def load_base(base: Path, device: Device, bits: int = 16, dtype: str | None = No
         )
     elif bits == 8:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
+    automatic: Any = AutoModelForCausalLM
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = automatic.from_pretrained(
             base, quantization_config=quantization, dtype=dtype or compute, use_safetensors=True,
             device_map={"": torch.cuda.current_device() if device.device == "cuda" else device.device},
             output_loading_info=True,
@@ -65,7 +66,7 @@ def load_base(base: Path, device: Device, bits: int = 16, dtype: str | None = No
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50 repacks weights for a bfloat16 kernel once a layer runs in eval mode: it rounds
             # differently from training, has no gradient afterwards, and needs widths that are multiples of 32.
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

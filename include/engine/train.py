@@ -84,8 +84,7 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
     if RANK == 0:
         _save(trained, tokenizer, job, plan)
         shutil.rmtree(job.out / CHECKPOINTS, ignore_errors=True)
-    losses = [entry["loss"] for entry in callback.log.entries]
-    compared = min(10, max(1, len(losses) // 2))  # the first and the last ones do not overlap
+    first, last = callback.log.first_and_last()
     return TrainResult(
         plan=plan,
         steps=trainer.state.global_step,
@@ -93,8 +92,8 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
         seconds=round(callback.log.seconds(), 2),
         tokens_per_second=round(callback.log.tokens_per_second(), 1),
         tokens=int(trainer.state.num_input_tokens_seen),
-        first_losses=sum(losses[:compared]) / compared,
-        last_losses=sum(losses[-compared:]) / compared,
+        first_losses=first,
+        last_losses=last,
         trainable_parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
         peak_memory_bytes=peak_memory(),
     )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from include.engine.device_plan import Plan
+from include.engine.jobs import TrainResult
 from include.evaluation.gate import Verdict
 
 CONTRACTS: dict[str, type[Contract]] = {}
@@ -213,22 +213,12 @@ class TemplateOutput(Contract, stage="template"):
     docs: str
 
 
-class TrainOutput(Contract, stage="train"):
+class TrainOutput(TrainResult, Contract, stage="train"):
     """The adapter (or the whole model) and the training log. Losses: means over the first and last ten log lines."""
 
     ADAPTER: ClassVar = "adapter"
     TRAINING_LOG: ClassVar = "training_log.jsonl"
 
-    plan: Plan
-    steps: int
-    resumed_from: str | None
-    seconds: float
-    tokens_per_second: float
-    tokens: int
-    first_losses: float
-    last_losses: float
-    trainable_parameters: int
-    peak_memory_bytes: int
     out_of_memory: list[OutOfMemoryEvent]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +22,34 @@ from include.errors import BadRecipe
         ({"training_arguments": {"max_grad_norm": "high"}}, "'max_grad_norm': .*number"),
         ({"generation_arguments": {"min_new_token": 3}}, "has no argument 'min_new_token' .did you mean"),
         ({"timeout_hours": {"trian": 1}}, "field 'timeout_hours': there is no stage 'trian'"),
+        (
+            {"target_modules": ["w_proj"]},
+            "field 'target_modules': the base has no layer w_proj .*Choose from: all-linear",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(
     fields: dict[str, Any], message: str, small_recipe: Callable, pipeline: Callable
 ) -> None:
-    recipe = small_recipe(dataset="/nowhere/rows.jsonl", **fields)
+    recipe = small_recipe(**fields)
     with pytest.raises(BadRecipe, match=message):
         pipeline(recipe, "resolve")
+
+
+def test_a_base_that_is_an_adapter_is_refused_with_its_base(
+    small_recipe: Callable, pipeline: Callable, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    (base / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/whole"}')
+    message = r"base is an adapter .adapter_config.json., not a whole model. Name its base owner/whole as base_model"
+    with pytest.raises(BadRecipe, match=message):
+        pipeline(small_recipe(base_model=str(base)), "resolve")
+
+
+def test_a_merge_of_a_base_stored_in_4_bits_is_refused_before_anything_runs(
+    small_recipe: Callable, pipeline: Callable, material: Path
+) -> None:
+    base = material / "cases" / "26-merge-of-a-4bit-base" / "s_bnb4"
+    with pytest.raises(BadRecipe, match="are stored in 4 bits, which excludes merged_16bit"):
+        pipeline(small_recipe(base_model=str(base), merged_16bit=True), "resolve")
+    pipeline(small_recipe(base_model=str(base)), "resolve")

@@ -51,6 +51,12 @@ def test_fields_plan_and_training_arguments_reach_the_trainer() -> None:
     assert (plain.adam_beta1, plain.save_total_limit, plain.warmup_steps) == (0.9, 2, 5)
 
 
+def test_a_trained_head_gets_a_loss_that_goes_through_its_adapter() -> None:
+    assert training_config(recipe_with(), PLAN, Path("/out"), "x").loss_type == "chunked_nll"
+    for fields in ({"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}):
+        assert training_config(recipe_with(**fields), PLAN, Path("/out"), "x").loss_type == "nll"
+
+
 def test_a_preference_training_takes_the_arguments_of_dpo() -> None:
     recipe = recipe_with(method="dpo", beta=0.3, training_arguments={"label_smoothing": 0.1, "loss_type": ["ipo"]})
     check_arguments(recipe)

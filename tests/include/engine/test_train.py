@@ -14,6 +14,7 @@ from pathlib import Path
 import orjson
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,16 +23,22 @@ from include.engine import supervise
 from include.engine.checkpoints import complete_checkpoint, newest_checkpoint
 from include.engine.device_plan import Device, Plan, make_plan
 from include.engine.jobs import TrainJob
-from include.engine.model import load_base, load_trainable
+from include.engine.model import load_base, load_trainable, variants
 from include.errors import BadData, BadRecipe, NotFound, ProcessLost
-from include.recipe import MODULE_SETS, validate_recipe
+from include.recipe import MODULE_SETS, PROJECTIONS, validate_recipe
 from include.storage.artifacts import Store
+from include.storage.files import file_digest
 from tests.conftest import conversation
 from tests.services.engine import engines, log_of, strike, wait_until
 
 ONE_STEP = {
     "max_steps": 1, "load_in_4bit": False, "per_device_train_batch_size": 256, "gradient_accumulation_steps": 1,
 }  # fmt: skip
+
+CPU_PLAN = Plan(
+    device="cpu", device_name="", dtype="float32", engine="transformers", optim="adamw_torch",
+    gradient_checkpointing=False, micro_batch=2, accumulation=4,
+)  # fmt: skip
 
 
 def ignore(_: str) -> None:
@@ -244,6 +251,87 @@ def test_a_loss_that_breaks_ends_the_run_and_names_step_and_rows(
     assert len(named) == 8
 
 
+def contents(var: Path) -> dict[str, str]:
+    """Return the digest of each file in the store, apart from the records of runs."""
+    files = (path for path in (var / "store").rglob("*") if path.is_file() and "runs" not in path.parts)
+    return {str(path): file_digest(path) for path in files}
+
+
+def test_trainings_write_nothing_into_artifacts_and_a_packed_one_resumes_with_the_same_losses(
+    small_recipe: Callable, pipeline: Callable, artifact: Callable, tmp_path: Path, var: Path
+) -> None:
+    fields = {"packing": True, "max_seq_length": 64, "early_stopping_patience": 1, "max_steps": 60, "save_steps": 4}
+    recipe = small_recipe(learning_rate=0.02, sweep={"lora_alpha": [16, 32]}, **fields)
+    prepared = pipeline(recipe, "candidates")
+    before = contents(var)
+    assert any("/template/" in name for name in before)
+    pipeline(recipe, "train")  # trains two candidates on the same packed rows; each may stop early
+    after = contents(var)
+    assert before.items() <= after.items()
+    assert {name.split("/small/")[1].split("/")[0] for name in after.keys() - before.keys()} <= {"train", "outcomes"}
+
+    template, candidates = artifact(prepared, "template"), [*(var / "store/small/train").iterdir()]
+    logs = {
+        json.loads((folder / "manifest.json").read_text())["settings"]["lora_alpha"]: folder for folder in candidates
+    }
+    job = TrainJob(
+        recipe=validate_recipe({**yaml.safe_load(recipe.read_text()), "name": "small", "sweep": {}}, "small"),
+        base=Path(yaml.safe_load(recipe.read_text())["base_model"]), base_name="b", base_revision=None,
+        tokenizer=template.local() / "tokenizer", rows=template.files("train"), holdout=template.files("holdout"),
+        out=tmp_path / "killed", run_name="small",
+    )  # fmt: skip
+    (template.local() / "train" / "cache-1.arrow").write_bytes(
+        (template.local() / "train" / "00000.arrow").read_bytes()
+    )
+    killer = strike(job.out, 6, signal.SIGKILL)
+    with pytest.raises(ProcessLost, match="ended by SIGKILL"):
+        supervise.run(job, job.out, ignore)
+    killer.join()
+    assert supervise.run(job, job.out, ignore).resumed_from
+    assert [e["loss"] for e in log_of(job.out)] == [e["loss"] for e in log_of(logs[16])], "bitwise the same losses"
+    (template.local() / "train" / "cache-1.arrow").unlink()
+    assert contents(var) == after
+
+
+def test_embeddings_and_head_get_an_adapter_that_loads_answers_and_merges_also_where_they_are_tied(
+    small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    recipe = small_recipe(target_modules="comprehensive", merged_16bit=True, max_steps=20)
+    lineage = pipeline(recipe)
+    weights = load_file(artifact(lineage, "train").local() / "adapter" / "adapter_model.safetensors")
+    trained = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in weights}
+    assert trained == set(MODULE_SETS["comprehensive"]), "and no weights of the base"
+    assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_embedding_A" in name)
+    assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lm_head.lora_B" in name)
+    assert artifact(lineage, "evaluate").metadata.verdict.publish
+    verified = artifact(lineage, "verify").metadata
+    assert verified.largest_difference == 0
+    assert verified.merged.kl < 1e-3, "merged, the tied head would have got the embeddings' change"
+
+
+def test_layers_that_are_trained_whole_leave_the_base_as_it_was(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = validate_recipe(
+        {"name": "x", "target_modules": ["all-linear"], "modules_to_save": ["embed_tokens"], "load_in_4bit": False}, "x"
+    )
+    ids, device = torch.tensor([[5, 6, 7, 8]]), Device(device="cpu", device_name="", dtype="float32")
+    adapters = {}
+    for name in ("one", "other"):
+        model = load_trainable(tiny_base, recipe, CPU_PLAN)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(tmp_path / name)
+        adapters[name] = tmp_path / name
+        assert {m for m in model.peft_config["default"].target_modules} == set(PROJECTIONS)
+    with torch.inference_mode():
+        alone = {
+            name: model(ids).logits for name, model in variants(tiny_base, {"other": adapters["other"]}, device, 16)
+        }
+        after = {name: model(ids).logits for name, model in variants(tiny_base, adapters, device, 16)}
+    assert torch.equal(alone["other"], after["other"]), "the first adapter's embeddings do not stay in the base"
+    assert not torch.equal(after["one"], after["other"])
+
+
 def test_training_stops_early_when_the_holdout_loss_no_longer_falls(train_job: Callable, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = train_job(out, max_steps=200, save_steps=5, early_stopping_patience=2, learning_rate=0.05)
@@ -275,12 +363,8 @@ def test_a_missing_base_and_a_wrong_projection_are_named(tiny_base: Path, tmp_pa
     with pytest.raises(NotFound, match="field 'base_model': .* cannot be loaded"):
         load_base(tmp_path, Device(device="cpu", device_name="", dtype="float32"))
     recipe = validate_recipe({"name": "x", "target_modules": ["w_proj"], "load_in_4bit": False}, "x")
-    plan = Plan(
-        device="cpu", device_name="", dtype="float32", engine="transformers", optim="adamw_torch",
-        gradient_checkpointing=False, micro_batch=2, accumulation=4,
-    )  # fmt: skip
     with pytest.raises(BadRecipe, match="field 'target_modules'"):
-        load_trainable(tiny_base, recipe, plan)
+        load_trainable(tiny_base, recipe, CPU_PLAN)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

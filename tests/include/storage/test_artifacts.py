@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from include.errors import NoPermission
+from include.errors import Damaged, NoPermission
 from include.storage.artifacts import Store
-from include.storage.files import DAMAGED, MANIFEST, fingerprint
+from include.storage.files import DAMAGED, MANIFEST, fingerprint, remove_tree
+from tests.conftest import PROJECT
 
 
 def work_folder(tmp_path: Path) -> Path:
@@ -52,6 +57,94 @@ def test_a_cut_file_makes_an_artifact_absent(tmp_path: Path) -> None:
     folder = store.commit(work_folder(tmp_path), "r", "train", "abc", metadata={}, summary="").local()
     (folder / "deep" / "data.bin").write_bytes(b"x" * 999)
     assert store.find("r", "train", "abc") is None
+
+
+def test_a_committed_artifact_is_read_only_and_a_changed_file_is_found_named_and_set_aside(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/store")
+    folder = store.commit(work_folder(tmp_path), "r", "train", "abc", metadata={}, summary="").local()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
+    assert modes == {"abc": 0o555, "deep": 0o555, "data.bin": 0o444, "note.txt": 0o444, MANIFEST: 0o444}
+    sealed = (folder / "note.txt").stat().st_mtime_ns
+
+    os.utime(folder / "note.txt")  # only its time differs, as after a copy: its digest decides
+    assert store.open("r", "train", "abc") is not None
+    assert (folder / "note.txt").stat().st_mtime_ns == sealed, "it is not read again at the next check"
+
+    (folder / "note.txt").write_text("hullo")  # as long as before; root may write all the same
+    with pytest.raises(
+        Damaged, match=r"output of train in .*/abc is damaged: note.txt has changed .* Clear the task train"
+    ):
+        store.open("r", "train", "abc")
+    assert store.find("r", "train", "abc") is None, "the next try makes it again"
+    (kept,) = folder.parent.glob(f".abc{DAMAGED}*")
+    assert (kept / "note.txt").read_text() == "hullo"
+    store.commit(work_folder(tmp_path), "r", "train", "abc", metadata={}, summary="")
+    assert store.open("r", "train", "abc") is not None
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_file_that_the_manifest_does_not_name_is_not_read(kind: str, tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/store" if kind == "file" else f"memory://{tmp_path.name}")
+    made = store.commit(work_folder(tmp_path), "r", "train", "abc", metadata={}, summary="")
+    folder = made.local()
+    (folder / "deep" / "cache-1.arrow").write_bytes(b"rows")
+    assert made.files("deep") == [folder / "deep" / "data.bin"]
+    assert store.find("r", "train", "abc") is not None
+
+
+def test_a_fetched_file_that_was_changed_is_fetched_again(tmp_path: Path) -> None:
+    store = Store(f"memory://{tmp_path.name}")
+    made = store.commit(work_folder(tmp_path), "r", "train", "abc", metadata={}, summary="")
+    file = made.local() / "note.txt"
+    file.write_text("hullo")
+    assert (made.local() / "note.txt").read_text() == "hello"
+
+
+# every step that a read-only folder could stop, done by an account that may not write there
+UNPRIVILEGED = """
+import sys
+from pathlib import Path
+from include.storage.artifacts import Store
+from include.storage.cleanup import Removal
+from include.storage.files import MANIFEST, remove
+
+root = Path(sys.argv[1])
+store = Store(f"file://{root}/store")
+
+def make():
+    (root / "work" / "deep").mkdir(parents=True)
+    (root / "work" / "deep" / "file").write_text("hello")
+    return store.commit(root / "work", "r", "train", "abc", metadata={}, summary="").local()
+
+folder = make()
+for write in (lambda: (folder / "deep" / "file").write_text("x"), lambda: (folder / "deep" / "new").write_text("x")):
+    try:
+        write()
+    except PermissionError:
+        continue
+    sys.exit("a committed folder was written to")
+make()  # in place of the one that is there
+assert [path.name for path in folder.parent.iterdir()] == ["abc"], list(folder.parent.iterdir())
+Removal("r", dry_run=False).remove_folder(folder, "artifact", 5)
+assert list(folder.parent.iterdir()) == []
+make()
+remove(store.path("r", "train"))
+assert list(store.path("r").iterdir()) == []
+"""
+
+
+def test_artifacts_are_replaced_and_removed_by_an_account_that_may_not_write_to_them() -> None:
+    root = Path(tempfile.mkdtemp())  # not pytest's, which is root's alone
+    nobody = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
+    try:
+        if nobody:
+            os.chown(root, 65534, 65534)
+        command = [sys.executable, "-B", "-c", UNPRIVILEGED, str(root)]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False, **nobody)
+        assert done.returncode == 0, done.stderr
+    finally:
+        remove_tree(root)
 
 
 def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
