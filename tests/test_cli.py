@@ -38,7 +38,7 @@ def data_recipe(write_recipe: Callable, dataset: Path, tmp_path: Path) -> Path:
     """A recipe whose data stages need no model: its base is a folder that looks like one."""
     base = tmp_path / "base"
     base.mkdir()
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
     (base / "model.safetensors").write_bytes(b"")
     return write_recipe(dataset=str(dataset), base_model=str(base))
 

@@ -27,9 +27,18 @@ def check_base(recipe: Recipe, folder: Path) -> None:
     name, config = recipe.base_model, orjson.loads((folder / "config.json").read_bytes())
     _check_quantization(recipe, config.get("quantization_config") or {})
     model = _empty_model(name, folder, config)
-    if not recipe.full_finetuning:
-        _check_modules("target_modules", [m for m in recipe.target_modules if m != ALL_LINEAR], adaptable_names(model))
-        _check_modules("modules_to_save", recipe.modules_to_save, _names_with_weights(model))
+    if recipe.full_finetuning:
+        return
+    failures = []
+    for candidate in recipe.candidates().values():
+        try:
+            adapted = [module for module in candidate.target_modules if module != ALL_LINEAR]
+            _check_modules("target_modules", adapted, adaptable_names(model))
+            _check_modules("modules_to_save", candidate.modules_to_save, _names_with_weights(model))
+            return  # a sweep goes on with the candidates that can train
+        except BadRecipe as error:
+            failures.append(error)
+    raise failures[0]
 
 
 def adaptable_names(model: Any) -> list[str]:

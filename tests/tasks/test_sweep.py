@@ -56,8 +56,8 @@ def test_the_best_of_a_grid_is_published_and_the_rest_is_told(
 
 
 def test_a_grid_of_which_none_comes_through_says_what_became_of_it(small_recipe: Callable, pipeline: Callable) -> None:
-    with pytest.raises(PermanentError, match="all 2 candidates failed; the first one: r=4: field 'target_modules'"):
-        pipeline(small_recipe(sweep={"r": [4, 8]}, target_modules=["no_proj"]))
+    with pytest.raises(PermanentError, match="all 2 candidates failed; the first one: r=4: field 'report_to'"):
+        pipeline(small_recipe(sweep={"r": [4, 8]}, report_to=["tensorboard"]))
     summary = report("small", "test")
     assert (summary["verdict"], summary["error"]["kind"]) == ("failed", "PermanentError")
     assert len(summary["sweep"]) == 2

@@ -64,6 +64,12 @@ def test_layers_that_cannot_train_are_refused_with_those_that_can(
         check_base(recipe_with(**fields), config_only())
 
 
+def test_a_sweep_needs_one_candidate_that_can_train(config_only: Any) -> None:
+    check_base(recipe_with(sweep={"target_modules": [["w_proj"], "minimal"]}), config_only())
+    with pytest.raises(BadRecipe, match="has no layer w_proj"):
+        check_base(recipe_with(sweep={"target_modules": [["w_proj"], ["x_proj"]]}), config_only())
+
+
 def test_the_sets_are_the_tutorials() -> None:
     assert MODULE_SETS["standard"] == PROJECTIONS
     assert MODULE_SETS["comprehensive"] == [*PROJECTIONS, "embed_tokens", "lm_head"]

@@ -260,7 +260,7 @@ def contents(var: Path) -> dict[str, str]:
 def test_trainings_write_nothing_into_artifacts_and_a_packed_one_resumes_with_the_same_losses(
     small_recipe: Callable, pipeline: Callable, artifact: Callable, tmp_path: Path, var: Path
 ) -> None:
-    fields = {"packing": True, "max_seq_length": 64, "early_stopping_patience": 1, "max_steps": 60, "save_steps": 4}
+    fields = {"packing": True, "early_stopping_patience": 1, "max_steps": 60, "save_steps": 4}
     recipe = small_recipe(learning_rate=0.02, sweep={"lora_alpha": [16, 32]}, **fields)
     prepared = pipeline(recipe, "candidates")
     before = contents(var)
@@ -322,7 +322,7 @@ def test_layers_that_are_trained_whole_leave_the_base_as_it_was(tiny_base: Path,
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         model.save_pretrained(tmp_path / name)
         adapters[name] = tmp_path / name
-        assert {m for m in model.peft_config["default"].target_modules} == set(PROJECTIONS)
+        assert set(model.peft_config["default"].target_modules) == set(PROJECTIONS)
     with torch.inference_mode():
         alone = {
             name: model(ids).logits for name, model in variants(tiny_base, {"other": adapters["other"]}, device, 16)
