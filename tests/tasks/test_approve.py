@@ -20,6 +20,7 @@ from include.storage.artifacts import Store
 from include.storage.files import to_json
 from tasks.approve import Answer, approve, ask, refuse_if_approval_needed, regressions
 from tasks.report import report
+from tests.conftest import unlock
 
 MONDAY = datetime(2026, 11, 23, 9, 30, tzinfo=UTC)
 WORSE = [0.012 + 0.001 * i for i in range(12)]
@@ -165,6 +166,7 @@ def test_another_question_in_the_same_run_is_refused(var: Path, judged: Callable
         approve(lineage, Answer(False, "Ada", MONDAY))
     assert ask(lineage, "") == question
     manifest = var / "store" / "small" / "evaluate" / "evaluate" / "manifest.json"
+    unlock(manifest)
     manifest.write_bytes(to_json({**json.loads(manifest.read_text()), "metadata": measured(live=None).to_json()}))
     with pytest.raises(Conflict, match="the approval question has changed .* Start a new run"):
         ask(lineage, "")

@@ -25,7 +25,7 @@ from include.storage.files import MANIFEST, to_json
 from tasks.maintenance import maintain_disk, maintain_store
 from tasks.report import report
 from tasks.rollback import rollback
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, unlock
 from tests.services.hub import Hub
 
 TIMES = ("made_at", "started_at", "finished_at")
@@ -34,6 +34,7 @@ LOCK = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n    print('h
 
 def age(days: float, *places: Path) -> None:
     """Make files, and the times in manifests and records, older."""
+    unlock(*places)
     for path in (path for place in places for path in (place, *place.rglob("*"))):
         if path.suffix == ".json":
             content = json.loads(path.read_bytes())
@@ -144,6 +145,7 @@ def test_a_killed_maintenance_leaves_nothing_half_valid_and_two_at_once_finish_i
     commit(Store(), tmp_path, f"{0:016x}")
     stage = var / "store" / "small" / "train"
     made = (stage / f"{0:016x}" / MANIFEST).read_text()
+    unlock(stage)
     for fingerprint in (f"{number:016x}" for number in range(1, 200)):
         shutil.copytree(stage / f"{0:016x}", stage / fingerprint)
         (stage / fingerprint / MANIFEST).write_text(made.replace(f"{0:016x}", fingerprint))

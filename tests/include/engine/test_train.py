@@ -28,7 +28,7 @@ from include.errors import BadData, BadRecipe, NotFound, ProcessLost
 from include.recipe import MODULE_SETS, PROJECTIONS, validate_recipe
 from include.storage.artifacts import Store
 from include.storage.files import file_digest
-from tests.conftest import conversation
+from tests.conftest import conversation, unlock
 from tests.services.engine import engines, log_of, strike, wait_until
 
 ONE_STEP = {
@@ -280,6 +280,7 @@ def test_trainings_write_nothing_into_artifacts_and_a_packed_one_resumes_with_th
         tokenizer=template.local() / "tokenizer", rows=template.files("train"), holdout=template.files("holdout"),
         out=tmp_path / "killed", run_name="small",
     )  # fmt: skip
+    unlock(template.local())
     (template.local() / "train" / "cache-1.arrow").write_bytes(
         (template.local() / "train" / "00000.arrow").read_bytes()
     )

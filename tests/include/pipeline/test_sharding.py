@@ -26,7 +26,7 @@ from include.storage.files import MANIFEST, file_digest
 from tasks.report import report
 from tasks.standardize import decide, standardize
 from tasks.template import template
-from tests.conftest import PROJECT, conversation, last_run
+from tests.conftest import PROJECT, conversation, last_run, unlock
 from tests.services.s3 import S3
 
 WORDS = [f"{a}{b}" for a in ("ba", "de", "ki", "lo", "mu", "ra", "se", "ti") for b in ("n", "rd", "la", "st", "mmo")]
@@ -216,7 +216,9 @@ def test_a_shard_that_is_killed_or_done_twice_does_no_harm(
         assert known(found) == said, name
         files = {path.relative_to(found.local()).as_posix() for path in found.local().rglob("*") if path.is_file()}
         assert files == {*found.manifest["files"], MANIFEST}
-    (tmp_path / "third" / "small" / "template" / workers.lineage["template"] / "train" / "00001.arrow").unlink()
+    made = tmp_path / "third" / "small" / "template" / workers.lineage["template"]
+    unlock(made)
+    (made / "train" / "00001.arrow").unlink()
     assert [shard["first"] for shard in workers.say("template", "plan")] == [0, 1], "half of it is worth nothing"
 
 

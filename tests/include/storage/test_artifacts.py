@@ -14,7 +14,7 @@ import pytest
 from include.errors import Damaged, NoPermission
 from include.storage.artifacts import Store
 from include.storage.files import DAMAGED, MANIFEST, fingerprint
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, unlock
 
 
 def work_folder(tmp_path: Path) -> Path:
@@ -43,6 +43,7 @@ def test_without_its_manifest_or_one_of_its_files_an_artifact_is_absent_and_can_
     store = Store(f"file://{tmp_path}/store")
     for missing in (MANIFEST, "note.txt"):
         folder = store.commit(work_folder(tmp_path), "r", "train", "abc", metadata={}, summary="").local()
+        unlock(folder)
         (folder / missing).unlink()
         assert store.find("r", "train", "abc") is None
         store.commit(work_folder(tmp_path), "r", "train", "abc", metadata={}, summary="")
@@ -55,6 +56,7 @@ def test_without_its_manifest_or_one_of_its_files_an_artifact_is_absent_and_can_
 def test_a_cut_file_makes_an_artifact_absent(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}/store")
     folder = store.commit(work_folder(tmp_path), "r", "train", "abc", metadata={}, summary="").local()
+    unlock(folder)
     (folder / "deep" / "data.bin").write_bytes(b"x" * 999)
     assert store.find("r", "train", "abc") is None
 
@@ -70,7 +72,8 @@ def test_a_committed_artifact_is_read_only_and_a_changed_file_is_found_named_and
     assert store.open("r", "train", "abc") is not None
     assert (folder / "note.txt").stat().st_mtime_ns == sealed, "it is not read again at the next check"
 
-    (folder / "note.txt").write_text("hullo")  # as long as before; root may write all the same
+    unlock(folder)
+    (folder / "note.txt").write_text("hullo")  # as long as before
     with pytest.raises(
         Damaged, match=r"output of train in .*/abc is damaged: note.txt has changed .* Clear the task train"
     ):
@@ -88,6 +91,7 @@ def test_a_file_that_the_manifest_does_not_name_is_not_read(kind: str, tmp_path:
     store = Store(f"file://{tmp_path}/store" if kind == "file" else f"memory://{tmp_path.name}")
     made = store.commit(work_folder(tmp_path), "r", "train", "abc", metadata={}, summary="")
     folder = made.local()
+    unlock(folder)
     (folder / "deep" / "cache-1.arrow").write_bytes(b"rows")
     assert made.files("deep") == [folder / "deep" / "data.bin"]
     assert store.find("r", "train", "abc") is not None
@@ -97,6 +101,7 @@ def test_a_fetched_file_that_was_changed_is_fetched_again(tmp_path: Path) -> Non
     store = Store(f"memory://{tmp_path.name}")
     made = store.commit(work_folder(tmp_path), "r", "train", "abc", metadata={}, summary="")
     file = made.local() / "note.txt"
+    unlock(file.parent)
     file.write_text("hullo")
     assert (made.local() / "note.txt").read_text() == "hello"
 
