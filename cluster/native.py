@@ -95,6 +95,8 @@ class Process:
             "HOSTNAME": name,
             **{key: str(value) for key, value in service["environment"].items()},
         }
+        if "devices" not in service.get("deploy", {}).get("resources", {}).get("reservations", {}):
+            self.environment["CUDA_VISIBLE_DEVICES"] = ""  # as a container, it sees no GPU
 
     def start(self) -> None:
         """Start the process."""

@@ -69,7 +69,7 @@ class Conflict(RetuneError):
     """
 
 
-class Damaged(RetuneError):
+class Damaged(Conflict):
     """A file of an artifact is not what its manifest says. The stage that made the artifact must run again."""
 
 

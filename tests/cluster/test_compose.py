@@ -12,7 +12,7 @@ import yaml
 from dotenv import dotenv_values
 
 from cluster.env import SECRETS, write_env
-from cluster.native import COMPOSE, Cluster, interpolate
+from cluster.native import COMPOSE, Cluster, Process, interpolate
 from include.errors import RetuneError
 from tests.conftest import PROJECT
 
@@ -137,3 +137,14 @@ def test_the_images_are_of_this_version() -> None:
     assert version
     own = {service["image"] for service in SERVICES.values() if "build" in service}
     assert own == {f"retune:{version[1]}", f"retune-gpu:{version[1]}"}
+
+
+def test_without_containers_only_a_service_with_a_gpu_sees_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    visible = {
+        name: Process(name, service, tmp_path, tmp_path / "log").environment["CUDA_VISIBLE_DEVICES"]
+        for name, service in SERVICES.items()
+        if name.startswith("worker")
+    }
+    assert visible.pop("worker-gpu") == "0,1"
+    assert set(visible.values()) == {""}
