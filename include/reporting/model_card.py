@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tomllib
 from typing import Any
 
 import yaml
 
 from include.data.sources import is_hub_id
+from include.paths import PROJECT
 from include.reporting.pages import page_templates
 
+# the oldest packages with which Retune's tests load what it publishes: tests/compat-requirements.txt
+OLDEST_TESTED = {"transformers": "4.57.3", "peft": "0.15.2"}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-lora-rank accepts
 
 
@@ -31,6 +35,12 @@ def model_card(manifest: dict[str, Any], manifest_sha256: str) -> str:
         vllm_rank=min(rank for rank in VLLM_RANKS if rank >= min(manifest["recipe"]["r"], VLLM_RANKS[-1])),
         manifest_sha256=manifest_sha256,
     )
+
+
+def also_tested_with() -> dict[str, str]:
+    """Return the version of Retune (`retune`), and the oldest packages with which its tests load what it publishes."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {"retune": project["version"], **OLDEST_TESTED}
 
 
 def _metadata_of_base(base: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import pytest
 from include.evaluation.answer_checks import CHECKS
 from include.evaluation.gate import judge
 from include.pipeline.contracts import CONTRACTS, Answer, Contract, EvaluateOutput, LiveVersion, SmokeTestOutput
-from include.reporting.model_card import merged_card
+from include.reporting.model_card import also_tested_with, merged_card
 from include.reporting.pages import page_templates, report_page
 from include.reporting.plots import loss_plot
+from tests.services.older_packages import REQUIREMENTS
 
 BASE = [1.0 + 0.01 * i for i in range(12)]
 LIVE = [0.5 + 0.01 * i for i in range(12)]
@@ -113,8 +114,20 @@ def test_a_merged_models_card_says_which_base_was_evaluated(bits: str, sentence:
         "base": {"name": "org/base", "revision": "abc", "license": "mit"},
         "adapter": {"name": "v1", "repository": "me/small", "place": "https://hub/me/small"},
         "dtype": "bfloat16",
+        "packages": {"transformers": "5.17.0", "peft": "0.21.2", "torch": "2.13.0"},
+        "also_tested_with": also_tested_with(),
     }
     card = merged_card(manifest, "0123")
     assert sentence in card
     assert "vllm serve me/small-merged" in card
+    assert "Merged with transformers 5.17.0, PEFT 0.21.2 and torch 2.13.0." in card
+    assert "load merged models with transformers 4.57.3, too" in card
     assert "[me/small](https://hub/me/small)" in card and "base_model: org/base" in card and "`0123`" in card
+
+
+def test_a_card_claims_the_packages_that_the_tests_install() -> None:
+    lines = [line.split("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines()]
+    pinned = dict(line.split("==") for line in lines if line)
+    claimed = also_tested_with()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", claimed.pop("retune"))
+    assert claimed == {name: pinned[name] for name in claimed}
