@@ -39,16 +39,8 @@ def installed() -> Path:
         if not folder.exists():
             tmp = folder.with_suffix(".tmp")  # an installation that was cut off is not taken for a whole one
             shutil.rmtree(tmp, ignore_errors=True)
-            pip = [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--disable-pip-version-check",
-                "--no-deps",
-                "--no-compile",
-            ]
+            options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]
+            pip = [sys.executable, "-m", "pip", "install", *options]
             subprocess.run([*pip, "--target", str(tmp), "-r", str(REQUIREMENTS)], check=True)
             tmp.rename(folder)
     return folder

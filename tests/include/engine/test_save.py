@@ -45,10 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
 }  # fmt: skip
-ONLY_OLDER_NAMES = {
-    "qwen3_moe",
-    "phi3",
-}  # nobody but the base's own config.json has names for what transformers 4 needs
+ONLY_OLDER_NAMES = {"qwen3_moe", "phi3"}  # transformers 4 needs more, which only the base's own config.json names
 IDS = [5 + (7 * i * i + 3 * i) % 59 for i in range(48)]
 
 
