@@ -102,7 +102,7 @@ def publish_merged(context: StageContext, version: Version, adapter: Path, manif
         "base": manifest["base"],
         "dtype": made.dtype,
         "packages": installed_packages(),
-        "also_tested_with": also_tested_with(),
+        "also_tested_with": also_tested_with(folder),
         "files": describe_files(folder),
     }  # fmt: skip
     (folder / MANIFEST).write_bytes(to_json(manifest))
@@ -146,5 +146,5 @@ def build_manifest(context: StageContext, outputs: dict[str, Output[Any]]) -> di
         "fingerprints": {name: output.fingerprint for name, output in outputs.items()},
         "packages": {**installed_packages(), **outputs["train"].manifest["packages"]},
         "loaded_with": {name: outputs["smoke_test"].manifest["packages"][name] for name in LOADING_PACKAGES},
-        "also_tested_with": also_tested_with(),
+        "also_tested_with": also_tested_with(outputs["train"].local() / TrainOutput.ADAPTER),
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
+import orjson
 import yaml
 
 from include.data.sources import is_hub_id
@@ -37,8 +39,19 @@ def model_card(manifest: dict[str, Any], manifest_sha256: str) -> str:
     )
 
 
-def also_tested_with() -> dict[str, str]:
-    """Return the version of Retune (`retune`), and the oldest packages with which its tests load what it publishes."""
+def also_tested_with(folder: Path) -> dict[str, str] | None:
+    """Return the version of Retune (`retune`), and the oldest packages with which its tests load what it publishes.
+
+    Args:
+        folder: of an adapter or of a whole model.
+
+    Returns:
+        None for an adapter of experts that transformers 5 has as one tensor (`target_parameters`): transformers 4 has a
+        module for each expert, and PEFT 0.15 ignores the adapter's weights of them without an error.
+    """
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and orjson.loads(adapter.read_bytes()).get("target_parameters"):
+        return None
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return {"retune": project["version"], **OLDEST_TESTED}
 

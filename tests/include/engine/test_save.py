@@ -1,4 +1,4 @@
-"""A saved model computes the same with transformers 4.57 as with 5, whatever family it is of."""
+"""A saved model and its adapter compute the same with transformers 4.57 as with 5, whatever family they are of."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from include.engine.save import save_model, with_older_names
+from include.reporting.model_card import also_tested_with
 from tests.services.loading import load
 from tests.services.older_packages import load_with_older_packages
 
@@ -46,12 +48,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ONLY_OLDER_NAMES = {"qwen3_moe", "phi3"}  # transformers 4 needs more, which only the base's own config.json names
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED_EXPERTS = {"qwen3_moe"}  # PEFT adapts them as one tensor, which transformers 4 has not; merged, they fit
 IDS = [5 + (7 * i * i + 3 * i) % 59 for i in range(48)]
 
 
+Saved = dict[str, tuple[Path, torch.Tensor, torch.Tensor]]
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[list[float]]]]:
-    """Models with random weights, saved; for each its folder and the logits that it had before."""
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Models and adapters with random weights, saved in `saved/` and `adapter/` of a folder (`merged/` has both); for
+    each family the folder, and the logits (positions x vocabulary) of the model and of the model with its adapter.
+    """
     made = {}
     for family, settings in FAMILIES.items():
         folder = tmp_path_factory.mktemp(family)
@@ -64,30 +73,41 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, lis
         for weight in model.parameters():
             weight.data *= 8 if weight.dim() > 1 else 1  # attention looks at positions
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([IDS])).logits[0].tolist()
+            logits = model(input_ids=torch.tensor([IDS])).logits[0]
         # what a base may say and the saved model must not
         (folder / "base" / "config.json").write_text(json.dumps({**written, **quantized}))
         save_model(model, folder / "base", folder / "saved")
-        made[family] = folder / "saved", logits
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=PROJECTIONS)).eval()
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_()
+        adapted.save_pretrained(str(folder / "adapter"))
+        with torch.inference_mode():
+            made[family] = folder, logits, adapted(input_ids=torch.tensor([IDS])).logits[0]
+        if family in FUSED_EXPERTS:
+            save_model(adapted.merge_and_unload(), folder / "base", folder / "merged")
     return made
 
 
-def test_both_generations_of_transformers_compute_the_logits_of_the_model_that_was_saved(
-    saved: dict[str, tuple[Path, list[list[float]]]],
-) -> None:
-    jobs = [{"model": str(folder), "ids": IDS} for folder, _ in saved.values()]
-    for family, (_, expected), old, new in zip(
-        saved, saved.values(), load_with_older_packages(jobs), map(load, jobs), strict=True
-    ):
-        assert (old["versions"]["transformers"], new["versions"]["transformers"]) == ("4.57.3", "5.17.0"), family
-        assert torch.tensor(expected).std() > 0.5, "a difference would be seen"
+def test_both_generations_of_transformers_compute_the_logits_of_what_was_saved(saved: Saved) -> None:
+    jobs, expected = [], []
+    for folder, plain, adapted in saved.values():
+        model = {"model": str(folder / "saved"), "ids": IDS}
+        with_adapter = {"adapter": str(folder / "adapter")}
+        jobs += [model, model | ({"model": str(folder / "merged")} if (folder / "merged").exists() else with_adapter)]
+        assert bool(also_tested_with(folder / "adapter")) is not (folder / "merged").exists()
+        assert also_tested_with(folder / "saved")
+        expected += [plain, adapted]
+        assert plain.std() > 0.5 and (plain - adapted).abs().max() > 0.5, "a difference would be seen"
+    for job, logits, old, new in zip(jobs, expected, load_with_older_packages(jobs), map(load, jobs), strict=True):
+        assert (old["versions"]["transformers"], new["versions"]["transformers"]) == ("4.57.3", "5.17.0")
         for found in (old, new):
-            torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(expected), atol=1e-4, rtol=0)
-        assert (old["answer"], old["dtype"]) == (new["answer"], new["dtype"]), family
+            torch.testing.assert_close(torch.tensor(found["logits"]), logits, atol=1e-4, rtol=0, msg=str(job))
+        assert (old["answer"], old["dtype"]) == (new["answer"], new["dtype"]), job
 
 
-def test_config_json_has_the_names_of_both_generations(saved: dict[str, tuple[Path, list[list[float]]]]) -> None:
-    config = {family: json.loads((folder / "config.json").read_text()) for family, (folder, _) in saved.items()}
+def test_config_json_has_the_names_of_both_generations(saved: Saved) -> None:
+    config = {name: json.loads((folder / "saved" / "config.json").read_text()) for name, (folder, *_) in saved.items()}
     llama = config["llama"]
     assert (llama["rope_theta"], llama["rope_scaling"]) == (500000.0, FAMILIES["llama"]["rope_scaling"])
     assert llama["rope_parameters"] == {"rope_theta": 500000.0, **llama["rope_scaling"]}
@@ -98,11 +118,9 @@ def test_config_json_has_the_names_of_both_generations(saved: dict[str, tuple[Pa
         assert config[family]["architectures"] and config[family]["transformers_version"] == "5.17.0"
 
 
-def test_a_base_that_transformers_5_wrote_gets_the_older_names_too(
-    saved: dict[str, tuple[Path, list[list[float]]]],
-) -> None:
+def test_a_base_that_transformers_5_wrote_gets_the_older_names_too(saved: Saved) -> None:
     for family in set(FAMILIES) - ONLY_OLDER_NAMES:
-        config = json.loads((saved[family][0] / "config.json").read_text())
+        config = json.loads((saved[family][0] / "saved" / "config.json").read_text())
         older = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "torch_dtype"}
         newer = {name: value for name, value in config.items() if name not in older}
         assert with_older_names(newer, newer) == config, family
