@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from include.chat.tokenized import load_rows
+from include.chat.tokenizer import copy_tokenizer
 from include.engine.arguments import training_config
 from include.engine.attention import use_varlen
 from include.engine.checkpoints import ADAPTER, CHECKPOINTS, newest_checkpoint
@@ -14,6 +15,7 @@ from include.engine.device_plan import PLAN, Plan, fit, free_memory, make_plan
 from include.engine.distributed import RANK, init_process_group
 from include.engine.jobs import Progress, TrainJob, TrainResult
 from include.engine.model import load_trainable
+from include.engine.save import save_model
 from include.errors import BadData, BadRecipe, OutOfMemory, ProcessLost, RetuneError
 from include.storage.files import atomic_write, to_json
 
@@ -82,7 +84,7 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
             "Run again: it resumes from that step",
         )
     if RANK == 0:
-        _save(trained, tokenizer, job, plan)
+        _save(trained, job, plan)
         shutil.rmtree(job.out / CHECKPOINTS, ignore_errors=True)
     first, last = callback.log.first_and_last()
     return TrainResult(
@@ -153,21 +155,20 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
         raise BadRecipe(f"{field}the trainer refuses the recipe: {problem}", "Correct it and run again") from error
 
 
-def _save(trained: Any, tokenizer: Any, job: TrainJob, plan: Plan) -> None:
+def _save(trained: Any, job: TrainJob, plan: Plan) -> None:
     """Write the adapter, or the whole model, with its tokenizer. Its config names the pinned base, and no folder of
     this machine.
     """
     import torch
 
     folder: Path = job.out / ADAPTER
-    options: dict[str, Any] = {}
     if job.recipe.full_finetuning:
         trained.config._name_or_path = job.base_name
-        trained = trained.to(getattr(torch, plan.dtype))
+        save_model(trained.to(getattr(torch, plan.dtype)), job.base, folder)
     else:
         config = trained.peft_config["default"]
         config.base_model_name_or_path, config.revision = job.base_name, job.base_revision
-        options = {"save_embedding_layers": False}  # of the base; those that are trained whole are saved anyway
-    trained.save_pretrained(str(folder), safe_serialization=True, **options)
-    tokenizer.save_pretrained(str(folder))
+        # of the base's embeddings nothing is saved; layers that are trained whole are saved anyway
+        trained.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    copy_tokenizer(job.tokenizer, folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `publish` writes the real one
