@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from include.errors import BadRecipe
+from tests.services.hub import Hub
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,18 @@ def test_a_merge_of_a_base_stored_in_4_bits_is_refused_before_anything_runs(
     with pytest.raises(BadRecipe, match="are stored in 4 bits, which excludes merged_16bit"):
         pipeline(small_recipe(base_model=str(base), merged_16bit=True), "resolve")
     pipeline(small_recipe(base_model=str(base)), "resolve")
+
+
+def test_a_base_on_the_hub_is_checked_by_its_config(
+    small_recipe: Callable, pipeline: Callable, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"config.json": (tiny_base / "config.json").read_bytes(), "model.safetensors": b"never fetched"}
+    with Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.put("owner/base", files)
+        pipeline(small_recipe(base_model="owner/base"), "resolve")
+        with pytest.raises(BadRecipe, match="field 'target_modules': the base has no layer w_proj"):
+            pipeline(small_recipe(base_model="owner/base", target_modules=["w_proj"]), "resolve")
+        hub.put("owner/adapter", {**files, "adapter_config.json": b"{}"})
+        with pytest.raises(BadRecipe, match="field 'base_model': owner/adapter is an adapter"):
+            pipeline(small_recipe(base_model="owner/adapter"), "resolve")

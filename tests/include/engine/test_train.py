@@ -10,22 +10,27 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import orjson
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from include.chat.tokenized import load_rows
 from include.engine import supervise
+from include.engine.arguments import training_config
 from include.engine.checkpoints import complete_checkpoint, newest_checkpoint
-from include.engine.device_plan import Device, Plan, make_plan
+from include.engine.device_plan import Plan, make_plan
 from include.engine.jobs import TrainJob
-from include.engine.model import load_base, load_trainable, variants
-from include.errors import BadData, BadRecipe, NotFound, ProcessLost
-from include.recipe import MODULE_SETS, PROJECTIONS, validate_recipe
+from include.engine.model import load_trainable
+from include.engine.train import _trainer
+from include.errors import BadData, BadRecipe, ProcessLost, RetuneError
+from include.recipe import MODULE_SETS, validate_recipe
 from include.storage.artifacts import Store
 from include.storage.files import file_digest
 from tests.conftest import conversation, unlock
@@ -299,43 +304,22 @@ def test_trainings_write_nothing_into_artifacts_and_a_packed_one_resumes_with_th
     assert contents(var) == after
 
 
-def test_embeddings_and_head_get_an_adapter_that_loads_answers_and_merges_also_where_they_are_tied(
-    small_recipe: Callable, pipeline: Callable, artifact: Callable
+def test_settings_that_the_trainer_refuses_and_a_second_visible_gpu_end_in_one_sentence(
+    tiny_base: Path, tmp_path: Path
 ) -> None:
-    recipe = small_recipe(target_modules="comprehensive", merged_16bit=True, max_steps=20)
-    lineage = pipeline(recipe)
-    weights = load_file(artifact(lineage, "train").local() / "adapter" / "adapter_model.safetensors")
-    trained = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in weights}
-    assert trained == set(MODULE_SETS["comprehensive"]), "and no weights of the base"
-    assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_embedding_A" in name)
-    assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lm_head.lora_B" in name)
-    assert artifact(lineage, "evaluate").metadata.verdict.publish
-    verified = artifact(lineage, "verify").metadata
-    assert verified.largest_difference == 0
-    assert verified.merged.kl < 1e-3, "merged, the tied head would have got the embeddings' change"
-
-
-def test_layers_that_are_trained_whole_leave_the_base_as_it_was(tiny_base: Path, tmp_path: Path) -> None:
     recipe = validate_recipe(
-        {"name": "x", "target_modules": ["all-linear"], "modules_to_save": ["embed_tokens"], "load_in_4bit": False}, "x"
-    )
-    ids, device = torch.tensor([[5, 6, 7, 8]]), Device(device="cpu", device_name="", dtype="float32")
-    adapters = {}
-    for name in ("one", "other"):
-        model = load_trainable(tiny_base, recipe, CPU_PLAN)
-        with torch.no_grad():
-            for parameter in (p for p in model.parameters() if p.requires_grad):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        model.save_pretrained(tmp_path / name)
-        adapters[name] = tmp_path / name
-        assert set(model.peft_config["default"].target_modules) == set(PROJECTIONS)
-    with torch.inference_mode():
-        alone = {
-            name: model(ids).logits for name, model in variants(tiny_base, {"other": adapters["other"]}, device, 16)
-        }
-        after = {name: model(ids).logits for name, model in variants(tiny_base, adapters, device, 16)}
-    assert torch.equal(alone["other"], after["other"]), "the first adapter's embeddings do not stay in the base"
-    assert not torch.equal(after["one"], after["other"])
+        {"name": "x", "target_modules": ["q_proj", "lm_head"], "load_in_4bit": False, "max_steps": 1,
+         "training_arguments": {"loss_type": "chunked_nll"}}, "x",
+    )  # fmt: skip
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[5, 6, 7]]})
+    job: Any = SimpleNamespace(recipe=recipe)
+    config = training_config(recipe, CPU_PLAN, tmp_path, "x")
+    model, tokenizer = load_trainable(tiny_base, recipe, CPU_PLAN), AutoTokenizer.from_pretrained(tiny_base)
+    with pytest.raises(BadRecipe, match="field 'training_arguments': the trainer refuses the recipe: .*chunked_nll"):
+        _trainer(job, config, model, rows, tokenizer, TrainerCallback())
+    config._n_gpu = 2
+    with pytest.raises(RetuneError, match="this process sees 2 GPUs and may use one"):
+        _trainer(job, config, model, rows, tokenizer, TrainerCallback())
 
 
 def test_training_stops_early_when_the_holdout_loss_no_longer_falls(train_job: Callable, tmp_path: Path) -> None:
@@ -363,14 +347,6 @@ def test_a_tracker_that_is_not_installed_is_named(train_job: Callable, tmp_path:
     out = tmp_path / "out"
     with pytest.raises(BadRecipe, match="field 'report_to': .*tensorboard"):
         supervise.run(train_job(out, report_to=["tensorboard"]), out, ignore)
-
-
-def test_a_missing_base_and_a_wrong_projection_are_named(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="field 'base_model': .* cannot be loaded"):
-        load_base(tmp_path, Device(device="cpu", device_name="", dtype="float32"))
-    recipe = validate_recipe({"name": "x", "target_modules": ["w_proj"], "load_in_4bit": False}, "x")
-    with pytest.raises(BadRecipe, match="field 'target_modules'"):
-        load_trainable(tiny_base, recipe, CPU_PLAN)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

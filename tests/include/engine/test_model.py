@@ -1,0 +1,68 @@
+"""Models as they are loaded: a base with a new adapter, trained adapters, and what cannot be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from include.engine.device_plan import Device, Plan
+from include.engine.model import load_base, load_trainable, variants
+from include.errors import BadRecipe, NotFound
+from include.recipe import MODULE_SETS, PROJECTIONS, validate_recipe
+
+CPU_PLAN = Plan(
+    device="cpu", device_name="", dtype="float32", engine="transformers", optim="adamw_torch",
+    gradient_checkpointing=False, micro_batch=2, accumulation=4,
+)  # fmt: skip
+
+
+def test_embeddings_and_head_get_an_adapter_that_loads_answers_and_merges_also_where_they_are_tied(
+    small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    recipe = small_recipe(target_modules="comprehensive", merged_16bit=True, max_steps=20)
+    lineage = pipeline(recipe)
+    weights = load_file(artifact(lineage, "train").local() / "adapter" / "adapter_model.safetensors")
+    trained = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in weights}
+    assert trained == set(MODULE_SETS["comprehensive"]), "and no weights of the base"
+    assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_embedding_A" in name)
+    assert any(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lm_head.lora_B" in name)
+    assert artifact(lineage, "evaluate").metadata.verdict.publish
+    verified = artifact(lineage, "verify").metadata
+    assert verified.largest_difference == 0
+    assert verified.merged.kl < 1e-3, "merged, the tied head would have got the embeddings' change"
+
+
+def test_layers_that_are_trained_whole_leave_the_base_as_it_was(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = validate_recipe(
+        {"name": "x", "target_modules": ["all-linear"], "modules_to_save": ["embed_tokens"], "load_in_4bit": False}, "x"
+    )
+    plain = recipe.model_copy(update={"modules_to_save": []})
+    ids, device = torch.tensor([[5, 6, 7, 8]]), Device(device="cpu", device_name="", dtype="float32")
+    adapters = {}
+    for name, fields in (("one", recipe), ("other", plain)):
+        model = load_trainable(tiny_base, fields, CPU_PLAN)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(tmp_path / name)
+        adapters[name] = tmp_path / name
+        assert set(model.peft_config["default"].target_modules) == set(PROJECTIONS)
+    with torch.inference_mode():
+        alone = {
+            name: model(ids).logits for name, model in variants(tiny_base, {"other": adapters["other"]}, device, 16)
+        }
+        after = {name: model(ids).logits for name, model in variants(tiny_base, adapters, device, 16)}
+    assert torch.equal(alone["other"], after["other"]), "the first adapter's embeddings do not stay in the base"
+    assert not torch.equal(after["one"], after["other"])
+
+
+def test_a_missing_base_and_a_wrong_projection_are_named(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="field 'base_model': .* cannot be loaded"):
+        load_base(tmp_path, Device(device="cpu", device_name="", dtype="float32"))
+    recipe = validate_recipe({"name": "x", "target_modules": ["w_proj"], "load_in_4bit": False}, "x")
+    with pytest.raises(BadRecipe, match="field 'target_modules'"):
+        load_trainable(tiny_base, recipe, CPU_PLAN)
