@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench.train import SIZES
-from include.engine.device_plan import Plan, fit
+from include.engine.device_plan import Plan, _gpu_engine, fit, predict_peak, trains_head
 from include.recipe import validate_recipe
 from tests.conftest import PROJECT
 
@@ -68,3 +68,29 @@ def test_predictions_were_close_to_what_the_benchmark_measured() -> None:
         assert run["peak_gib"] == pytest.approx(run["predicted_gib"], rel=0.15), run["plan"]
     for run in runs:  # the prediction is for the batch with the longest row, which so few steps may not reach
         assert 0.7 * run["predicted_gib"] < run["peak_gib"] < run["predicted_gib"], run["plan"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "head"),
+    [
+        ({"target_modules": "comprehensive"}, True),
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+        ({"modules_to_save": ["lm_head"]}, True),
+        ({"modules_to_save": ["norm"]}, False),
+    ],
+)
+def test_embeddings_and_head_are_trained_by_transformers_and_their_memory_counts(
+    fields: dict[str, Any], head: bool, base: Path
+) -> None:
+    recipe, plain = (
+        validate_recipe({"name": "x", "engine": "unsloth", **fields}, "x"),
+        validate_recipe({"name": "x"}, "x"),
+    )
+    engine, notes = _gpu_engine(recipe, True)
+    assert engine == "transformers"
+    assert "embed_tokens, lm_head or modules_to_save, of which unsloth trains others" in notes[0]
+    assert trains_head(recipe) is head
+    config, plan = json.loads((base / "config.json").read_text()), gpu_plan(micro_batch=2, accumulation=4)
+    more = predict_peak(config, recipe, plan, 4096) - predict_peak(config, plain, plan, 4096)
+    assert (more > 2**30) is head, "the logits of all tokens"
