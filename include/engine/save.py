@@ -24,9 +24,6 @@ def save_model(model: Any, base: Path, folder: Path) -> None:
     """
     model.save_pretrained(str(folder), safe_serialization=True)
     saved, original = (orjson.loads((path / CONFIG).read_bytes()) for path in (folder, base))
-    for part, config in ((saved, model.config), (saved.get("text_config"), model.config.get_text_config())):
-        if part is not None:  # transformers leaves out defaults, and the base's own may differ from the merged model's
-            part["tie_word_embeddings"] = config.tie_word_embeddings
     (folder / CONFIG).write_bytes(to_json(with_older_names(saved, original)))
 
 
