@@ -9,17 +9,19 @@ from pydantic import BaseModel, Field
 if TYPE_CHECKING:
     from include.data.sources import DatasetRef
 
+Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Data(BaseModel):
     """The dataset, and how its rows are checked, deduplicated and split."""
 
-    dataset: str = Field(
+    dataset: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         "mlabonne/FineTome-100k",
-        min_length=1,
         description="A dataset on the Hugging Face Hub (`owner/name`), or the path or URL of a parquet, jsonl(.gz), "
-        "json(.gz) or csv(.gz) file.",
+        "json(.gz) or csv(.gz) file, of a folder of such files (`data/`), or a pattern (`data/*.jsonl`); or a list of "
+        "paths and URLs. Several files are one dataset: they are read in the order of their names, those of a list in "
+        "its order.",
     )
     dataset_format: Literal["sharegpt", "alpaca"] = Field(
         "sharegpt",
@@ -29,7 +31,11 @@ class Data(BaseModel):
     dataset_config: str | None = Field(
         None, description="Configuration of the Hub dataset. Empty (default): the dataset has only one."
     )
-    dataset_split: str = Field("train", min_length=1, description="Split of the Hub dataset.")
+    dataset_split: str = Field(
+        "train",
+        min_length=1,
+        description="Split of the Hub dataset. In a JSON file with several lists of rows: the list of that name.",
+    )
     dataset_revision: str | None = Field(
         None,
         description="Branch, tag or commit of the Hub dataset. Empty (default): the newest commit. Each run pins the "
