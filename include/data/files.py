@@ -8,6 +8,7 @@ import errno
 import gzip
 import io
 import json
+import re
 import shutil
 import tempfile
 import zlib
@@ -21,7 +22,7 @@ import fsspec
 import orjson
 
 from include.data.json_rows import json_rows
-from include.errors import BadData, NoPermission, NotFound, RetuneError, Unreachable
+from include.errors import BadData, NoPermission, NoSpace, NotFound, RetuneError, Unreachable
 from include.paths import var
 from include.storage.hub import hub_errors
 from include.storage.object_store import is_client_error, object_errors
@@ -44,7 +45,7 @@ BEGINNINGS = {  # what a file may be in place of rows, and the remedy
 
 def file_type(name: str) -> str | None:
     """Return which of `FORMATS` a path or URL has, or None. Case, and a URL's query, do not matter."""
-    path = urlsplit(name).path if name.startswith(WEB) else name
+    path = re.split("[?#]", name)[0] if name.startswith(WEB) else name
     return next((each for each in sorted(FORMATS, key=len, reverse=True) if path.lower().endswith(each)), None)
 
 
@@ -78,13 +79,19 @@ def file_errors(name: str, field: str = "dataset") -> Iterator[None]:
 
     Raises:
         NotFound, NoPermission, Unreachable: the file cannot be opened.
+        NoSpace: the disk is full, to which it is copied.
         BadData: the file is damaged.
     """
     where = f"field '{field}': {name}"
     try:
+        if name.startswith(WEB):
+            urlsplit(name)
+    except ValueError as error:
+        raise NotFound(f"{where} is not a valid address ({error})", "Correct the address") from error
+    try:
         with ExitStack() as stack:
             if name.startswith(WEB):
-                stack.enter_context(web_errors(name, field))
+                stack.enter_context(web_errors(re.split("[?#]", name)[0], field))  # no signature in a log
             elif name.startswith("hf://"):
                 stack.enter_context(hub_errors(name, field))
             elif "://" in name:
@@ -109,10 +116,12 @@ def file_errors(name: str, field: str = "dataset") -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged(where, error) from error
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"no space is left for a copy of {name} in {var()}", "Free some space and retry") from error
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise NotFound(f"{where} cannot be opened: {error.strerror}", "Check the path") from error
         if error.errno or "://" in name:
-            raise Unreachable(f"{where} cannot be read ({error})", "Check the disk, the network and the path") from error
+            raise Unreachable(f"{where} cannot be read ({error})", "Check the disk and the network") from error
         raise _damaged(where, error) from error
 
 
@@ -136,12 +145,13 @@ def file_rows(name: str, split: str, note: Callable[[str], None]) -> Iterator[by
     if kind is None:
         raise NotFound(f"{name} has no known file type", f"Name a file that ends in {', '.join(FORMATS)}")
     with ExitStack() as stack:
+        file = stack.enter_context(_open(name, seek=kind == ".parquet"))
+        _check_beginning(file)
         if kind == ".parquet":
-            yield from _parquet_rows(stack.enter_context(_open(name, seek=True)))
+            yield from _parquet_rows(file)
             return
-        file = stack.enter_context(_open(name))
         if file.peek(2)[:2] == b"\x1f\x8b":  # servers may also unpack a file on the way
-            file = stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=file), BUFFER))  # type: ignore[type-var]
+            file = stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=file), BUFFER))
             _check_beginning(file)
         elif kind.endswith(".gz") and file.peek(1) and not name.startswith(WEB):
             raise gzip.BadGzipFile(f"not a gzipped file, it begins with {file.peek(4)[:4]!r}")
@@ -152,25 +162,24 @@ def file_rows(name: str, split: str, note: Callable[[str], None]) -> Iterator[by
 
 
 @contextmanager
-def _open(name: str, seek: bool = False) -> Iterator[io.BufferedReader]:
+def _open(name: str, seek: bool = False) -> Iterator[Any]:
     """Open a file. At an http address it is read as a stream, because many servers send no parts of files.
 
     Args:
         seek: whether the reader moves in the file; a file at an http address is then fetched whole, to a local disk.
     """
-    fs, path = file_system(name) if "://" in name else (None, name)
     with ExitStack() as stack:
         if "://" not in name:
-            raw: Any = stack.enter_context(Path(name).open("rb", buffering=0))
-        elif not name.startswith(WEB):
-            raw = stack.enter_context(fs.open(path, "rb"))
+            yield stack.enter_context(Path(name).open("rb", BUFFER))
+            return
+        fs, path = file_system(name)
+        if not name.startswith(WEB):
+            raw: Any = stack.enter_context(fs.open(path, "rb"))
         elif seek:
             raw = stack.enter_context(_fetched(fs, path))
         else:
             raw = stack.enter_context(fs.open(path, "rb", block_size=0))
-        file = stack.enter_context(io.BufferedReader(raw, BUFFER))
-        _check_beginning(file)
-        yield file
+        yield stack.enter_context(io.BufferedReader(raw, BUFFER))
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from typing import Any
 import orjson
 
 from include.data.files import ROWS_PER_GROUP, file_errors, file_rows, file_type, plain_value
-from include.errors import BadData, NoPermission, NotFound, PermanentError, RetuneError
+from include.data.listing import NOT_ROWS, joined
+from include.errors import BadData, NoPermission, NoSpace, NotFound, PermanentError, RetuneError
 from include.paths import var
 from include.storage.hub import hub_api, hub_errors
 
@@ -31,7 +32,7 @@ def hub_rows(
 
     Args:
         revision: the pinned commit.
-        note: is told what `file_rows` has to say about a file.
+        note: is told which files of the dataset are not read, and what `file_rows` has to say about a file.
 
     Raises:
         NotFound: the dataset, configuration or split does not exist, or the dataset has no data files.
@@ -40,6 +41,9 @@ def hub_rows(
     """
     with _dataset_errors(name):
         files = _data_files(name, config, split, revision)
+        others = _other_files(name, revision, files)
+    if others:
+        note(f"not read, of the same dataset: {joined(others)}")
     if files is None:
         yield from _loaded_rows(name, config, split, revision)
         return
@@ -65,7 +69,7 @@ def _data_files(name: str, config: str | None, split: str, revision: str | None)
         for field in dataclasses.fields(settings)
         if field.name not in COMMON_FIELDS
     )
-    by_split = {key: list(map(str, urls)) for key, urls in (settings.data_files or {}).items()}
+    by_split = {str(key): list(map(str, urls)) for key, urls in (settings.data_files or {}).items()}
     if by_split and split not in by_split and split.replace("_", "").isalnum():
         raise NotFound(
             f"field 'dataset_split': the dataset {name} has no split '{split}'", f"Choose one of: {', '.join(by_split)}"
@@ -74,6 +78,14 @@ def _data_files(name: str, config: str | None, split: str, revision: str | None)
     if own_options or not urls or not all(url.startswith(prefix) and file_type(url) for url in urls):
         return None
     return [url.removeprefix(prefix) for url in urls]
+
+
+def _other_files(name: str, revision: str | None, files: list[str] | None) -> list[str]:
+    """Return the dataset's files of known types that are not of this configuration and split."""
+    if files is None:
+        return []
+    known = filter(file_type, hub_api().list_repo_files(name, repo_type="dataset", revision=revision))
+    return sorted(file for file in set(known) - set(files) if file.rsplit("/", 1)[-1] not in NOT_ROWS)
 
 
 def _loaded_rows(name: str, config: str | None, split: str, revision: str | None) -> Iterator[bytes]:
@@ -119,8 +131,8 @@ def _translate(error: Exception, name: str) -> RetuneError | None:
     if isinstance(error, RuntimeError) and "scripts are no longer supported" in message:
         return BadData(
             f"{where} has a loading script, which the library datasets no longer runs",
-            "Set dataset_revision: refs/convert/parquet if the Hub has made Parquet files of it, or name a dataset with "
-            "data files",
+            "Name a dataset with data files. The Hub may have made such files of this one: set dataset_revision: "
+            "refs/convert/parquet",
         )
     if isinstance(error, (EmptyDatasetError, DataFilesNotFoundError)):
         return NotFound(
@@ -138,6 +150,8 @@ def _translate(error: Exception, name: str) -> RetuneError | None:
             return None
         message = " ".join(str(root).split())
         return BadData(f"{where} cannot be read: {message}", "Correct its files, or name another dataset")
+    if isinstance(error, OSError) and message.startswith("Not enough disk space"):
+        return NoSpace(f"{where} does not fit on the disk: {message}", "Free some space and retry the task")
     if isinstance(error, (DatasetsError, ImportError)):
         return PermanentError(f"{where} cannot be read: {message}", "Correct the dataset, or name another one")
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):

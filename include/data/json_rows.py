@@ -239,7 +239,7 @@ def _rows_of_object(
     conversations = [key for key, value in members if _is_conversation(value)]
     lists = {key: value for key, value in members if isinstance(value, list) and _has_rows(value)}
     trainable = [key for key, rows in lists.items() if any(_is_row(_parsed(row)) for row in rows[:10])]
-    known = PAIR_COLUMNS <= set(conversations) or not set(conversations).isdisjoint(CONVERSATION_COLUMNS)
+    known = set(conversations) >= PAIR_COLUMNS or not set(conversations).isdisjoint(CONVERSATION_COLUMNS)
     if trainable or (lists and not conversations):
         name = _choose(lists, trainable, split)
         yield from map(_compact, lists[name])

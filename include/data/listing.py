@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import glob
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,12 @@ class Files:
 
 
 def names_of(paths: Iterable[str]) -> str:
-    """Return the last parts of paths for a message, at most `MAX_NAMES` of them."""
-    names = [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
+    """Return the last parts of paths for a message, see `joined`."""
+    return joined([path.rstrip("/").rsplit("/", 1)[-1] for path in paths])
+
+
+def joined(names: list[str]) -> str:
+    """Return names for a message, at most `MAX_NAMES` of them."""
     more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
 
@@ -86,21 +90,33 @@ def find_files(paths: Iterable[str]) -> Files:
             infos.update(found)
             continue
         single = False
-        visible = {name: info for name, info in sorted(found.items()) if not name.rsplit("/", 1)[-1].startswith(".")}
-        rows = {name: info for name, info in visible.items()
-                if info.get("type") != "directory" and file_type(name) and name.rsplit("/", 1)[-1] not in NOT_ROWS}  # fmt: skip
+        rows, rest = _split(found)
         if not rows:
-            has = f"; it has: {names_of(visible)}" if visible else ""
-            raise NotFound(
-                f"field 'dataset': {path} "
-                + (f"matches no file of a known type{has}" if MAGIC & set(path) else f"has no file of a known type{has}"),
-                f"Name files that end in {', '.join(FORMATS)}; {path.rstrip('/')}/**/* are also those of folders below"
-                if any(info.get("type") == "directory" for info in visible.values())
-                else f"Name files that end in {', '.join(FORMATS)}",
-            )
+            raise _no_rows(path, rest, any(info.get("type") == "directory" for info in found.values()))
         infos.update(rows)
-        others += [name for name in visible if name not in rows]
+        others += rest
     return Files(infos, tuple(dict.fromkeys(others)), single)
+
+
+def _split(found: dict[str, dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Split what was found into files of rows and the rest, both by name; hidden files are neither."""
+    rows, rest = {}, []
+    for path, info in sorted(found.items()):
+        name = path.rsplit("/", 1)[-1]
+        if info.get("type") != "directory" and file_type(name) and name not in NOT_ROWS and not name.startswith("."):
+            rows[path] = info
+        elif not name.startswith("."):
+            rest.append(path)
+    return rows, rest
+
+
+def _no_rows(path: str, rest: list[str], folders: bool) -> NotFound:
+    what = "matches" if MAGIC & set(path) else "has"
+    below = f"; {path.rstrip('/')}/**/* are the files of the folders below" if folders else ""
+    return NotFound(
+        f"field 'dataset': {path} {what} no file of a known type" + (f"; it has: {names_of(rest)}" if rest else ""),
+        f"Name files that end in {', '.join(FORMATS)}{below}",
+    )
 
 
 def _unknown_type(path: str) -> NotFound:
@@ -120,8 +136,9 @@ def _local(path: str) -> dict[str, dict[str, Any]]:
     if here.is_dir():
         return {str(each): {"type": "directory"} if each.is_dir() else {} for each in here.iterdir()}
     if MAGIC & set(path) and not here.exists():
-        # a match that is a folder is not what a pattern of files means
-        return {each: {} for each in glob.glob(path, recursive=True) if not Path(each).is_dir()}
+        # unlike Path.glob, it leaves out hidden files and folders
+        matches = glob(path, recursive=True)  # noqa: PTH207
+        return {each: {} for each in matches if not Path(each).is_dir()}
     if file_type(path):
         here.stat()
     return {path: {}}

@@ -34,7 +34,8 @@ def _sentence(text: str) -> str:
 def page_templates() -> Environment:
     """Return the Jinja environment of `templates/`. It escapes HTML, and an undefined name is an error.
 
-    Filters: `thousands` (1,234), `cell` (any text as a Markdown table cell), `sentence`, `short_name` (of a dataset). Test: `hub_id`.
+    Filters: `thousands` (1,234), `cell` (any text as a Markdown table cell), `sentence`, `short_name` (of a
+    dataset). Test: `hub_id`.
     """
     environment = Environment(
         loader=FileSystemLoader(PROJECT / "include" / "reporting" / "templates"),

@@ -91,7 +91,15 @@ def _translate(error: BaseException, what: str, field: str, write: bool) -> Retu
     import httpx
     from huggingface_hub import errors
 
-    where = f"field '{field}': "
+    where, message = f"field '{field}': ", " ".join(str(error).split())
+    if isinstance(error, errors.HFValidationError):
+        return NotFound(f"{where}{what} cannot be on the Hub: {message}", "Correct the name")
+    if isinstance(error, (UnicodeEncodeError, httpx.LocalProtocolError)):  # a header with such a character
+        return NoPermission("the token for the Hub has a character that no token has", _token(write))
+    if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
+        return PermanentError(
+            f"HF_ENDPOINT is no address of a Hub: {hub_api().endpoint} ({message})", "Write it as https://host"
+        )
     if isinstance(error, errors.GatedRepoError):
         return NoPermission(
             f"{where}{what} is gated", f"Accept its terms on the Hub with the account of your token ({CONNECTION})"
@@ -116,7 +124,7 @@ def _translate(error: BaseException, what: str, field: str, write: bool) -> Retu
     incomplete = isinstance(error, OSError) and str(error).startswith("Consistency check failed")  # a download's size
     if incomplete or isinstance(error, (*connection_errors, errors.FileMetadataError, errors.RevisionResolutionError)):
         return Unreachable(
-            f"{where}{what} needs the Hub, and {hub_api().endpoint} cannot be reached",
+            f"{where}{what} needs the Hub, and {hub_api().endpoint} cannot be reached ({message})",
             "Check the network or HF_ENDPOINT; to work without a network, name a local file or folder",
         )
     return None
