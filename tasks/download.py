@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from itertools import islice
 
 from include.data.sources import ROWS_PER_GROUP, dataset_label, pin_dataset, read_rows
@@ -34,8 +35,11 @@ def download(context: StageContext) -> Result[DownloadOutput]:
 
     schema = pa.schema([("row", pa.int64()), ("content", pa.binary())])
     digest, count = hashlib.sha256(), 0
-    with pq.ParquetWriter(context.out / DownloadOutput.ROWS, schema, compression="zstd") as writer:
-        rows = islice(read_rows(dataset, note), context.recipe.max_rows)
+    with (
+        pq.ParquetWriter(context.out / DownloadOutput.ROWS, schema, compression="zstd") as writer,
+        closing(read_rows(dataset, note)) as source,
+    ):
+        rows = islice(source, context.recipe.max_rows)
         while group := list(islice(rows, ROWS_PER_GROUP)):
             for content in group:
                 digest.update(content + b"\n")

@@ -145,7 +145,7 @@ def file_rows(name: str, split: str, note: Callable[[str], None]) -> Iterator[by
     if kind is None:
         raise NotFound(f"{name} has no known file type", f"Name a file that ends in {', '.join(FORMATS)}")
     with ExitStack() as stack:
-        file = stack.enter_context(_open(name, seek=kind == ".parquet"))
+        file: Any = stack.enter_context(_open(name, seek=kind == ".parquet"))
         _check_beginning(file)
         if kind == ".parquet":
             yield from _parquet_rows(file)

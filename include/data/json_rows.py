@@ -19,7 +19,7 @@ import orjson
 from include.data.sharegpt import CONVERSATION_COLUMNS
 
 CHUNK = 1 << 20  # characters
-MAX_LINE = 64 << 20  # bytes; a longer first line is not looked at as a line
+MAX_LINE = 8 << 20  # bytes; a longer first line is not looked at as a line
 PAIR_COLUMNS = {"chosen", "rejected"}
 NOT_JSON = (b"NaN", b"Infinity")
 
@@ -44,24 +44,24 @@ def json_rows(file: BinaryIO, split: str, note: Callable[[str], None], lines: bo
     head = file.readline(MAX_LINE).removeprefix(codecs.BOM_UTF8)
     while head.endswith(b"\n") and not head.strip():
         head = file.readline(MAX_LINE)
-    following = file.readline(MAX_LINE)
+    following = file.readline() if head.endswith(b"\n") else b""
     while following.endswith(b"\n") and not following.strip():
-        following = file.readline(MAX_LINE)
-    opening, complete = head.lstrip()[:1], _is_json(head)
-    whole = complete and not following.strip()
-    pretty = not complete and (len(head) >= MAX_LINE or _goes_on(head) or (not lines and not _is_json(following)))
+        following = file.readline()
+    one_text = not following.strip() or (not _is_json(head) and (_goes_on(head) or not (lines or _is_json(following))))
+    if one_text and head.lstrip()[:1] in (b"[", b"{"):
+        rows = _documents(_Text(chain([head, following], iter(lambda: file.read(CHUNK), b""))), split, note)
+    else:
+        rows = (line.strip() for line in chain([head, following], file) if line.strip())
     count = 0
-    for row in (
-        _documents(_Text(chain([head, following], iter(lambda: file.read(CHUNK), b""))), split, note)
-        if opening in (b"[", b"{") and (whole or pretty)
-        else (line.strip() for line in chain([head, following], file) if line.strip())
-    ):
-        if any(word in row for word in NOT_JSON):
-            row, changed = _without_nan(row)
-            count += changed
-        yield row
-    if count:
-        note(f"NaN or Infinity was read as null in {count:,} rows")
+    try:
+        for row in rows:
+            if any(word in row for word in NOT_JSON):
+                row, changed = _without_nan(row)
+                count += changed
+            yield row
+    finally:  # also if the reader wants no more rows
+        if count:
+            note(f"NaN or Infinity was read as null in {count:,} rows")
 
 
 def _is_json(text: bytes) -> bool:
@@ -186,16 +186,20 @@ class _Text:
 
 def _end_of_damaged(text: str, start: int) -> int | None:
     """Return where a value that is not JSON ends: at its last bracket, or before the next comma or bracket."""
-    depth = 0
+    opened: list[str] = []
     for token in _tokens.finditer(text, start):
         mark = token.group()
         if mark in ("{", "["):
-            depth += 1
+            opened.append(mark)
         elif mark in ("}", "]"):
-            if depth <= 1:
-                return token.end() if depth else max(token.start(), start + 1)
-            depth -= 1
-        elif mark == "," and not depth:
+            opener = "{" if mark == "}" else "["
+            if opener not in opened:
+                return max(token.start(), start + 1)
+            while opened.pop() != opener:
+                pass  # a bracket that was not closed
+            if not opened:
+                return token.end()
+        elif mark == "," and not opened:
             return max(token.start(), start + 1)
         elif mark == '"':  # a text without its end
             return None
@@ -242,17 +246,17 @@ def _rows_of_object(
     known = set(conversations) >= PAIR_COLUMNS or not set(conversations).isdisjoint(CONVERSATION_COLUMNS)
     if trainable or (lists and not conversations):
         name = _choose(lists, trainable, split)
-        yield from map(_compact, lists[name])
         others = [f"{key} ({len(lists[key]):,} rows)" if key in lists else key for key, _ in members if key != name]
         note(f"the rows are the list '{name}' of the file" + (f"; not read: {', '.join(others)}" if others else ""))
+        yield from map(_compact, lists[name])
         return
     by_key = [(key, value) for key, value in members if key in conversations or _is_row(_parsed(value))]
     if known or not by_key or len(by_key) == 1 < len(members):
         yield _compact(_object(members))
         return
-    yield from (_compact(value if isinstance(value, str) else _array(value)) for _, value in by_key)
     others = [key for key, _ in members if key not in dict(by_key)]
     note("each value of the file's object is a row" + (f"; not read: {', '.join(others)}" if others else ""))
+    yield from (_compact(value if isinstance(value, str) else _array(value)) for _, value in by_key)
 
 
 def _choose(lists: dict[str, list[str]], trainable: list[str], split: str) -> str:

@@ -7,7 +7,7 @@ of such files, and patterns. A revision is a commit sha on the Hub, and a digest
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def pin_dataset(dataset: DatasetRef, expected: str | None = None) -> str:
     return revision
 
 
-def read_rows(dataset: DatasetRef, note: Callable[[str], None]) -> Iterator[bytes]:
+def read_rows(dataset: DatasetRef, note: Callable[[str], None]) -> Generator[bytes]:
     """Yield every row of a pinned dataset as one JSON document.
 
     A row that is not JSON is yielded as it is: `validate` refuses such rows.
