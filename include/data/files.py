@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import fsspec
 import orjson
 
-from include.data.json_rows import json_rows
+from include.data.json_rows import NoRows, json_rows
 from include.errors import BadData, NoPermission, NoSpace, NotFound, RetuneError, Unreachable
 from include.paths import var
 from include.storage.hub import hub_errors
@@ -54,19 +54,6 @@ def file_system(path_or_url: str) -> tuple[Any, str]:
     fs, path = fsspec.url_to_fs(path_or_url, **(web_options() if path_or_url.startswith(WEB) else {}))
     fs.invalidate_cache()
     return fs, path
-
-
-class _NoRows(ValueError):
-    """The file holds something else than rows.
-
-    Args:
-        what: what it is.
-        remedy: what to do.
-    """
-
-    def __init__(self, what: str, remedy: str):
-        super().__init__(what)
-        self.remedy = remedy
 
 
 @contextmanager
@@ -105,7 +92,7 @@ def file_errors(name: str, field: str = "dataset") -> Iterator[None]:
         ) from error
     except PermissionError as error:
         raise NoPermission(f"{where} cannot be read", "Correct its permissions") from error
-    except _NoRows as error:
+    except NoRows as error:
         raise BadData(f"{where} cannot be read: it {error}", error.remedy) from None
     except ValueError as error:
         if str(error).startswith("Protocol not known"):
@@ -197,7 +184,7 @@ def _check_beginning(file: io.BufferedReader) -> None:
     beginning = file.peek(64).lstrip().lower()
     for mark, (what, remedy) in BEGINNINGS.items():
         if beginning.startswith(mark.lower()):
-            raise _NoRows(what, remedy)
+            raise NoRows(what, remedy)
 
 
 def _parquet_rows(file: io.BufferedReader) -> Iterator[bytes]:

@@ -154,6 +154,8 @@ def _translate(error: Exception, name: str) -> RetuneError | None:
         return NoSpace(f"{where} does not fit on the disk: {message}", "Free some space and retry the task")
     if isinstance(error, (DatasetsError, ImportError)):
         return PermanentError(f"{where} cannot be read: {message}", "Correct the dataset, or name another one")
+    if isinstance(error, ValueError) and "format for all splits" in message:
+        return BadData(f"{where}: {message}", f"Name its files, for example dataset: hf://datasets/{name}/*.jsonl")
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         # unknown configuration or split; the message lists the known ones
         return NotFound(f"{where}: {message}", "Set dataset_config and dataset_split")

@@ -28,6 +28,19 @@ _space = re.compile(r"[ \t\r\n]*")
 _tokens = re.compile(r'"(?:[^"\\]++|\\.)*+"|[{}\[\],"]', re.DOTALL)
 
 
+class NoRows(ValueError):
+    """A file whose rows cannot be told, or that holds something else.
+
+    Args:
+        what: what it is or has, after "it".
+        remedy: what to do.
+    """
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(what)
+        self.remedy = remedy
+
+
 def json_rows(file: BinaryIO, split: str, note: Callable[[str], None], lines: bool) -> Iterator[bytes]:
     """Yield the rows of a JSON file as JSON documents.
 
@@ -39,7 +52,8 @@ def json_rows(file: BinaryIO, split: str, note: Callable[[str], None], lines: bo
             like the beginning of a longer text.
 
     Raises:
-        ValueError: the text ends inside an array or object, or an object has several lists of rows and none is `split`.
+        NoRows: the file is an object with several lists of rows, and none is `split`.
+        ValueError: the text ends inside an array or object.
     """
     head = file.readline(MAX_LINE).removeprefix(codecs.BOM_UTF8)
     while head.endswith(b"\n") and not head.strip():
@@ -264,9 +278,9 @@ def _choose(lists: dict[str, list[str]], trainable: list[str], split: str) -> st
         return split
     if len(candidates := trainable or list(lists)) == 1:
         return candidates[0]
-    raise ValueError(
-        f"it has several lists of rows, {', '.join(candidates)}, and none is the dataset_split '{split}': set that "
-        "field to one of them"
+    raise NoRows(
+        f"has several lists of rows, {', '.join(candidates)}, and none has the name '{split}'",
+        "Set dataset_split to the name of one of them",
     )
 
 

@@ -110,14 +110,17 @@ def _translate(error: BaseException, what: str, field: str, write: bool) -> Retu
         return NotFound(
             f"{where}{what} is not on the Hub, or is private", f"Check the name; if it is private: {_token()}"
         )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return NotFound(f"{where}{what} does not exist: {_answer(error)}", "Correct the path, or the revision")
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
             return no_permission(what, field, write)
         if status >= 500 or status in RETRYABLE_STATUS:
             return Unreachable(f"the Hub answered {status} for {what}", "Retry the task later")
-        message = " ".join((error.server_message or str(error)).split())
-        return PermanentError(f"{where}the Hub refused {what} ({status}): {message}", "Correct what the answer names")
+        return PermanentError(
+            f"{where}the Hub refused {what} ({status}): {_answer(error)}", "Correct what the answer names"
+        )
     if isinstance(error, json.JSONDecodeError):
         return Unreachable(f"the Hub's answer for {what} was incomplete or is no JSON", "Retry the task later")
     connection_errors = (httpx.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError)
@@ -128,6 +131,10 @@ def _translate(error: BaseException, what: str, field: str, write: bool) -> Retu
             "Check the network or HF_ENDPOINT; to work without a network, name a local file or folder",
         )
     return None
+
+
+def _answer(error: Any) -> str:
+    return " ".join((error.server_message or str(error)).split())
 
 
 def no_permission(what: str, field: str, write: bool) -> NoPermission:

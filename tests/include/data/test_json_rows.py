@@ -99,7 +99,7 @@ def test_what_is_taken_of_an_object_around_the_rows_is_said(
 
 
 def test_several_lists_of_rows_of_which_none_is_the_split_are_refused() -> None:
-    with pytest.raises(ValueError, match="several lists of rows, test, dev, and none is the dataset_split 'train'"):
+    with pytest.raises(ValueError, match="several lists of rows, test, dev, and none has the name 'train'"):
         read(lines({"test": ROWS[:2], "dev": ROWS[2:]}))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -118,7 +118,7 @@ def test_a_name_without_rows_is_one_sentence(names: list[str], message: str, rem
     for work in (lambda: pin(*names), lambda: read(*names)):
         with pytest.raises(NotFound, match=message) as caught:
             work()
-        assert pytest.importorskip("re").search(remedy, caught.value.do)
+        assert re.search(remedy, caught.value.do)
 
 
 def test_a_list_has_no_hub_dataset(folder: Path) -> None:
@@ -189,7 +189,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     Answers.files = {"a.jsonl": lines(ROWS), "a.parquet": parquet(ROWS), "zipped.jsonl.gz": lines(ROWS)}
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         server.closing = threading.Event()  # type: ignore[attr-defined]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.closing.set()  # type: ignore[attr-defined]
         server.shutdown()
@@ -261,7 +261,7 @@ def test_files_are_read_from_servers_that_send_no_parts_of_files(web: str) -> No
         ("a.jsonl.gz", lines(ROWS), "not a gzipped file"),
         ("a.jsonl", gzip.compress(lines(ROWS))[:-30], "cannot be read: Compressed file ended"),
         ("a.csv", b"a,b\n1,2\n" + b'"x,3\ny,4\n' * 1, "quoted field that begins in line 3 has no end"),
-        ("a.json", b'{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of rows, a, b"),
+        ("a.json", b'{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of rows, a, b, .*Set dataset_split"),
     ],
 )
 def test_a_file_that_holds_no_rows_is_one_sentence(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -297,10 +297,3 @@ def test_parquet_texts_in_binary_columns_are_texts_and_bad_bytes_are_one_row(tmp
     first, bad, last = read(str(tmp_path / "texts.parquet"))[0]
     assert (first, last) == ({"text": "a"}, {"text": "c"})
     assert bad.startswith("a text of this row is not UTF-8")
-
-
-@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_a_permission(folder: Path) -> None:
-    (folder / "b.jsonl").chmod(0)
-    with pytest.raises(NoPermission, match=r"b.jsonl cannot be read. Correct its permissions"):
-        pin(str(folder))
