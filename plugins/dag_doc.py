@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from include.data.sources import dataset_label
 from include.recipe import Recipe
 from include.registry import registry_uri
 
@@ -25,7 +26,8 @@ def dag_doc(recipe: Recipe) -> str:
 
 | | |
 |---|---|
-| data | `{recipe.dataset}`, {recipe.holdout_share:.0%} held out, at most {recipe.max_refused_share:.0%} refused |
+| data | `{dataset_label(recipe.dataset)}`, \
+{recipe.holdout_share:.0%} held out, at most {recipe.max_refused_share:.0%} refused |
 | base | `{recipe.base_model}`, template {recipe.chat_template}, at most {recipe.max_seq_length:,} tokens |
 | adapter | {trained} |
 | training | {recipe.method}, {length} of {recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}, \

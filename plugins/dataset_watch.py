@@ -11,7 +11,7 @@ from typing import Any
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseEventTrigger, TriggerEvent
 
-from include.data.sources import absolute_source, pin_dataset
+from include.data.sources import absolute_dataset, dataset_label, pin_dataset
 from include.errors import RetuneError
 from include.pipeline.outcomes import completed_revisions
 from include.recipe import dataset_ref, find_recipe, load_recipe
@@ -61,7 +61,7 @@ class NewRevision(BaseEventTrigger):
         with _environment_lock, hub_account():
             recipe = load_recipe(find_recipe(self.recipe))
             new = pin_dataset(dataset_ref(recipe))
-        outcomes = completed_revisions(Store(), self.recipe, absolute_source(recipe.dataset))
+        outcomes = completed_revisions(Store(), self.recipe, absolute_dataset(recipe.dataset))
         done = [entry["revision"] for entry in outcomes]
         if new in done or RuntimeTaskInstance.get_dr_count(self.recipe, states=["queued", "running"]):
             return None
@@ -72,4 +72,4 @@ class NewRevision(BaseEventTrigger):
         if count and time.time() < last["at"] + pause:
             return None
         self.asset_state_store.set(EVENTS, {"revision": new, "count": count + 1, "at": time.time()})
-        return {"dataset": recipe.dataset, "old": done[-1] if done else None, "new": new}
+        return {"dataset": dataset_label(recipe.dataset), "old": done[-1] if done else None, "new": new}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from include.base_model import base_license, fetch_base
+from include.data.sources import dataset_label
 from include.engine import supervise
 from include.engine.jobs import MergeJob
 from include.errors import Conflict, GateRefused
@@ -142,7 +143,7 @@ def build_manifest(context: StageContext, outputs: dict[str, Output[Any]]) -> di
         "recipe": recipe.to_json(),
         "recipe_sha256": fingerprint(recipe.to_json()),
         "made_at": now(),
-        "dataset": {"name": recipe.dataset, "revision": recipe.dataset_revision, **metadata["download"]},
+        "dataset": {"name": dataset_label(recipe.dataset), "revision": recipe.dataset_revision, **metadata["download"]},
         "base": {"name": recipe.base_model, "revision": recipe.base_revision, **base_license(recipe)},
         "data": {**metadata["validate"], **metadata["standardize"]},
         "tokens": metadata["template"],

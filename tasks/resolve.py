@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from include.base_model import fetch_config, pin_base
-from include.data.sources import absolute_source, is_hub_id, pin_dataset
+from include.data.sources import absolute_dataset, absolute_source, is_hub_id, pin_dataset, short_name
 from include.engine.arguments import check_arguments
 from include.engine.compatibility import check_base
 from include.errors import UpToDate
@@ -55,7 +55,7 @@ def resolve(
         dataset, base = pin_dataset(dataset_ref(recipe), revision), pin_base(recipe)
         pinned = recipe.model_copy(
             update={
-                "dataset": absolute_source(recipe.dataset),
+                "dataset": absolute_dataset(recipe.dataset),
                 "dataset_revision": dataset,
                 "base_model": absolute_source(recipe.base_model),
                 "base_revision": base,
@@ -75,7 +75,7 @@ def resolve(
             uri = str(pinned.registry)
             for place in (uri, merged_uri(uri)) if pinned.merged_16bit else (uri,):
                 open_registry(place).check()  # find a missing permission before hours of training
-        summary = f"dataset {_short(recipe.dataset)}@{dataset[:8]}, base {_short(recipe.base_model)}@{base[:8]}"
+        summary = f"dataset {short_name(recipe.dataset)}@{dataset[:8]}, base {short_name(recipe.base_model)}@{base[:8]}"
         artifact, reused = pin(store, pinned, summary)
         record.close(
             "done",
@@ -106,12 +106,8 @@ def pin(store: Store, recipe: Recipe, summary: str) -> tuple[Artifact, bool]:
 
 def _up_to_date(pinned: Recipe, earlier: dict[str, Any]) -> UpToDate:
     became = f"published as {earlier['version']}" if earlier["version"] else earlier["verdict"]
-    data = f"{_short(pinned.dataset)}@{str(pinned.dataset_revision)[:8]}"
+    data = f"{short_name(pinned.dataset)}@{str(pinned.dataset_revision)[:8]}"
     return UpToDate(
         f"nothing is new: {data}, base and recipe are those of the run {earlier['run']}, whose candidate was {became}",
         "Switch on force in the form to run all the same",
     )
-
-
-def _short(place: str) -> str:
-    return place if is_hub_id(place) else place.rstrip("/").rsplit("/", 1)[-1]

@@ -1,34 +1,31 @@
 """Sources of rows: pin a dataset to a revision, and read the rows of the pinned dataset.
 
-A dataset is a Hub id (`owner/name`), or a path or URL of a parquet, jsonl(.gz), json(.gz) or csv(.gz) file. A revision
-is a commit sha on the Hub, and a digest of the content elsewhere.
+A dataset is a Hub id (`owner/name`), or paths and URLs of parquet, jsonl(.gz), json(.gz) or csv(.gz) files, of folders
+of such files, and patterns. A revision is a commit sha on the Hub, and a digest of the content elsewhere.
 """
 
 from __future__ import annotations
 
-import csv
-import functools
-import io
 import re
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import orjson
 
+from include.data.files import FORMATS, ROWS_PER_GROUP, file_errors, file_rows
+from include.data.hub_dataset import hub_rows
+from include.data.listing import find_files
 from include.data.sharegpt import parse_row
-from include.errors import BadData, Conflict, NoPermission, NotFound, RetuneError, Unreachable
-from include.paths import PROJECT, var
-from include.storage.files import file_digest, fingerprint
+from include.errors import BadRecipe, Conflict
+from include.paths import PROJECT
 from include.storage.hub import hub_api, hub_errors
-from include.storage.object_store import etag, object_errors
 
-FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
-ROWS_PER_GROUP = 5000
+__all__ = [
+    "FORMATS", "ROWS_PER_GROUP", "DatasetRef", "absolute_dataset", "absolute_path", "absolute_source", "dataset_label",
+    "is_hub_id", "pin_dataset", "read_prompts", "read_rows", "short_name",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,15 +33,37 @@ class DatasetRef:
     """A dataset and the part of it that is read.
 
     Attributes:
-        name: Hub id, path or URL. A relative path is relative to the checkout.
-        config, split: configuration and split of a Hub dataset.
+        name: a Hub id; or the path or URL of a file, of a folder, or a pattern; or a list of these. A relative path is
+            relative to the checkout.
+        config, split: configuration and split of a Hub dataset. Of a JSON file with several lists of rows, the one with
+            the name of the split is read.
         revision: branch, tag or commit of a Hub dataset; None: the newest commit.
     """
 
-    name: str
+    name: str | list[str]
     config: str | None = None
     split: str = "train"
     revision: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the name, or the names of the list."""
+        return (self.name,) if isinstance(self.name, str) else tuple(self.name)
+
+    @property
+    def hub_id(self) -> str | None:
+        """Return the Hub id, or None for files.
+
+        Raises:
+            BadRecipe: a list has a Hub id among its files.
+        """
+        hub_ids = [name for name in self.names if is_hub_id(name)]
+        if hub_ids and len(self.names) > 1:
+            raise BadRecipe(
+                f"field 'dataset': the list has '{hub_ids[0]}', which is neither a file nor a folder that exists",
+                "A list has files, folders and patterns; name a Hub dataset alone",
+            )
+        return hub_ids[0] if hub_ids else None
 
 
 def is_hub_id(name: str) -> bool:
@@ -66,33 +85,47 @@ def absolute_source(name: str) -> str:
     return name if is_hub_id(name) else absolute_path(name)
 
 
+def absolute_dataset(dataset: str | list[str]) -> str | list[str]:
+    """Return `absolute_source` of a dataset, or of each name of its list."""
+    return absolute_source(dataset) if isinstance(dataset, str) else [absolute_source(name) for name in dataset]
+
+
+def dataset_label(dataset: str | list[str]) -> str:
+    """Return a dataset's name as one text; names of a list are joined by commas."""
+    return dataset if isinstance(dataset, str) else ", ".join(dataset)
+
+
+def short_name(dataset: str | list[str]) -> str:
+    """Return a dataset's or model's name without the folders before it: `owner/name`, `rows.jsonl`, `data/*.jsonl`."""
+    if not isinstance(dataset, str):
+        return ", ".join(map(short_name, dataset))
+    if is_hub_id(dataset):
+        return dataset
+    return "/".join(dataset.rstrip("/").split("/")[-2 if "*" in dataset.rsplit("/", 1)[-1] else -1 :])
+
+
 def pin_dataset(dataset: DatasetRef, expected: str | None = None) -> str:
     """Return the dataset's current revision.
 
     Args:
         dataset: the dataset; `revision` counts only for a Hub dataset.
         expected: a revision from an earlier call. For a Hub dataset, `expected` replaces `revision`: the Hub keeps old
-            commits. For a file, the current revision must be equal to `expected`.
+            commits. For files, the current revision must be equal to `expected`.
 
     Raises:
-        Conflict: the file has another revision than expected.
-        NotFound: the dataset does not exist.
+        Conflict: the files have another revision than expected.
+        NotFound: the dataset does not exist, or no file matches it.
         NoPermission: it cannot be read with this account.
         Unreachable: its server does not answer.
-        BadData: the file is damaged.
+        BadData: a file is damaged.
+        BadRecipe: a list names a Hub dataset.
     """
-    name = dataset.name
-    if is_hub_id(name):
-        with hub_errors(f"the dataset {name}", "dataset"):
-            return str(hub_api().dataset_info(name, revision=expected or dataset.revision).sha)
-    if not name.endswith(FORMATS):
-        raise NotFound(
-            f"field 'dataset': '{name}' is neither a Hub id (owner/name) nor a file of a known type",
-            f"Name a file that ends in {', '.join(FORMATS)}",
-        )
-    with file_errors(name):
-        revision = _file_revision(name)
+    if hub_id := dataset.hub_id:
+        with hub_errors(f"the dataset {hub_id}", "dataset"):
+            return str(hub_api().dataset_info(hub_id, revision=expected or dataset.revision).sha)
+    revision = find_files(map(absolute_path, dataset.names)).revision()
     if expected and revision != expected:
+        name = dataset_label(dataset.name)
         raise Conflict(
             f"field 'dataset': {name} has changed: its revision was {expected[:8]} and is now {revision[:8]}",
             "Run again: a run reads one revision from start to end",
@@ -100,84 +133,35 @@ def pin_dataset(dataset: DatasetRef, expected: str | None = None) -> str:
     return revision
 
 
-@functools.lru_cache(maxsize=64)
-def _digest(path: str, mtime_ns: int, size: int) -> str:
-    """Return the digest of a file, cached until its time or size changes: a dataset watch asks every few minutes."""
-    return file_digest(Path(path))
+def read_rows(dataset: DatasetRef, note: Callable[[str], None]) -> Generator[bytes]:
+    """Yield every row of a pinned dataset as one JSON document.
 
-
-def _file_revision(name: str) -> str:
-    if "://" not in name:
-        state = Path(absolute_path(name)).stat()
-        return _digest(absolute_path(name), state.st_mtime_ns, state.st_size)
-    fs, path = fsspec.url_to_fs(name)
-    fs.invalidate_cache()  # fsspec caches listings
-    info = fs.info(path)
-    if known := etag(info):
-        return fingerprint([name, known])
-    with fs.open(path) as file:
-        return fingerprint([zlib.crc32(file.read()), info.get("size")])
-
-
-@contextmanager
-def file_errors(name: str, field: str = "dataset") -> Iterator[None]:
-    """Convert errors of file systems and decompressors to errors for people.
-
-    Args:
-        name: the file, for the message.
-        field: the recipe field that names the file.
-
-    Raises:
-        NotFound, NoPermission, Unreachable: the file cannot be opened.
-        BadData: the file is damaged.
-    """
-    try:
-        with object_errors(f"field '{field}': {name}", f"field '{field}'") if "://" in name else nullcontext():
-            yield
-    except RetuneError:
-        raise
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise NotFound(
-            f"field '{field}': there is no file {name}", "Check the path; a relative path is relative to the checkout"
-        ) from error
-    except PermissionError as error:
-        raise NoPermission(f"field '{field}': {name} cannot be read", "Correct its permissions") from error
-    except (EOFError, zlib.error, OSError, ValueError) as error:
-        if isinstance(error, OSError) and "://" in name:
-            raise Unreachable(f"field '{field}': {name} cannot be fetched ({error})", "Check the address") from error
-        raise BadData(
-            f"field '{field}': {name} cannot be read: {error}", "The file is truncated or damaged: replace it"
-        ) from error
-
-
-def read_rows(dataset: DatasetRef) -> Iterator[bytes]:
-    """Yield every row of a pinned dataset, unchanged, as one JSON document.
-
-    A line of a jsonl file that is not JSON is yielded as it is: `validate` refuses such rows.
+    A row that is not JSON is yielded as it is: `validate` refuses such rows.
 
     Args:
         dataset: `revision` is the pinned one, see `pin_dataset`.
+        note: is told, in sentences, which files and which parts of them are read and which are not.
 
     Raises:
-        NotFound, NoPermission, Unreachable, BadData: see `pin_dataset`.
+        NotFound, NoPermission, Unreachable, BadData, BadRecipe: see `pin_dataset`.
     """
-    if is_hub_id(dataset.name):
-        yield from _hub_rows(dataset)
+    if hub_id := dataset.hub_id:
+        yield from hub_rows(hub_id, dataset.config, dataset.split, dataset.revision, note)
         return
-    with file_errors(dataset.name):
-        yield from _file_rows(dataset.name)
+    files = find_files(map(absolute_path, dataset.names))
+    for sentence in files.describe():
+        note(sentence)
+    for name in files.infos:
+
+        def note_file(text: str, name: str = name) -> None:
+            note(text if files.single else f"{name.rsplit('/', 1)[-1]}: {text}")
+
+        with file_errors(name):
+            yield from file_rows(name, dataset.split, note_file)
 
 
 def _file_rows(name: str) -> Iterator[bytes]:
-    path = absolute_path(name)
-    if not name.endswith(FORMATS):
-        raise NotFound(f"{name} has no known file type", f"Name a file that ends in {', '.join(FORMATS)}")
-    file_type = next(k for k in sorted(FORMATS, key=len, reverse=True) if path.endswith(k)).removesuffix(".gz")
-    if file_type == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    with fsspec.open(path, "rb", compression="infer") as file:
-        yield from {".jsonl": _lines, ".json": _json_rows, ".csv": _csv_rows}[file_type](file)
+    return file_rows(absolute_path(name), "train", lambda _: None)
 
 
 def read_prompts(name: str) -> list[str]:
@@ -203,72 +187,3 @@ def _prompt(raw: bytes) -> str:
     row = orjson.loads(raw)
     values = row.values() if isinstance(row, dict) else [row]
     return next((value for value in values if isinstance(value, str) and value.strip()), "")
-
-
-def _hub_rows(dataset: DatasetRef) -> Iterator[bytes]:
-    from datasets import disable_progress_bars, load_dataset
-
-    disable_progress_bars()
-    with hub_errors(f"the dataset {dataset.name}", "dataset"):
-        try:
-            rows = load_dataset(
-                dataset.name,
-                dataset.config,
-                split=dataset.split,
-                revision=dataset.revision,
-                # if the Hub fails, `datasets` takes any other revision that it finds in the same cache folder
-                cache_dir=str(var() / "cache" / "datasets" / str(dataset.revision)),
-            )
-        except ValueError as error:  # unknown configuration or split; the message lists the known ones
-            message = " ".join(str(error).split())
-            raise NotFound(f"field 'dataset': {message}", "Set dataset_config and dataset_split") from error
-    for row in rows:
-        yield orjson.dumps(row, default=str)
-
-
-def _parquet_rows(path: str) -> Iterator[bytes]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with fsspec.open(path, "rb") as file:
-        try:
-            for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_GROUP):
-                yield from (orjson.dumps(row, default=str) for row in batch.to_pylist())
-        except (pa.ArrowException, OSError) as error:
-            message = " ".join(str(error).split())
-            raise BadData(
-                f"field 'dataset': {path} is not a complete parquet file: {message}", "Replace the file"
-            ) from error
-
-
-def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
-    for number, line in enumerate(file):
-        if number == 0:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line := line.strip():
-            yield line
-
-
-def _json_rows(file: io.BufferedIOBase) -> Iterator[bytes]:
-    content = file.read().removeprefix(b"\xef\xbb\xbf")
-    try:
-        rows = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        if content.lstrip()[:1] == b"{":  # JSON lines in a file named .json
-            yield from _lines(io.BytesIO(content))
-            return
-        raise ValueError(f"not JSON, {error}") from None
-    if isinstance(rows, dict):
-        rows = next((value for value in rows.values() if isinstance(value, list)), [rows])
-    if not isinstance(rows, list):
-        raise ValueError("it has no list of rows")
-    yield from (orjson.dumps(row) for row in rows)
-
-
-def _csv_rows(file: Any) -> Iterator[bytes]:
-    csv.field_size_limit(2**31 - 1)
-    try:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        yield from (orjson.dumps(row, option=orjson.OPT_NON_STR_KEYS) for row in csv.DictReader(text))
-    except csv.Error as error:
-        raise ValueError(f"not CSV, {error}") from error

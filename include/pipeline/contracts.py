@@ -150,6 +150,7 @@ class DownloadOutput(Contract, stage="download"):
 
     rows: int
     sha256: str
+    notes: list[str] = []  # which files and which parts of them were read, and which were not
 
 
 class ValidateOutput(Contract, stage="validate"):

@@ -51,7 +51,7 @@ def find_outcome(store: Store, pinned: Recipe) -> dict[str, Any] | None:
         return None
 
 
-def completed_revisions(store: Store, recipe: str, dataset: str) -> list[dict[str, Any]]:
+def completed_revisions(store: Store, recipe: str, dataset: str | list[str]) -> list[dict[str, Any]]:
     """Return the outcomes of runs with exactly the recipe file's values, for all dataset revisions, oldest first."""
     outcomes = store.read_documents(store.path(recipe, FOLDER)).values()
     # versions up to 0.4.0 wrote no `from_recipe_file`: their revisions count as not completed

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from include.errors import RetuneError, TransientError, UpToDate
+from include.errors import NoSpace, RetuneError, TransientError, UpToDate
 from include.storage.artifacts import STORE_SETTING, Store
 from include.storage.files import now
 from include.storage.object_store import object_errors
@@ -85,7 +86,7 @@ def recorded(
     try:
         name = record_name(stage, lineage)
         record = Record(store, recipe, run_id, stage, name, lineage.get("candidate"), failures_only=bool(part))
-        with object_errors(f"the store {store.uri}", STORE_SETTING):
+        with object_errors(f"the store {store.uri}", STORE_SETTING), _disk_errors():
             yield record
     except UpToDate as error:
         if record:
@@ -106,6 +107,21 @@ def recorded(
             with suppress(RetuneError):  # if the store itself failed, the line below still reports the failure
                 record.close("failed", summary=what, error={"kind": type(error).__name__, "what": what, "do": do})
         log.error("%s failed: %s", stage, f"{what}. {do}." if do else f"{what}.")
+        raise
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Translate the error of a full disk, on which any stage may write.
+
+    Raises:
+        NoSpace: a disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"no space is left on a disk ({error})", "Free some space and retry the task") from error
         raise
 
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError, WrapValidator
 
 if TYPE_CHECKING:
     from include.data.sources import DatasetRef
 
+Name = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _name_or_names(value: Any, check: Callable[[Any], Any]) -> Any:
+    try:
+        return check(value)
+    except ValidationError:  # which has one error for each of the two types
+        raise ValueError("must be a name, or a list of names") from None
 
 
 class Data(BaseModel):
     """The dataset, and how its rows are checked, deduplicated and split."""
 
-    dataset: str = Field(
+    dataset: Annotated[Name | Annotated[list[Name], Field(min_length=1)], WrapValidator(_name_or_names)] = Field(
         "mlabonne/FineTome-100k",
-        min_length=1,
         description="A dataset on the Hugging Face Hub (`owner/name`), or the path or URL of a parquet, jsonl(.gz), "
-        "json(.gz) or csv(.gz) file.",
+        "json(.gz) or csv(.gz) file, of a folder of such files (`data/`), or a pattern (`data/*.jsonl`); or a list of "
+        "paths and URLs. Several files are one dataset: they are read in the order of their names, those of a list in "
+        'its order. In the trigger form, a list is JSON: `["a.jsonl", "b.jsonl"]`.',
     )
     dataset_format: Literal["sharegpt", "alpaca"] = Field(
         "sharegpt",
@@ -29,7 +39,11 @@ class Data(BaseModel):
     dataset_config: str | None = Field(
         None, description="Configuration of the Hub dataset. Empty (default): the dataset has only one."
     )
-    dataset_split: str = Field("train", min_length=1, description="Split of the Hub dataset.")
+    dataset_split: str = Field(
+        "train",
+        min_length=1,
+        description="Split of the Hub dataset. In a JSON file with several lists of rows: the list of that name.",
+    )
     dataset_revision: str | None = Field(
         None,
         description="Branch, tag or commit of the Hub dataset. Empty (default): the newest commit. Each run pins the "

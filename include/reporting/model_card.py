@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import yaml
 
-from include.data.sources import is_hub_id
+from include.data.sources import is_hub_id, short_name
 from include.paths import PROJECT
 from include.reporting.pages import page_templates
 
@@ -74,7 +74,7 @@ def _metadata(manifest: dict[str, Any]) -> Any:
         return EvalResult(
             task_type="text-generation",
             dataset_type=dataset["name"] if on_hub else "sharegpt",
-            dataset_name=f"{dataset['name'].rsplit('/', 1)[-1]} (held out)",
+            dataset_name=f"{short_name(recipe['dataset']).rsplit('/', 1)[-1]} (held out)",
             dataset_revision=dataset["revision"] if on_hub else None,
             metric_type=metric,
             metric_name=name,

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from include.data.sources import is_hub_id
+from include.data.sources import is_hub_id, short_name
 from include.paths import PROJECT
 from include.pipeline.contracts import Contract, EvaluateOutput, SmokeTestOutput
 from include.recipe import Recipe
@@ -34,7 +34,8 @@ def _sentence(text: str) -> str:
 def page_templates() -> Environment:
     """Return the Jinja environment of `templates/`. It escapes HTML, and an undefined name is an error.
 
-    Filters: `thousands` (1,234), `cell` (any text as a Markdown table cell), `sentence`. Test: `hub_id`.
+    Filters: `thousands` (1,234), `cell` (any text as a Markdown table cell), `sentence`, `short_name` (of a
+    dataset). Test: `hub_id`.
     """
     environment = Environment(
         loader=FileSystemLoader(PROJECT / "include" / "reporting" / "templates"),
@@ -46,6 +47,7 @@ def page_templates() -> Environment:
     environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.filters["cell"] = _cell
     environment.filters["sentence"] = _sentence
+    environment.filters["short_name"] = short_name
     environment.tests["hub_id"] = is_hub_id
     return environment
 

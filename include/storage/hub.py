@@ -91,7 +91,15 @@ def _translate(error: BaseException, what: str, field: str, write: bool) -> Retu
     import httpx
     from huggingface_hub import errors
 
-    where = f"field '{field}': "
+    where, message = f"field '{field}': ", " ".join(str(error).split())
+    if isinstance(error, errors.HFValidationError):
+        return NotFound(f"{where}{what} cannot be on the Hub: {message}", "Correct the name")
+    if isinstance(error, (UnicodeEncodeError, httpx.LocalProtocolError)):  # a header with such a character
+        return NoPermission("the token for the Hub has a character that no token has", _token(write))
+    if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
+        return PermanentError(
+            f"HF_ENDPOINT is no address of a Hub: {hub_api().endpoint} ({message})", "Write it as https://host"
+        )
     if isinstance(error, errors.GatedRepoError):
         return NoPermission(
             f"{where}{what} is gated", f"Accept its terms on the Hub with the account of your token ({CONNECTION})"
@@ -102,24 +110,31 @@ def _translate(error: BaseException, what: str, field: str, write: bool) -> Retu
         return NotFound(
             f"{where}{what} is not on the Hub, or is private", f"Check the name; if it is private: {_token()}"
         )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return NotFound(f"{where}{what} does not exist: {_answer(error)}", "Correct the path, or the revision")
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
             return no_permission(what, field, write)
         if status >= 500 or status in RETRYABLE_STATUS:
             return Unreachable(f"the Hub answered {status} for {what}", "Retry the task later")
-        message = " ".join((error.server_message or str(error)).split())
-        return PermanentError(f"{where}the Hub refused {what} ({status}): {message}", "Correct what the answer names")
+        return PermanentError(
+            f"{where}the Hub refused {what} ({status}): {_answer(error)}", "Correct what the answer names"
+        )
     if isinstance(error, json.JSONDecodeError):
         return Unreachable(f"the Hub's answer for {what} was incomplete or is no JSON", "Retry the task later")
     connection_errors = (httpx.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError)
     incomplete = isinstance(error, OSError) and str(error).startswith("Consistency check failed")  # a download's size
     if incomplete or isinstance(error, (*connection_errors, errors.FileMetadataError, errors.RevisionResolutionError)):
         return Unreachable(
-            f"{where}{what} needs the Hub, and {hub_api().endpoint} cannot be reached",
+            f"{where}{what} needs the Hub, and {hub_api().endpoint} cannot be reached ({message})",
             "Check the network or HF_ENDPOINT; to work without a network, name a local file or folder",
         )
     return None
+
+
+def _answer(error: Any) -> str:
+    return " ".join((error.server_message or str(error)).split())
 
 
 def no_permission(what: str, field: str, write: bool) -> NoPermission:

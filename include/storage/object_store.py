@@ -58,7 +58,7 @@ def object_errors(what: str, setting: str) -> Iterator[None]:
             raise NoPermission(
                 f"{what} has no valid endpoint ({error})", "Write AWS_ENDPOINT_URL_S3 as http(s)://host:port"
             ) from error
-        if not _is_client_error(error) or (isinstance(error, FileNotFoundError) and code != "NoSuchBucket"):
+        if not is_client_error(error) or (isinstance(error, FileNotFoundError) and code != "NoSuchBucket"):
             raise
         if code == "NoSuchBucket":
             raise NotFound(f"the bucket of {what} does not exist", f"Create it, or correct {setting}") from error
@@ -79,7 +79,7 @@ def object_errors(what: str, setting: str) -> Iterator[None]:
         ) from error
 
 
-def _is_client_error(error: BaseException) -> bool:
+def is_client_error(error: BaseException) -> bool:
     """Return whether an object store's client raised the error. s3fs raises some errors of botocore unchanged, and
     others as an OSError with the original as its cause."""
     return any(type(each).__module__.partition(".")[0] in CLIENT_PACKAGES for each in (error, error.__cause__))
@@ -123,8 +123,8 @@ def etag(info: dict[str, Any]) -> str | None:
     Args:
         info: a value of `list_files`.
     """
-    # S3 and http, Azure, Google
-    return next((info[key] for key in ("ETag", "etag", "md5Hash") if info.get(key)), None)
+    # S3 and http, Azure, Google, the Hub
+    return next((info[key] for key in ("ETag", "etag", "md5Hash", "blob_id") if info.get(key)), None)
 
 
 def read_all(paths: Iterable[UPath]) -> dict[UPath, bytes]:

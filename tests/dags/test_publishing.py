@@ -99,6 +99,8 @@ def test_a_whole_run_and_a_rollback_with_a_marked_token_and_every_fault(
         assert "with transformers 5.17.0, PEFT 0.21.2 and torch 2." in readme
         assert "with transformers 4.57.3 and PEFT 0.15.2, too." in readme
         assert "It needs transformers 5" in model_card({**manifest, "also_tested_with": None}, "")
+        several = {**manifest["recipe"], "dataset": ["/data/a.jsonl", "/data/b.jsonl"]}
+        assert "`a.jsonl, b.jsonl` (revision" in model_card({**manifest, "recipe": several}, "")
         manifest["smoke_test"]["answers"][0]["answer"] = "<script>|a| **b**\n# c"
         assert r"| &lt;script&gt;\|a\| \*\*b\*\* \# c |" in model_card(manifest, ""), "what it says is no markup"
         rows = [json.loads(row)["conversations"][0]["value"] for row in dataset.read_text().splitlines()]

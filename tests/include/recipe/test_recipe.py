@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -99,6 +100,20 @@ def test_shipped_recipes_load_and_their_values_fit_the_form(file: Path) -> None:
         assert field["schema"]["description_md"]
         assert "anyOf" not in field["schema"]
         assert "$ref" not in str(field["schema"])
+
+
+@pytest.mark.parametrize("dataset", ["data/*.jsonl", ["a.jsonl", "s3://bucket/b/"]])
+def test_a_dataset_is_a_name_or_a_list_of_names_also_in_the_form(dataset: Any) -> None:
+    fields = form(validate_recipe({"name": "x", "dataset": dataset}, "a test"))
+    assert fields["dataset"]["value"] == dataset
+    assert fields["dataset"]["schema"]["type"] == ["string", "array"], "one text field in the form, for text or JSON"
+    for other in ("data/*.jsonl", ["a.jsonl"]):
+        jsonschema.validate(other, fields["dataset"]["schema"])
+    for wrong in ([], "", [""], 5, None, ["a", 5]):
+        with pytest.raises(BadRecipe, match="^a test: field 'dataset': must be a name, or a list of names, got "):
+            validate_recipe({"name": "x", "dataset": wrong}, "a test")
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, fields["dataset"]["schema"])
 
 
 def test_every_field_is_in_one_section() -> None:
