@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from include.base_model import fetch_config, pin_base
-from include.data.sources import absolute_dataset, absolute_source, is_hub_id, pin_dataset, short_name
+from include.data.sources import absolute_dataset, absolute_source, pin_dataset, short_name
 from include.engine.arguments import check_arguments
 from include.engine.compatibility import check_base
 from include.errors import UpToDate
