@@ -118,7 +118,9 @@ def share(folder: Path, lineage: dict[str, str], workers: int) -> dict[str, dict
                 once("run_step", step.name)
                 continue
 
-            tasks = [(stage, "run_step", known, step.name, json.dumps(shard)) for shard in shards]
+            tasks: list[tuple[str, ...]] = [
+                (stage, "run_step", known, step.name, json.dumps(shard)) for shard in shards
+            ]
 
             def lane(worker: int, tasks: list[tuple[str, ...]] = tasks) -> list[dict[str, Any]]:
                 own = tasks[worker::workers]
@@ -191,7 +193,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ways = {"task": task, "marks": marks, "suite": suite}
+    ways: dict[str, Any] = {"task": task, "marks": marks, "suite": suite}
     if sys.argv[1:2] and sys.argv[1] in ways:
         outcome = ways[sys.argv[1]](*sys.argv[3:])
         Path(sys.argv[2]).write_text(json.dumps(outcome))
