@@ -41,7 +41,7 @@ cluster: $(READY) ## run docker-compose.yaml without containers (PORT=...); Ctrl
 docs: $(READY) ## write the generated parts of docs/
 	@.venv/bin/python -m retune docs
 
-test-fast: $(READY) ## the tests that start no engine, no Airflow and no cluster (two minutes)
+test-fast: $(READY) ## the tests that start no training, no Airflow and no cluster
 	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not engine and not airflow and not cluster"
 
 test: $(READY) ## all tests, except those of the cluster

@@ -108,10 +108,10 @@ def notebook(path: str) -> dict[str, Any]:
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(TOKENIZER, pad_token="<|finetune_right_pad_id|>")
     tokenizer.chat_template = (PROJECT / "include" / "templates" / "llama-3.1.jinja").read_text()
     torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
     began = time.monotonic()
-    rows = Dataset.from_json(path, cache_dir=tempfile.mkdtemp())
+    rows: Any = Dataset.from_json(path, cache_dir=tempfile.mkdtemp())
     roles = {"human": "user", "gpt": "assistant"}
 
     def standardize(batch: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +131,8 @@ def notebook(path: str) -> dict[str, Any]:
             model=model, train_dataset=rows.select_columns(["text"]), processing_class=tokenizer,
             args=SFTConfig(out, max_length=2048, dataset_text_field="text", report_to="none", use_cpu=True, bf16=False),
         )  # fmt: skip
-    return {"seconds": time.monotonic() - began, "tokens": sum(map(len, trainer.train_dataset["input_ids"]))}
+    ids: Any = trainer.train_dataset["input_ids"]  # type: ignore[index]
+    return {"seconds": time.monotonic() - began, "tokens": sum(len(row) for row in ids)}
 
 
 def retune(path: Path, var: Path) -> dict[str, Any]:
@@ -263,7 +264,13 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ways = {"generate": generate, "floor": floor, "notebook": notebook, "task": task, "compare": compare}
+    ways: dict[str, Any] = {
+        "generate": generate,
+        "floor": floor,
+        "notebook": notebook,
+        "task": task,
+        "compare": compare,
+    }
     if sys.argv[1:2] and sys.argv[1] in ways:
         outcome = ways[sys.argv[1]](*sys.argv[3:])
         Path(sys.argv[2]).write_text(json.dumps(outcome))

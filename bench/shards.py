@@ -5,7 +5,7 @@ workers have state folders of their own and a store in common. The two ways go i
 seconds on the clock, which others on the machine disturb, the processor seconds on the longest way are given: for each
 step, of the worker that had most to do.
 
-What one machine must do alone is measured on made-up columns: the comparison of marks, and the suite.
+What one machine must do alone is measured on made-up columns: the comparison of signatures (MinHash), and the checks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def task(core: str, stage: str, way: str, lineage: str, step: str, shard: str) -
     return getattr(of, way)(json.loads(lineage))
 
 
-def marks(core: str, rows: str) -> dict[str, float]:
+def signatures(core: str, rows: str) -> dict[str, float]:
     """Compare so many made-up signatures; returns `seconds`, without the imports."""
     import numpy as np
 
@@ -118,7 +118,9 @@ def share(folder: Path, lineage: dict[str, str], workers: int) -> dict[str, dict
                 once("run_step", step.name)
                 continue
 
-            tasks = [(stage, "run_step", known, step.name, json.dumps(shard)) for shard in shards]
+            tasks: list[tuple[str, ...]] = [
+                (stage, "run_step", known, step.name, json.dumps(shard)) for shard in shards
+            ]
 
             def lane(worker: int, tasks: list[tuple[str, ...]] = tasks) -> list[dict[str, Any]]:
                 own = tasks[worker::workers]
@@ -166,7 +168,7 @@ def main() -> None:
                 costs.append(share(folder, lineage, workers))
     alone = [
         {"what": way, "rows": rows, "seconds": cost["said"]["seconds"], "peak_mb": cost["peak_mb"]}
-        for rows in arguments.alone for way in ("marks", "suite")
+        for rows in arguments.alone for way in ("signatures", "suite")
         for cost in [process(Path(name), way, 0, rows)]
     ]  # fmt: skip
     table: dict[str, dict[str, list[float]]] = {}
@@ -191,7 +193,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ways = {"task": task, "marks": marks, "suite": suite}
+    ways: dict[str, Any] = {"task": task, "signatures": signatures, "suite": suite}
     if sys.argv[1:2] and sys.argv[1] in ways:
         outcome = ways[sys.argv[1]](*sys.argv[3:])
         Path(sys.argv[2]).write_text(json.dumps(outcome))

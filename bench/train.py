@@ -32,7 +32,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 SKIPPED = 4  # steps
 TRAINED = 5 / 8  # of the tokens of `make_rows`
 LIMIT = 790e12 / (4 * 3.2e9)  # tokens/s: measured FLOP/s of an H200 over the FLOPs of a token, forward and backward
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "cuda": {"vocab_size": 128_256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
              "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128},
     "cpu": {"vocab_size": 8_192, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -136,7 +136,7 @@ def trl(folder: str, out: str, steps: str, length: str) -> None:
     from include.chat.tokenized import load_rows
     from include.recipe import PROJECTIONS
 
-    class Meter(TrainerCallback):  # type: ignore[misc]
+    class Meter(TrainerCallback):
         def __init__(self) -> None:
             self.entries: list[dict[str, Any]] = []
 

@@ -41,7 +41,7 @@ class Operations(BaseModel):
         "example `train: 96`. A stage without an entry keeps its default.",
     )
     alert_on: list[Literal["failed", "refused", "published", "late"]] = Field(
-        ["failed", "refused", "published", "late"], description="Events that alert_mail and alert_webhooks receive."
+        ["failed", "refused", "published", "late"], description="Events that are sent to the recipients of alerts."
     )
     alert_mail: list[str] = Field(
         [], description="Mail addresses that receive alerts, sent through the Airflow connection `smtp_default`."

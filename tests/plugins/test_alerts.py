@@ -228,6 +228,7 @@ def test_slack_reads_no_markup_out_of_a_reason() -> None:
 def test_every_channel_takes_its_recipients_from_the_recipe() -> None:
     recipe = validate_recipe({"name": "small", "alert_mail": ["ann@example.com"], "alert_webhooks": ["team"]}, "here")
     recipients = Alert.settings(recipe)["recipients"]
-    assert recipients == {"alert_mail": ["ann@example.com"], "alert_webhooks": ["team"]}
+    given = {name: entries for name, entries in recipients.items() if entries}
+    assert given == {"alert_mail": ["ann@example.com"], "alert_webhooks": ["team"]}
     assert [*recipients] == [channel.recipe_field for channel in CHANNELS]
     assert {name for name in type(recipe).model_fields if name.startswith("alert_")} == {"alert_on", *recipients}
