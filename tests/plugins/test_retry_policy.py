@@ -24,6 +24,7 @@ ACTIONS = {
     "Rejected": FAIL,
     "ApprovalTimeout": FAIL,
     "Conflict": FAIL,
+    "Damaged": FAIL,  # the stage that made the artifact must run again
     "UpToDate": DEFAULT,  # a skip, which never reaches the policy
     "TransientError": RETRY,
     "Unreachable": RETRY,
