@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from itertools import islice
 
 from include.data.sources import ROWS_PER_GROUP, pin_dataset, read_rows
 from include.errors import BadData
 from include.pipeline.contracts import DownloadOutput
 from include.pipeline.stage import Result, StageContext, stage
-from include.recipe import dataset_ref
+from include.recipe import dataset_ref, eval_ref
 
 
-@stage(version=1, recipe_fields=("dataset", "dataset_config", "dataset_split", "dataset_revision", "max_rows"))
+@stage(
+    version=2,
+    recipe_fields=(
+        "dataset", "dataset_config", "dataset_split", "dataset_revision", "max_rows",
+        "eval_dataset", "eval_split", "eval_revision",
+    ),
+)  # fmt: skip
 def download(context: StageContext) -> Result[DownloadOutput]:
     """Fetch the pinned dataset into `rows.parquet`: `row` (int64, from 0) and `content` (one JSON document, bytes).
+
+    The rows of an evaluation dataset follow those of the dataset, and their numbers go on.
 
     Raises:
         BadData: the file is damaged, or holds no row.
@@ -24,16 +33,28 @@ def download(context: StageContext) -> Result[DownloadOutput]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([("row", pa.int64()), ("content", pa.binary())])
-    digest, count = hashlib.sha256(), 0
+    recipe, schema = context.recipe, pa.schema([("row", pa.int64()), ("content", pa.binary())])
+    sources = [(dataset_ref(recipe), recipe.max_rows)]
+    if evaluation := eval_ref(recipe):
+        sources.append((evaluation, None))
+    digest, counts = hashlib.sha256(), [0] * len(sources)
+
+    def contents() -> Iterator[bytes]:
+        for index, (source, most) in enumerate(sources):
+            for content in islice(read_rows(source), most):
+                counts[index] += 1
+                yield content
+            pin_dataset(source, source.revision)
+            if not counts[index]:
+                raise BadData(f"field '{source.field}': {source.name} holds no rows", "Check the file, or the split")
+
     with pq.ParquetWriter(context.out / DownloadOutput.ROWS, schema, compression="zstd") as writer:
-        rows = islice(read_rows(dataset_ref(context.recipe)), context.recipe.max_rows)
+        rows, written = contents(), 0
         while group := list(islice(rows, ROWS_PER_GROUP)):
             for content in group:
                 digest.update(content + b"\n")
-            writer.write_table(pa.table([range(count, count + len(group)), group], schema=schema))
-            count += len(group)
-    pin_dataset(dataset_ref(context.recipe), context.recipe.dataset_revision)
-    if count == 0:
-        raise BadData(f"field 'dataset': {context.recipe.dataset} holds no rows", "Check the file, or the split")
-    return Result(f"{count:,} rows", DownloadOutput(rows=count, sha256=digest.hexdigest()))
+            writer.write_table(pa.table([range(written, written + len(group)), group], schema=schema))
+            written += len(group)
+    eval_rows = counts[1] if evaluation else 0
+    summary = f"{counts[0]:,} rows" + (f", and {eval_rows:,} to evaluate on" if evaluation else "")
+    return Result(summary, DownloadOutput(rows=written, eval_rows=eval_rows, sha256=digest.hexdigest()))

@@ -9,12 +9,12 @@ from typing import Any
 from include.base_model import pin_base
 from include.data.sources import absolute_source, is_hub_id, pin_dataset
 from include.engine.arguments import check_arguments
-from include.errors import UpToDate
+from include.errors import BadRecipe, UpToDate
 from include.paths import var
 from include.pipeline.contracts import ResolveOutput
 from include.pipeline.outcomes import find_outcome, record_outcome
 from include.pipeline.records import Lineage, log, recorded
-from include.recipe import Recipe, dataset_ref, find_recipe, load_recipe
+from include.recipe import Recipe, dataset_ref, eval_ref, find_recipe, load_recipe
 from include.registry import merged_uri, open_registry, registry_uri
 from include.storage.artifacts import Artifact, Store
 from include.storage.files import atomic_write, fingerprint, to_json
@@ -52,10 +52,12 @@ def resolve(
         check_arguments(recipe)
         longest_try(recipe)  # refuses stages in timeout_hours that do not exist
         dataset, base = pin_dataset(dataset_ref(recipe), revision), pin_base(recipe)
+        evaluation = _pin_evaluation(recipe)
         pinned = recipe.model_copy(
             update={
                 "dataset": absolute_source(recipe.dataset),
                 "dataset_revision": dataset,
+                **evaluation,
                 "base_model": absolute_source(recipe.base_model),
                 "base_revision": base,
                 "registry": registry_uri(recipe.name, recipe.registry),
@@ -73,6 +75,8 @@ def resolve(
             for place in (uri, merged_uri(uri)) if pinned.merged_16bit else (uri,):
                 open_registry(place).check()  # find a missing permission before hours of training
         summary = f"dataset {_short(recipe.dataset)}@{dataset[:8]}, base {_short(recipe.base_model)}@{base[:8]}"
+        if recipe.eval_dataset:
+            summary += f", evaluated on {_short(recipe.eval_dataset)}@{evaluation['eval_revision'][:8]}"
         artifact, reused = pin(store, pinned, summary)
         record.close(
             "done",
@@ -84,6 +88,23 @@ def resolve(
         )
         log.info("resolve done: %s", summary)
     return {"recipe": name, "run": run_id, "resolve": artifact.fingerprint}
+
+
+def _pin_evaluation(recipe: Recipe) -> dict[str, str]:
+    """Return the fields of the evaluation dataset with its revision pinned; {} if the recipe names none.
+
+    Raises:
+        BadRecipe: `eval_split` without a dataset on the Hub.
+        NotFound, NoPermission, Unreachable: the dataset does not exist or cannot be read.
+    """
+    evaluation = eval_ref(recipe)
+    if recipe.eval_split and evaluation and not is_hub_id(evaluation.name):
+        raise BadRecipe(
+            f"field 'eval_split': {evaluation.name} is a file, which has no splits", "Name a file in eval_dataset alone"
+        )
+    if not recipe.eval_dataset or evaluation is None:
+        return {}
+    return {"eval_dataset": absolute_source(recipe.eval_dataset), "eval_revision": pin_dataset(evaluation)}
 
 
 def pin(store: Store, recipe: Recipe, summary: str) -> tuple[Artifact, bool]:

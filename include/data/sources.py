@@ -20,7 +20,6 @@ from typing import Any
 import fsspec
 import orjson
 
-from include.data.sharegpt import parse_row
 from include.errors import BadData, Conflict, NoPermission, NotFound, RetuneError, Unreachable
 from include.paths import PROJECT, var
 from include.storage.files import file_digest, fingerprint
@@ -39,12 +38,14 @@ class DatasetRef:
         name: Hub id, path or URL. A relative path is relative to the checkout.
         config, split: configuration and split of a Hub dataset.
         revision: branch, tag or commit of a Hub dataset; None: the newest commit.
+        field: the recipe field that names the dataset, for messages.
     """
 
     name: str
     config: str | None = None
     split: str = "train"
     revision: str | None = None
+    field: str = "dataset"
 
 
 def is_hub_id(name: str) -> bool:
@@ -83,18 +84,18 @@ def pin_dataset(dataset: DatasetRef, expected: str | None = None) -> str:
     """
     name = dataset.name
     if is_hub_id(name):
-        with hub_errors(f"the dataset {name}", "dataset"):
+        with hub_errors(f"the dataset {name}", dataset.field):
             return str(hub_api().dataset_info(name, revision=expected or dataset.revision).sha)
     if not name.endswith(FORMATS):
         raise NotFound(
-            f"field 'dataset': '{name}' is neither a Hub id (owner/name) nor a file of a known type",
+            f"field '{dataset.field}': '{name}' is neither a Hub id (owner/name) nor a file of a known type",
             f"Name a file that ends in {', '.join(FORMATS)}",
         )
-    with file_errors(name):
+    with file_errors(name, dataset.field):
         revision = _file_revision(name)
     if expected and revision != expected:
         raise Conflict(
-            f"field 'dataset': {name} has changed: its revision was {expected[:8]} and is now {revision[:8]}",
+            f"field '{dataset.field}': {name} has changed: its revision was {expected[:8]} and is now {revision[:8]}",
             "Run again: a run reads one revision from start to end",
         )
     return revision
@@ -164,7 +165,7 @@ def read_rows(dataset: DatasetRef) -> Iterator[bytes]:
     if is_hub_id(dataset.name):
         yield from _hub_rows(dataset)
         return
-    with file_errors(dataset.name):
+    with file_errors(dataset.name, dataset.field):
         yield from _file_rows(dataset.name)
 
 
@@ -180,36 +181,11 @@ def _file_rows(name: str) -> Iterator[bytes]:
         yield from {".jsonl": _lines, ".json": _json_rows, ".csv": _csv_rows}[file_type](file)
 
 
-def read_prompts(name: str) -> list[str]:
-    """Return the prompts of a benchmark file.
-
-    They are the lines of a .txt file. Of other files, each row gives its first user turn if the row is a conversation,
-    and otherwise its first text column.
-
-    Raises:
-        NotFound, NoPermission, Unreachable, BadData: see `pin_dataset`.
-    """
-    with file_errors(name, "decontaminate_against"):
-        if name.endswith(".txt"):
-            with fsspec.open(absolute_path(name), "rt", encoding="utf-8") as file:
-                return [line.strip() for line in file if line.strip()]
-        return [text for raw in _file_rows(name) if (text := _prompt(raw))]
-
-
-def _prompt(raw: bytes) -> str:
-    conversation = parse_row(raw).conversation
-    if "user" in conversation.roles:
-        return conversation.contents[conversation.roles.index("user")]
-    row = orjson.loads(raw)
-    values = row.values() if isinstance(row, dict) else [row]
-    return next((value for value in values if isinstance(value, str) and value.strip()), "")
-
-
 def _hub_rows(dataset: DatasetRef) -> Iterator[bytes]:
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
-    with hub_errors(f"the dataset {dataset.name}", "dataset"):
+    with hub_errors(f"the dataset {dataset.name}", dataset.field):
         try:
             rows = load_dataset(
                 dataset.name,
@@ -221,7 +197,8 @@ def _hub_rows(dataset: DatasetRef) -> Iterator[bytes]:
             )
         except ValueError as error:  # unknown configuration or split; the message lists the known ones
             message = " ".join(str(error).split())
-            raise NotFound(f"field 'dataset': {message}", "Set dataset_config and dataset_split") from error
+            split = "dataset_config and dataset_split" if dataset.field == "dataset" else "eval_split"
+            raise NotFound(f"field '{dataset.field}': {message}", f"Set {split}") from error
     for row in rows:
         yield orjson.dumps(row, default=str)
 
