@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from include.base_model import base_license, fetch_base
+from include.data.sources import is_hub_id
 from include.engine import supervise
 from include.engine.jobs import MergeJob
 from include.errors import Conflict, GateRefused
@@ -24,7 +25,7 @@ from include.pipeline.contracts import (
     ValidateOutput,
 )
 from include.pipeline.stage import Output, Result, StageContext, stage
-from include.recipe import TRAINING_INPUTS
+from include.recipe import TRAINING_INPUTS, Recipe, eval_ref
 from include.registry import CARD, Version, content_digest, merged_uri, open_registry
 from include.reporting.model_card import merged_card, model_card
 from include.reporting.plots import loss_plot
@@ -132,6 +133,7 @@ def build_manifest(context: StageContext, outputs: dict[str, Output[Any]]) -> di
         "recipe_sha256": fingerprint(recipe.to_json()),
         "made_at": now(),
         "dataset": {"name": recipe.dataset, "revision": recipe.dataset_revision, **metadata["download"]},
+        "evaluation_dataset": _evaluation_dataset(recipe),
         "base": {"name": recipe.base_model, "revision": recipe.base_revision, **base_license(recipe)},
         "data": {**metadata["validate"], **metadata["standardize"]},
         "tokens": metadata["template"],
@@ -144,3 +146,11 @@ def build_manifest(context: StageContext, outputs: dict[str, Output[Any]]) -> di
         "fingerprints": {name: output.fingerprint for name, output in outputs.items()},
         "packages": {**installed_packages(), **outputs["train"].manifest["packages"]},
     }
+
+
+def _evaluation_dataset(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the dataset that the holdout comes from; None if it is a share of the training dataset."""
+    found = eval_ref(recipe)
+    if found is None:
+        return None
+    return {"name": found.name, "split": found.split if is_hub_id(found.name) else None, "revision": found.revision}

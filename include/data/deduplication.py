@@ -68,6 +68,14 @@ def band_width(similarity: float) -> int:
     return max(widths, default=1)
 
 
+def least_equal_slots(similarity: float) -> int:
+    """Return the lowest number of equal slots that is likely at this similarity, but for a probability of `MISSED`."""
+    below, equal = 0.0, 0
+    while (below := below + math.comb(SLOTS, equal) * similarity**equal * (1 - similarity) ** (SLOTS - equal)) < MISSED:
+        equal += 1
+    return equal
+
+
 def candidate_rows(signatures: np.ndarray, similarity: float) -> np.ndarray:
     """Return which rows share a band with another row (bool): only these can have a near-duplicate."""
     found = np.zeros(len(signatures), bool)
@@ -212,10 +220,8 @@ class _Search:
     """Goes through the buckets and gives every verified pair to `found`, which says which pairs are still of use."""
 
     def __init__(self, signatures: np.ndarray, sets: ShingleSets, similarity: float, found: Groups | Matches):
-        from scipy.stats import binom
-
         self._signatures, self._sets, self._similarity, self._found = signatures, sets, similarity, found
-        self._least_equal = binom.ppf(MISSED, SLOTS, similarity)  # slots
+        self._least_equal = least_equal_slots(similarity)
 
     def run(self, rows: np.ndarray) -> None:
         for ordered, sizes in _bands(self._signatures, rows, self._similarity):
@@ -225,18 +231,22 @@ class _Search:
                 self._bucket(ordered[begin : begin + size])
 
     def _small(self, rows: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> None:
-        """Compare all pairs of the small buckets."""
+        """Compare all pairs of the small buckets, those with the first rows first."""
+        places = []
         for distance in range(1, SMALL):
             chosen = (sizes > distance) & (sizes <= SMALL)
             spans = sizes[chosen] - distance
             first = np.repeat(begins[chosen] - (spans.cumsum() - spans), spans) + np.arange(spans.sum())
-            one, other = rows[first], rows[first + distance]
-            open_ = self._open(one, other)
-            one, other = one[open_], other[open_]
-            likely = self._likely(one, other)
-            for a, b in zip(one[likely].tolist(), other[likely].tolist(), strict=True):
-                if self._open(np.array([a]), np.array([b]))[0]:
-                    self._verify(a, np.array([b]))
+            places.append(np.stack([first, first + distance]))
+        one, other = rows[np.concatenate(places, axis=1)]
+        open_ = self._open(one, other)
+        one, other = one[open_], other[open_]
+        likely = self._likely(one, other)
+        one, other = one[likely], other[likely]
+        order = np.lexsort((other, one))
+        for a, b in zip(one[order].tolist(), other[order].tolist(), strict=True):
+            if self._open(np.array([a]), np.array([b]))[0]:
+                self._verify(a, np.array([b]))
 
     def _bucket(self, bucket: np.ndarray) -> None:
         """Compare each row of a bucket with all rows after it."""
