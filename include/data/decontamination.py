@@ -67,7 +67,8 @@ def describe_prompts(name: str, found: str, prompts: list[str]) -> str:
     """Return one line for the log: how many prompts were read, from where, and the first ones."""
     taken = [" ".join(prompt.split()) for prompt in prompts if prompt]
     shown = "; ".join(f'"{prompt[:60]}{"..." if len(prompt) > 60 else ""}"' for prompt in taken[:3])
-    return f"{FIELD}: {len(taken):,} prompts from the {found} of {Path(name).name}, first {shown}"
+    number = f"{len(taken):,} prompt{'s' if len(taken) > 1 else ''}"
+    return f"{FIELD}: {number} from the {found} of {Path(name).name}, first {shown}"
 
 
 def _prompt(row: dict[str, Any], column: str) -> str:

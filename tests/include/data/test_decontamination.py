@@ -81,7 +81,7 @@ def test_another_column_must_be_named_and_what_was_read_is_said(tmp_path: Path) 
     place, prompts = read_prompts(str(path), "problem")
     assert prompts == ["How far?", ""], "the index of a prompt is its row"
     assert describe_prompts(str(path), place, prompts) == (
-        'decontaminate_against: 1 prompts from the column problem of b.jsonl, first "How far?"'
+        'decontaminate_against: 1 prompt from the column problem of b.jsonl, first "How far?"'
     )
     path.write_bytes(lines([{"prompt": 5}]))
     with pytest.raises(BadData, match="has no prompt in its column prompt"):
