@@ -18,6 +18,7 @@ from tasks.download import download
 from tasks.report import report
 from tests.conftest import conversation
 from tests.rows import ROWS, lines, listed, messages
+from tests.services.hub import Hub
 
 
 def sides(standardized: Any) -> dict[int, bool]:
@@ -205,6 +206,30 @@ def test_the_rows_of_an_evaluation_dataset_are_the_holdout(
     evaluation.write_bytes(b"")
     with pytest.raises(BadData, match="field 'eval_dataset': .* holds no rows"):
         pipeline(small_recipe(**fields), "download")
+
+
+def test_another_split_of_a_hub_dataset_is_the_holdout(
+    small_recipe: Callable, retune: Callable, artifact: Callable, tmp_path: Path
+) -> None:
+    with Hub() as hub:
+        sha = hub.put(
+            "owner/rows",
+            {
+                "data/train.jsonl": lines([story(i) for i in range(30)]),
+                "data/validation.jsonl": lines([story(100 + i) for i in range(10)]),
+            },
+            kind="dataset",
+        )
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        recipe = small_recipe(dataset="owner/rows", eval_split="validation", holdout_share=0)
+        done = retune("stage", "small", "--until", "standardize", RETUNE_RECIPES=str(recipe), **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "30 rows to train on, 10 held out" in done.stdout + done.stderr
+        recipe = small_recipe(dataset="owner/rows", eval_dataset="owner/rows", holdout_share=0)
+        done = retune("stage", "small", "--until", "download", RETUNE_RECIPES=str(recipe), **environment)
+        assert "field 'eval_dataset': " in done.stdout + done.stderr
+        assert "Set eval_split" in done.stdout + done.stderr, "there is no split test"
+        assert f"evaluated on owner/rows@{sha[:8]}" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
