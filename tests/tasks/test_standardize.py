@@ -155,6 +155,15 @@ def test_too_few_held_out_rows_are_said_with_the_share_that_is_enough(
     assert made.metadata.holdout >= 6
     with pytest.raises(BadData, match="too few held-out rows"):
         pipeline(small_recipe(dataset=str(path), holdout_share=share - 0.01), "standardize")
+    # held-out rows that are too long are left out later, and that is said before any training
+    short = [conversation(f"{i}?", f"{i}!") for i in range(30)]
+    path.write_bytes(lines([story(i) if i % 4 else short[i // 2] for i in range(60)]))
+    recipe = small_recipe(dataset=str(path), holdout_share=0.2, max_seq_length=200)
+    with pytest.raises(
+        BadData, match="too few held-out rows: . are left, and the gate needs 6. Raise holdout_share, or max"
+    ):
+        pipeline(recipe, "train")
+    path.write_bytes(lines([story(i) for i in range(60)]))
     # the gate needs more rows for each candidate of a sweep: 0.975 instead of 0.95
     sweep = {"r": [4, 8], "lora_alpha": [4, 8]}
     with pytest.raises(BadData, match="the gate needs 8 at gate_confidence=0.95 for each of 4 candidates"):
