@@ -15,7 +15,7 @@ $(READY): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0'
 	@echo "installing the packages of requirements.txt into .venv (some minutes, once)"
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	@touch $@
 
 demo: $(READY) ## train, test and publish a small model on this machine

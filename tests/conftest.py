@@ -41,8 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(tier)
         if not any(item.get_closest_marker(tier) for tier in TIERS):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=lambda item: ("test_demo" not in item.nodeid, not item.get_closest_marker("airflow"),
-                                 not item.get_closest_marker("engine")))  # fmt: skip
+    tiers = ("cluster", "airflow", "engine")  # the slowest first
+    items.sort(key=lambda item: [not item.get_closest_marker(tier) for tier in tiers])
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +158,8 @@ def small_recipe(write_recipe: Callable[..., Path], dataset: Path, tiny_base: Pa
 @pytest.fixture
 def pipeline() -> Callable[..., dict[str, str]]:
     """Runs the stages in this process, without Airflow, up to one of them; returns the lineage."""
+    import great_expectations  # noqa: F401  (once here, and not in each process that a stage forks for its checks)
+
     from tasks.stages import run_stages
 
     return lambda recipe, until="verify", run_id="test", **values: run_stages(recipe.stem, values, run_id, until)

@@ -34,6 +34,8 @@ from tests.conftest import conversation
 from tests.services.airflow import Airflow, eventually
 from tests.test_demo import processes
 
+pytestmark = pytest.mark.xdist_group("cluster")  # they share one cluster
+
 GPU = ("train", "smoke_test", "evaluate")
 PAUSE = 1.0  # seconds between two requests: the API server has other work, on the same two cores
 VISIBILITY = 8  # seconds after which Redis hands out a message again that nobody has answered

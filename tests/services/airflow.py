@@ -69,13 +69,13 @@ class Airflow:
             last = beat()
             eventually(lambda last=last: beat() != last)
 
-    def ended(self, dag: str, run: str, seconds: float = WAIT, pause: float = 0.2) -> str:
+    def ended(self, dag: str, run: str, seconds: float = WAIT, pause: float = 1.0) -> str:
         """Wait until a run has ended; return its state."""
         path = f"/api/v2/dags/{dag}/dagRuns/{run}"
         return eventually(lambda: (state := self.call("GET", path)["state"]) in ENDED and state, seconds, pause)
 
 
-def eventually(look: Callable[[], Any], seconds: float = WAIT, pause: float = 0.2) -> Any:
+def eventually(look: Callable[[], Any], seconds: float = WAIT, pause: float = 0.5) -> Any:
     """Return what `look` returns as soon as it is true; called again after pauses of so many seconds."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
