@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -79,7 +78,7 @@ def least_equal_slots(similarity: float) -> int:
 def candidate_rows(signatures: np.ndarray, similarity: float) -> np.ndarray:
     """Return which rows share a band with another row (bool): only these can have a near-duplicate."""
     found = np.zeros(len(signatures), bool)
-    for rows, sizes in _bands(signatures, np.arange(len(signatures)), similarity):
+    for _, rows, sizes in _bands(signatures, np.arange(len(signatures)), similarity):
         found[rows[np.repeat(sizes > 1, sizes)]] = True
     return found
 
@@ -204,8 +203,10 @@ def near_duplicates_of(
     return matches
 
 
-def _bands(signatures: np.ndarray, rows: np.ndarray, similarity: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield for each band the rows, one bucket (rows with an equal band) after another, and the size of each bucket."""
+def _bands(signatures: np.ndarray, rows: np.ndarray, similarity: float) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield for each band its first slot, the rows, one bucket (rows with an equal band) after another, and the sizes
+    of the buckets.
+    """
     rows = rows[signatures[rows].any(axis=1)]
     width = band_width(similarity)
     for begin in range(0, SLOTS // width * width, width):
@@ -213,7 +214,7 @@ def _bands(signatures: np.ndarray, rows: np.ndarray, similarity: float) -> Itera
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         begins = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else np.zeros(0, int)
-        yield rows[order], np.diff(np.append(begins, len(keys)))
+        yield begin, rows[order], np.diff(np.append(begins, len(keys)))
 
 
 class _Search:
@@ -221,10 +222,12 @@ class _Search:
 
     def __init__(self, signatures: np.ndarray, sets: ShingleSets, similarity: float, found: Groups | Matches):
         self._signatures, self._sets, self._similarity, self._found = signatures, sets, similarity, found
-        self._least_equal = least_equal_slots(similarity)
+        self._least_equal, self._width = least_equal_slots(similarity), band_width(similarity)
+        self._begin = 0  # the first slot of the band
 
     def run(self, rows: np.ndarray) -> None:
-        for ordered, sizes in _bands(self._signatures, rows, self._similarity):
+        for first_slot, ordered, sizes in _bands(self._signatures, rows, self._similarity):
+            self._begin = first_slot
             begins = sizes.cumsum() - sizes
             self._small(ordered, begins, sizes)
             for begin, size in zip(begins[sizes > SMALL], sizes[sizes > SMALL], strict=True):
@@ -275,14 +278,17 @@ class _Search:
         return (first != second) & (first >= 0) & (second >= 0)
 
     def _likely(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Return which pairs can be similar, by the sizes of their sets and the equal slots of their signatures."""
+        """Return which pairs can be similar, by the sizes of their sets and the equal slots of their signatures, and
+        have not met in an earlier band.
+        """
         a, b = self._sets.sizes[one], self._sets.sizes[other]
         likely = np.minimum(a, b) >= self._similarity * np.maximum(a, b) - ROUNDING
         chosen = np.flatnonzero(likely)
         for begin in range(0, len(chosen), 100_000):  # bounded memory
             part = chosen[begin : begin + 100_000]
-            equal = (self._signatures[one[part]] == self._signatures[other[part]]).sum(axis=1)
-            likely[part] = equal >= self._least_equal
+            equal = self._signatures[one[part]] == self._signatures[other[part]]
+            met = equal[:, : self._begin].reshape(len(part), -1, self._width).all(axis=2).any(axis=1)
+            likely[part] = (equal.sum(axis=1) >= self._least_equal) & ~met
         return likely
 
     def _verify(self, row: int, others: np.ndarray) -> int:
@@ -333,6 +339,8 @@ class _RareShingles:
         """Return the places after this one whose rows share a rare shingle with its row, ascending."""
         own = self._own[place]
         begins, ends = (np.searchsorted(self._shingles, own, side) for side in ("left", "right"))
-        parts: list[Any] = [self._places[begin:end] for begin, end in zip(begins, ends, strict=True) if end > begin]
-        places = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
-        return places[places > place]
+        chosen = np.zeros(len(self._own), bool)
+        for begin, end in zip(begins, ends, strict=True):
+            chosen[self._places[begin:end]] = True
+        chosen[: place + 1] = False
+        return np.flatnonzero(chosen)
