@@ -207,7 +207,8 @@ def _bands(signatures: np.ndarray, rows: np.ndarray, similarity: float) -> Itera
     """Yield for each band its first slot, the rows, one bucket (rows with an equal band) after another, and the sizes
     of the buckets.
     """
-    rows = rows[signatures.any(axis=1)[rows]]
+    non_empty: np.ndarray = np.any(signatures, axis=1)
+    rows = rows[non_empty[rows]]
     width = band_width(similarity)
     for begin in range(0, SLOTS // width * width, width):
         keys = signatures[rows, begin : begin + width].astype(np.uint64) @ _FACTORS[:width]
