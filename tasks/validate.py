@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +11,33 @@ from typing import Any
 import orjson
 
 from include.base_model import fetch_base
-from include.chat.template import renders_tools, template_source
-from include.data.expectations import PAIRS, RAW_ROWS, TOOL_RULES, Suite, ValidationResult
+from include.chat.template import call_problem, renders_calls, renders_tools, template_source
+from include.data.conversation import FAULTS
+from include.data.expectations import CALL_RULES, PAIRS, RAW_ROWS, TOOL_RULES, Suite, ValidationResult
 from include.data.parallel import in_order
 from include.data.profile import RowStatistics, profile
-from include.data.sharegpt import FAULTS, parse_row, parse_rows
+from include.data.sharegpt import parse_row, parse_rows
 from include.data.tables import write_table
 from include.errors import BadData
 from include.pipeline.contracts import DownloadOutput, ValidateOutput
 from include.pipeline.stage import Output, Result, StageContext, stage
 from include.recipe import Recipe
 
+MAX_NAMES = 1000  # columns and keys in the report that are not used
+LOGGED_NAMES = 12
 
-def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool:
+
+def _template_source(context: StageContext) -> str:
     recipe = context.recipe
     own = recipe.chat_template == "tokenizer"
     folder = fetch_base(recipe, context.store, tokenizer_only=True) if own else Path()
-    return renders_tools(template_source(folder, recipe.chat_template, recipe.base_model))
+    return template_source(folder, recipe.chat_template, recipe.base_model)
+
+
+def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> Any:
+    """Return whether the template renders tools; if it renders calls, too, the digest of its source."""
+    source = _template_source(context)
+    return renders_tools(source) and (not renders_calls(source) or hashlib.sha256(source.encode()).hexdigest())
 
 
 @stage(
@@ -46,9 +57,11 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
     Raises:
         BadData: no row is usable, or more rows are refused than `max_refused_share` or `check_limits` allow.
     """
-    tools = _tools_rendered(context)
+    template = _template_source(context)
+    tools = renders_tools(template)
+    rendered = {*(TOOL_RULES if tools else ()), *(CALL_RULES if tools and renders_calls(template) else ())}
     pairs = context.recipe.method == "dpo"
-    rules = [rule for rule in (*RAW_ROWS, *(PAIRS if pairs else ())) if not (tools and rule.column in TOOL_RULES)]
+    rules = [rule for rule in (*RAW_ROWS, *(PAIRS if pairs else ())) if rule.column not in rendered]
     source = download.local() / DownloadOutput.ROWS
     (context.out / ValidateOutput.READINGS).mkdir(exist_ok=True)
     with Suite(
@@ -63,7 +76,10 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
         import pyarrow.parquet as pq
 
         groups = range(pq.ParquetFile(source).num_row_groups)
-        parts = list(in_order(lambda index: _read_group(source, index, context.out, context.recipe), groups))
+        calls_template = template if rendered.issuperset(CALL_RULES) else None
+        parts = list(
+            in_order(lambda index: _read_group(source, index, context.out, context.recipe, calls_template), groups)
+        )
         counts = {name: np.concatenate([part.counts[name] for part in parts]) for name in parts[0].counts}
         critical = [rule.column for rule in rules if rule.severity == "critical"]
         faulty = np.logical_or.reduce([counts[name] > 0 for name in critical])
@@ -78,6 +94,11 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
     verdicts = _RowReports(source, findings, parts, originals, refused, good)
     reasons = verdicts.write(context.out)
     verdicts.judge(context, reasons)
+    unused = _most_frequent(sum((part.unused for part in parts), Counter()))
+    if unused:
+        named = [f"{name} ({count:,})" for name, count in unused.items()]
+        more = f" and {len(named) - LOGGED_NAMES:,} more (see the report)" if len(named) > LOGGED_NAMES else ""
+        context.progress(f"not used: {', '.join(named[:LOGGED_NAMES])}{more}")
     repairs: Counter[str] = Counter(repair for part in parts for made in part.repairs.values() for repair in made)
     copies = int((originals >= 0).sum())
     summary = (
@@ -86,7 +107,7 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
     )
     metadata = ValidateOutput.model_validate({
         "rows": len(good), "good": int(good.sum()), "refused": int(refused.sum()), "copies": copies,
-        "repairs": dict(repairs), "reasons": reasons, "checks": findings.checks,
+        "repairs": dict(repairs), "unused": unused, "reasons": reasons, "checks": findings.checks,
         "docs": f"{ValidateOutput.DOCS}/{findings.page}", "tools_rendered": tools,
         "profile": profile([part.facts for part in parts], good, originals, verdicts.opening),
     })  # fmt: skip
@@ -102,6 +123,7 @@ class _Part:
         digests: the first 8 bytes of each conversation's digest (uint64); 0 where there is none.
         repairs, problems: by row, of those that have some (see `sharegpt.ParsedRow`).
         columns: column names of the first unreadable rows, for hints.
+        unused: what is not used, with its count (see `ParsedRow`).
         facts: numbers for the profile.
     """
 
@@ -110,10 +132,16 @@ class _Part:
     repairs: dict[int, list[str]]
     problems: dict[int, str]
     columns: list[tuple[str, ...]]
+    unused: Counter[str]
     facts: RowStatistics
 
 
-def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
+def _read_group(source: Path, index: int, out: Path, recipe: Recipe, calls_template: str | None) -> _Part:
+    """Parse a row group.
+
+    Args:
+        calls_template: the chat template's source if it renders calls of tools; each row's calls are tried with it.
+    """
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -122,6 +150,11 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
     rows = table["row"].to_pylist()
     alpaca, pairs = recipe.dataset_format == "alpaca", recipe.method == "dpo"
     readings, columns = parse_rows(table["content"].to_pylist(), alpaca, recipe.merge_turns, pairs)
+    for reading in readings:
+        if calls_template and reading.conversation.calls and not reading.faults["bad_tool_calls"]:
+            problem = call_problem(calls_template, recipe.chat_template, reading.conversation)
+            if problem:
+                reading.add_fault("bad_tool_calls", problem)
     digests = [b"" if reading.faults["unreadable"] else reading.conversation.digest for reading in readings]
     write_table(
         pa.table({"row": table["row"], "digest": pa.array(digests, pa.binary()), **columns}),
@@ -134,8 +167,16 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
         {row: reading.repairs for row, reading in zip(rows, readings, strict=True) if reading.repairs},
         {row: reading.detail for row, reading in zip(rows, readings, strict=True) if reading.detail},
         [reading.columns for reading in readings if reading.columns][:100],
+        Counter(name for reading in readings for name in reading.unused),
         RowStatistics.of([reading.conversation for reading in readings]),
     )
+
+
+def _most_frequent(unused: Counter[str]) -> dict[str, int]:
+    """Return the counts of what is not used, most frequent first; very many names end in one line for the others."""
+    ordered = sorted(unused.items(), key=lambda entry: (-entry[1], entry[0]))
+    others = ordered[MAX_NAMES:]
+    return dict(ordered[:MAX_NAMES]) | ({f"{len(others):,} other names": sum(n for _, n in others)} if others else {})
 
 
 def _originals(digests: Any) -> Any:

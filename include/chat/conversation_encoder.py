@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from include.chat.encoder import Encoder, Spans, range_indices
 from include.chat.template import CONTENT_TRANSFORMS, ChatTemplate, Piece
 from include.chat.tokenized import Encoded
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 
 MAX_CACHED_LAYOUTS = 10_000  # rows with many different lists of tools have as many layouts
 
@@ -56,8 +56,8 @@ class ConversationEncoder:
         self.text_encoder = text_encoder
         self.template, self._parsed_tokens = template, parsed_tokens
         self._parsed = re.compile("(" + "|".join(map(re.escape, parsed_tokens)) + ")") if parsed_tokens else None
-        self._pieces: dict[tuple[tuple[str, ...], str | None, bool], list[Piece]] = {}
-        self._layouts: dict[tuple[tuple[str, ...], str | None, bool, tuple[int, ...]], Layout] = {}
+        self._pieces: dict[tuple[Any, ...], list[Piece]] = {}  # by the arguments of `ChatTemplate.pieces`
+        self._layouts: dict[tuple[Any, ...], Layout] = {}  # by the same, and the masked turns
 
     def use(self, text_encoder: Encoder) -> None:
         """Change the encoder of the texts."""
@@ -87,7 +87,7 @@ class ConversationEncoder:
         """Add the text of pieces that stand side by side, cut at the special tokens that are parsed."""
         text, spans = "", list[tuple[int, int]]()
         for piece in pieces:
-            content = piece.text if piece.turn is None else _content(piece, conversation)
+            content = piece.text or _content(piece, conversation)
             # re.split with a group: texts and parsed tokens alternate
             for number, section in enumerate(self._parsed.split(content) if self._parsed else (content,)):
                 if number % 2:
@@ -107,7 +107,8 @@ class ConversationEncoder:
         return self._parsed.findall(text) if self._parsed else []
 
     def _layout(self, conversation: Conversation, generation_prompt: bool) -> Layout:
-        rendered = (conversation.roles, conversation.tools, generation_prompt)
+        shape = (conversation.calls, conversation.silent)
+        rendered = (conversation.roles, conversation.tools, generation_prompt, *shape)
         key = (*rendered, conversation.masked)
         if key not in self._layouts:
             for cached in (self._layouts, self._pieces):

@@ -11,16 +11,18 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from include.chat.tokenizer import CONTROL_TOKEN, tokenizer_config
-from include.data.sharegpt import Message
+from include.chat.tokenizer import CONTROL_TOKEN, NAMED_TOKENS, tokenizer_config
+from include.data.conversation import Conversation, Message
 from include.errors import BadData, BadRecipe, NotFound
 from include.paths import PROJECT
 
+Calls = tuple[tuple[int, str], ...]  # see `Conversation.calls`
 SHIPPED_TEMPLATES = PROJECT / "include" / "templates"
 PLACEHOLDER = "\ue000{}\ue001"  # private-use characters, which no template and no ordinary text contains
 # contents with placeholders that show how a template changes contents: by trimming, by quoting, by dropping thoughts
@@ -41,8 +43,9 @@ class Piece:
 
     Attributes:
         token: the id of the special token, or None.
-        text: the template's own text; "" for a special token and for a content.
-        turn: the index of the turn whose content this is, or None.
+        text: the template's own text, or that of calls; "" for a special token and for a content.
+        turn: the index of the turn whose content this is, or None. With a token or a text, it is a part of the turn's
+            calls of tools, as the template writes them.
         transform: the change to the content, a key of `CONTENT_TRANSFORMS`.
         in_loss: whether the loss counts the piece: an assistant turn's content, or the token that ends the turn.
         ends_turn: whether this token ends an assistant turn.
@@ -79,7 +82,7 @@ class ChatTemplate:
             tools: the tools that the assistant may call, as a JSON list.
 
         Raises:
-            BadData: the template does not accept this order of roles.
+            BadData: the template does not accept this order of roles, or these calls of tools.
         """
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -93,7 +96,7 @@ class ChatTemplate:
                 strftime_now=RENDERING_DATE.strftime,
                 **self._named_tokens,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # TypeError: of a template that takes arguments as text only
             roles = ", ".join(message["role"] for message in messages)
             raise BadData(
                 f"the chat template {self.name} does not accept a conversation with the roles {roles} ({error})",
@@ -106,28 +109,48 @@ class ChatTemplate:
         text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         return sorted({token for token in re.findall(CONTROL_TOKEN, text) if token not in self._special_ids})
 
-    def pieces(self, roles: tuple[str, ...], tools: str | None = None, generation_prompt: bool = False) -> list[Piece]:
+    def pieces(
+        self,
+        roles: tuple[str, ...],
+        tools: str | None = None,
+        generation_prompt: bool = False,
+        calls: Calls = (),
+        silent: tuple[int, ...] = (),
+    ) -> list[Piece]:
         """Return the template's pieces for one order of roles, in the order of the rendered text.
 
+        Args:
+            calls: the calls of tools, see `Conversation.calls`.
+            silent: the indices of the turns that have calls and no text.
+
         Raises:
-            BadData: the template does not accept the order of roles, or does not write each turn once and in order.
+            BadData: the template does not accept the order of roles, does not write each turn once and in order, or
+                does not write the calls in the place of a turn's text.
             BadRecipe: the template changes contents in another way than `CONTENT_TRANSFORMS`, or writes no token at
                 the end of an assistant turn.
         """
-        rendered, transforms = self._render_placeholders(roles, tools, generation_prompt)
+        rendered, transforms = self._render_placeholders(roles, tools, generation_prompt, calls, silent)
         placeholders = [PLACEHOLDER.format(i) for i in range(len(roles))]
         pieces: list[Piece] = []
+        called: dict[int, str] = {}
+        if calls:
+            plain = self._render_placeholders(roles, tools, generation_prompt)[0]
+            called = self._written_calls(rendered, plain, calls, silent)
+            rendered = plain
         after_assistant = False
         any_placeholder = PLACEHOLDER.format(r"\d+")
         for part in re.split(f"({any_placeholder})", rendered):
             if part in placeholders:
                 turn = placeholders.index(part)
                 after_assistant = roles[turn] == "assistant"
+                if turn in called:
+                    pieces += self._call_pieces(called[turn], turn, dict(calls)[turn], transforms.get("assistant", ""))
+                    continue
                 pieces.append(Piece(turn=turn, transform=transforms[roles[turn]], in_loss=after_assistant))
                 continue
             pieces += self._template_text(part, after_assistant)
             after_assistant = False
-        if [piece.turn for piece in pieces if piece.turn is not None] != list(range(len(roles))):
+        if [turn for turn, _ in groupby(p.turn for p in pieces if p.turn is not None)] != list(range(len(roles))):
             raise BadData(
                 f"the chat template {self.name} does not write the turns {', '.join(roles)} once each and in order",
                 "Choose another chat_template, or correct the rows",
@@ -138,6 +161,42 @@ class ChatTemplate:
                 "with it would not learn to stop",
                 "Choose another chat_template",
             )
+        return pieces
+
+    def _written_calls(self, rendered: str, plain: str, calls: Calls, silent: tuple[int, ...]) -> dict[int, str]:
+        """Return what the template writes in each turn with calls, where it writes the text of a turn without calls.
+
+        Args:
+            rendered: the conversation with placeholders and the calls.
+            plain: the same conversation without the calls.
+        """
+        form = re.escape(plain)
+        for turn, _ in calls:
+            form = form.replace(re.escape(PLACEHOLDER.format(turn)), f"(?P<turn{turn}>.+?)")
+        found = re.fullmatch(form, rendered, re.DOTALL)
+        written = {turn: found[f"turn{turn}"] for turn, _ in calls} if found else {}
+        for turn, made in calls:
+            names = [call["function"]["name"] for call in orjson.loads(made)]
+            text = written.get(turn, "")
+            says_text = text.count(PLACEHOLDER.format(turn)) == (turn not in silent)
+            if not found or not says_text or not all(name in text for name in names):
+                raise BadData(
+                    f"the chat template {self.name} does not write the tool calls of turn {turn + 1}"
+                    + ("" if turn in silent else ", or not the text beside them"),
+                    "Choose another chat_template, or write the calls as the text of function_call turns",
+                )
+        return written
+
+    def _call_pieces(self, written: str, turn: int, calls: str, transform: str) -> list[Piece]:
+        """Return the pieces of a turn with calls, all in the loss; special tokens that the calls contain are text."""
+        pieces = []
+        placeholder = PLACEHOLDER.format(turn)
+        for part in re.split(f"({re.escape(placeholder)}|{CONTROL_TOKEN})", written):
+            if part == placeholder:
+                pieces.append(Piece(turn=turn, transform=transform, in_loss=True))
+            elif part:
+                token = self._special_ids.get(part) if part not in calls else None
+                pieces.append(Piece(token, "" if token is not None else part, turn, in_loss=True))
         return pieces
 
     def _template_text(self, text: str, after_assistant: bool) -> list[Piece]:
@@ -155,7 +214,12 @@ class ChatTemplate:
         return pieces
 
     def _render_placeholders(
-        self, roles: tuple[str, ...], tools: str | None, generation_prompt: bool
+        self,
+        roles: tuple[str, ...],
+        tools: str | None,
+        generation_prompt: bool,
+        calls: Calls = (),
+        silent: tuple[int, ...] = (),
     ) -> tuple[str, dict[str, str]]:
         """Render with a placeholder as each content, and find out how the template changes each role's contents.
 
@@ -165,16 +229,16 @@ class ChatTemplate:
         """
 
         def probe(form: str) -> str:
-            contents = [form.replace("{}", PLACEHOLDER.format(i)) for i in range(len(roles))]
-            messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-            return self.render(messages, generation_prompt, tools)
+            contents = ["" if i in silent else form.replace("{}", PLACEHOLDER.format(i)) for i in range(len(roles))]
+            return self.render(Conversation(roles, contents, calls=calls).messages, generation_prompt, tools)
 
         rendered, padded = probe("{}"), probe(PADDED_PROBE)
         transforms: dict[str, str] = {}
-        for i, role in enumerate(roles):
+        turns = [(i, role) for i, role in enumerate(roles) if i not in silent]
+        for i, role in turns:
             content = PADDED_PROBE.replace("{}", PLACEHOLDER.format(i))
             transforms[role] = next((n for n, change in CONTENT_TRANSFORMS.items() if change(content) in padded), "")
-        written = [(PLACEHOLDER.format(i), transforms[role]) for i, role in enumerate(roles) if transforms[role]]
+        written = [(PLACEHOLDER.format(i), transforms[role]) for i, role in turns if transforms[role]]
         for placeholder, transform in written:
             rendered = rendered.replace(CONTENT_TRANSFORMS[transform](placeholder), placeholder)
         for form in (PADDED_PROBE, THINKING_PROBE):
@@ -215,6 +279,36 @@ def template_source(folder: Path, chat_template: str, base_name: str) -> str:
             f"Choose a shipped template: {shipped}",
         )
     return str(source)
+
+
+def renders_calls(source: str) -> bool:
+    """Return whether a template reads calls of tools.
+
+    Args:
+        source: the jinja source.
+    """
+    return re.search(r"\btool_calls\b", source) is not None
+
+
+def call_problem(source: str, name: str, conversation: Conversation) -> str | None:
+    """Return why a template does not render a conversation's calls of tools, as a sentence; None if it does.
+
+    Args:
+        source: the jinja source.
+        name: the template's name in messages.
+        conversation: has calls.
+    """
+    named = {token: f"<|{token}|>" for token in NAMED_TOKENS}  # the ids do not matter here
+    template, roles, tools = ChatTemplate(name, source, named, {}), conversation.roles, conversation.tools
+    try:
+        template.pieces(roles, tools, calls=conversation.calls, silent=conversation.silent)
+    except (BadData, BadRecipe) as error:
+        try:
+            template.pieces(roles, tools)
+        except (BadData, BadRecipe):
+            return None  # it is not about the calls; the stage `template` says what it is
+        return error.what
+    return None
 
 
 def renders_tools(source: str) -> bool:

@@ -12,7 +12,7 @@ from include.chat.encoder import TokenizersEncoder
 from include.chat.splitting import trained_turns
 from include.chat.tokenized import IGNORED, Encoded, answer_span, prompt_tokens
 from include.chat.tokenizer import CONTROL_TOKEN
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 from include.errors import BadRecipe
 
 
@@ -31,7 +31,11 @@ def verify_encoding(chat: ChatFormat, conversations: list[Conversation]) -> int:
     Raises:
         BadRecipe: the ids differ with the tokenizer's own encoder, too, or a loss mask does not cover an answer.
     """
-    compared = [c for c in conversations if not any(re.search(CONTROL_TOKEN, content) for content in c.contents)]
+    compared = [
+        c
+        for c in conversations
+        if not any(re.search(CONTROL_TOKEN, text) for text in (*c.contents, *(calls for _, calls in c.calls)))
+    ]
     expected = [chat.tokenizer.encode_rendered(chat.template.render(c.messages, tools=c.tools)) for c in compared]
     row = _first_difference(chat.encode(compared), expected)
     if row is not None and chat.encoder.name != TokenizersEncoder.name:

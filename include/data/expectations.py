@@ -50,7 +50,13 @@ RAW_ROWS = (
     Rule("tool_turns", "a turn has a tool role, which the chat template does not render"),
     Rule("tool_lists", "the row lists tools, which the chat template does not render"),
     Rule("bad_tool_lists", "the tools column is not a list of objects"),
-    Rule("tool_calls", "a turn calls tools under tool_calls; write the call as the text of a function_call turn"),
+    Rule("tool_calls", "a turn calls tools, which the chat template does not render"),
+    Rule("bad_tool_calls", "a turn's calls of tools cannot be read, or not be rendered by the chat template"),
+    Rule("media", "the row has images, audio or video, which are not read; choose rows of text only"),
+    Rule("labels", "a label says whether the answer was liked; set a method that takes labels, or remove the column"),
+    Rule("row_weights", "the row has a weight, which is not supported; remove the column, or set weight on turns"),
+    Rule("reasoning", "a turn has its reasoning beside the text, which is not trained on yet; remove it"),
+    Rule("system_conflicts", "the row has two different system texts"),
     Rule("non_text_values", "a turn's value is missing or is not a text"),
     Rule("empty_values", "a turn's text is empty"),
     Rule("bad_train_flags", "a turn's train, training, loss or weight cannot be followed"),
@@ -65,13 +71,14 @@ RAW_ROWS = (
     Rule("control_characters", "the text has control characters", "info"),
     Rule("long_turns", f"a turn has more than {LONG_TURN:,} characters", "info"),
     Rule("masked_turns", "an answer is masked (train: false or weight: 0); it is context only", "info"),
-    Rule("unknown_keys", "a turn has keys besides speaker and text; they are not used", "info"),
+    Rule("unknown_keys", "a turn has keys that are not used", "info"),
 )
 PAIRS = (  # in addition, for preference rows
     Rule("unpaired_answers", "chosen and rejected are not one answer each to the same prompt"),
     Rule("same_answers", "the chosen and the rejected answer are the same"),
 )
 TOOL_RULES = ("tool_turns", "tool_lists")  # they apply only if the chat template does not render tools
+CALL_RULES = ("tool_calls",)  # they apply only if it does not render calls of tools
 
 PREPARED_ROWS = (
     Rule("tokens_over", "the conversation is longer than max_seq_length: on_too_long decides", "warning"),

@@ -157,7 +157,10 @@ class DownloadOutput(Contract, stage="download"):
 
 
 class ValidateOutput(Contract, stage="validate"):
-    """Rows as conversations, the numbers of the good ones, and every refused or repaired row with its reasons."""
+    """Rows as conversations, the numbers of the good ones, and every refused or repaired row with its reasons.
+
+    `unused` counts each column, key of a turn and key of a part that is not used, in the rows that can be read.
+    """
 
     READINGS: ClassVar = "readings"
     GOOD: ClassVar = "good.parquet"
@@ -170,6 +173,7 @@ class ValidateOutput(Contract, stage="validate"):
     refused: int
     copies: int
     repairs: dict[str, int]
+    unused: dict[str, int]
     reasons: dict[str, int]
     checks: list[CheckResult]
     docs: str
