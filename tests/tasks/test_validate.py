@@ -45,7 +45,7 @@ REFUSED = {
     "no tool list": (row(ASKED, TOLD, tools="none"), "not a list of objects"),
     "tool_calls": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}]}',
-        "under tool_calls",
+        "cannot be read, or not be rendered",
     ),
     "None as value": (row(ASKED, ("gpt", None)), "the value of turn 1 is null"),
     "a number as value": (row(ASKED, ("gpt", 7)), "the value of turn 1 is 7"),
@@ -207,3 +207,21 @@ def test_real_alpaca_rows(material: Path, small_recipe: Callable, pipeline: Call
     assert facts.rows == 1923
     assert facts.good + facts.refused + facts.copies == 1923
     assert facts.good > 1800
+
+
+def test_calls_that_the_template_writes_train_and_the_others_are_refused(
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    def called(content: str | None, *names: str) -> dict[str, Any]:
+        calls = [{"type": "function", "function": {"name": name, "arguments": "{}"}} for name in names]
+        turns = [{"role": "user", "content": f"{content}{names}?"}, {"role": "assistant", "content": content}]
+        return {"messages": [turns[0], {**turns[1], "tool_calls": calls}], "source": "x", "id": 1}
+
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines([*ROWS, called(None, "look"), called(None, "look", "go"), called("I look.", "look")]))
+    found = artifact(pipeline(small_recipe(dataset=str(path), max_refused_share=0.6), "standardize"))
+    assert messages(found)[40].messages[1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {}}
+    checked = artifact(pipeline(small_recipe(dataset=str(path), max_refused_share=0.6), "validate"))
+    assert checked.metadata.unused == {"column id": 3, "column source": 3}
+    reasons = [entry["reasons"] for entry in listed(checked, "quarantine.jsonl").values()]
+    assert ["single tool-calls" in reasons[0][-1], "text beside them" in reasons[1][-1]] == [True, True]
