@@ -13,6 +13,8 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}  # also keys of turns
 LABELS = {"label", "labels", "kto_tag"}  # whether the answer was liked
 WEIGHTS = {"weight", "weights", "sample_weight", "sample_weights", "loss_weight", "loss_weights", "loss_scale"}
+READ_COLUMNS = {*SYSTEM_COLUMNS, *TOOL_COLUMNS}
+SPECIAL_COLUMNS = {*MEDIA, *LABELS, *WEIGHTS, *CONVERSATION_COLUMNS}
 YES_OR_NO = {"true", "false", "0", "1", "0.0", "1.0"}
 
 
@@ -65,11 +67,14 @@ def read_columns(row: dict[str, Any], used: set[str], parsed: ParsedRow) -> None
     Args:
         used: the columns that the conversation is read from.
     """
-    read_tools(row, parsed)
+    if not row.keys().isdisjoint(TOOL_COLUMNS):
+        read_tools(row, parsed)
     for name, value in row.items():
-        if value is None or name in used or name in SYSTEM_COLUMNS or name in TOOL_COLUMNS:
+        if value is None or name in used or name in READ_COLUMNS:
             continue
-        if name in MEDIA:
+        if name not in SPECIAL_COLUMNS:  # most columns, so that this comes first
+            parsed.unused.append("column " + name[:60])
+        elif name in MEDIA:
             if not is_absent(value):
                 parsed.add_fault("media", f"column {name}")
         elif name in LABELS and _is_label(value):
