@@ -96,6 +96,7 @@ REFUSED: list[tuple[Any, str, str]] = [  # row, the only reason, a part of the d
     (asked(None), "non_text_values", "turn 1: the value is not a text (null)"),
     ({"messages": ["hi", ASSISTANT]}, "malformed_turns", "turn 1"),
     ({"messages": [{"role": "alien", "content": "a"}, ASSISTANT]}, "unknown_roles", "alien"),
+    ({"messages": [USER, {"role": "alien", "content": "a"}]}, "unknown_roles", "alien"),
     ({"messages": TURNS, "label": False}, "labels", "column label"),
     ({"messages": TURNS, "label": "True"}, "labels", "column label"),
     ({"messages": TURNS, "weight": 0.5}, "row_weights", "column weight"),
