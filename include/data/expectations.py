@@ -53,6 +53,8 @@ RAW_ROWS = (
     Rule("tool_calls", "a turn calls tools under tool_calls; write the call as the text of a function_call turn"),
     Rule("non_text_values", "a turn's value is missing or is not a text"),
     Rule("empty_values", "a turn's text is empty"),
+    Rule("bad_train_flags", "a turn's train, training, loss or weight cannot be followed"),
+    Rule("all_masked", "every answer is masked (train: false or weight: 0), so that there is nothing to learn"),
     Rule("no_assistant", "no assistant turn to learn from"),
     Rule("first_speaker", "the first turn is neither the system's nor the user's"),
     Rule("last_speaker", "the last turn is not the assistant's"),
@@ -62,6 +64,7 @@ RAW_ROWS = (
     Rule("broken_characters", "the text has replacement characters (U+FFFD), which come from wrong decoding", "info"),
     Rule("control_characters", "the text has control characters", "info"),
     Rule("long_turns", f"a turn has more than {LONG_TURN:,} characters", "info"),
+    Rule("masked_turns", "an answer is masked (train: false or weight: 0); it is context only", "info"),
     Rule("unknown_keys", "a turn has keys besides speaker and text; they are not used", "info"),
 )
 PAIRS = (  # in addition, for preference rows
@@ -83,7 +86,9 @@ PREPARED_ROWS = (
     Rule("kept_over", "the part of the conversation that is kept is longer than max_seq_length", limit=0),
     Rule("cut", "the conversation is truncated, but on_too_long is not truncate", limit=0),
 )
-PREPARED_PAIRS = (Rule("prompt_errors", "the tokens before the two answers differ", limit=0),)
+PREPARED_PAIRS = (
+    Rule("prompt_errors", "an answer shares a token with its header: the pair is cut before that token", "info"),
+)
 DATA_CHECKS = tuple(rule.column for rule in (*RAW_ROWS, *PAIRS, *PREPARED_ROWS, *PREPARED_PAIRS))
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import orjson
 
+from include.data.train_flags import TRAIN_FLAGS, read_train_flag
+
 CONVERSATION_COLUMNS = ("conversations", "messages", "conversation")
 ROLES = {
     "system": "system",
@@ -28,7 +30,7 @@ ROLES = {
 }
 PLAIN_ROLES = {"system", "human", "gpt", "user", "assistant"}
 TOOL_ROLES = {role for role, name in ROLES.items() if name == "tool"} | {"function_call"}
-TURN_KEYS = {"from", "value", "role", "content"}
+TURN_KEYS = {"from", "value", "role", "content", *TRAIN_FLAGS}
 LONG_TURN = 100_000  # characters; a longer turn is probably not part of a conversation
 ALLOWED_NEXT = {  # by role, "" at the start
     "": {"system", "user"}, "system": {"user"}, "user": {"assistant"}, "assistant": {"user", "tool"},
@@ -40,7 +42,7 @@ FAULTS = (
     "unreadable", "no_turns", "malformed_turns", "unknown_roles", "tool_turns", "tool_lists", "tool_calls",
     "bad_tool_lists", "non_text_values", "empty_values", "no_assistant", "first_speaker", "last_speaker",
     "order_errors", "long_turns", "unknown_keys", "special_token_text", "broken_characters", "control_characters",
-    "unpaired_answers", "same_answers",
+    "unpaired_answers", "same_answers", "bad_train_flags", "all_masked", "masked_turns",
 )  # fmt: skip
 
 Message = dict[str, str]  # {role: system | user | assistant | tool, content: text}
@@ -54,12 +56,14 @@ class Conversation:
         roles, contents: the role (system, user, assistant or tool) and the text of each turn.
         tools: JSON list of the tools that the assistant may call, or None.
         rejected: of a preference row the rejected answer; the last turn is then the chosen one. Otherwise None.
+        masked: indices of the assistant turns that the loss does not count, ascending.
     """
 
     roles: tuple[str, ...] = ()
     contents: list[str] = field(default_factory=list)
     tools: str | None = None
     rejected: str | None = None
+    masked: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, messages: list[Message]) -> Conversation:
@@ -77,6 +81,8 @@ class Conversation:
         content: Any = self.messages if self.tools is None else [self.messages, self.tools]
         if self.rejected is not None:
             content = [content, self.rejected]
+        if self.masked:  # without them the digest is as it was before there were masks, so that rows keep their side
+            content = {"content": content, "masked": self.masked}
         return hashlib.sha256(orjson.dumps(content)).digest()[:16]
 
 
@@ -123,7 +129,7 @@ def parse_rows(
 
     Returns:
         The parsed rows, and their conversations as Arrow columns: `roles` (joined by spaces), `contents` (lists of
-        texts), `tools`, `rejected`.
+        texts), `tools`, `rejected`, `masked` (lists of int32).
     """
     rows = [_parse(raw, alpaca, merge_turns, pairs) for raw in raw_rows]
     columns = _columns([row.conversation for row in rows])
@@ -238,6 +244,9 @@ def _read_rejected(turns: list[Any], parsed: ParsedRow, merge_turns: bool) -> No
     if chosen.roles != rejected.roles:
         parsed.faults["unpaired_answers"] = 1
     elif rejected.contents:
+        last = len(chosen.contents) - 1
+        parsed.faults["all_masked"] = int(last in chosen.masked or last in rejected.masked)
+        parsed.faults["masked_turns"], chosen.masked = 0, ()  # only the two last answers are trained on in any case
         chosen.rejected = rejected.contents[-1]
         parsed.faults["same_answers"] = int(chosen.rejected == chosen.contents[-1])
 
@@ -247,9 +256,12 @@ def _read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool) -> None:
     faults, repairs = parsed.faults, parsed.repairs
     roles: list[str] = []
     contents: list[str] = []
-    for turn in turns:
+    masked: list[int] = []
+    numbers: list[int] = []  # of the turns in the file, from 1
+    for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             faults["malformed_turns"] += 1
+            parsed.detail = parsed.detail or f"turn {number}: not an object but {_kind(turn)}"
             continue
         alias = turn.get("from") or turn.get("role")
         text = turn["value"] if "value" in turn else turn.get("content")
@@ -257,38 +269,77 @@ def _read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool) -> None:
         if role is None or alias not in PLAIN_ROLES:
             if not isinstance(alias, str):
                 faults["malformed_turns"] += 1
+                parsed.detail = parsed.detail or f"turn {number}: no speaker"
                 continue
-            role = _resolve_alias(alias, parsed)
+            role = _resolve_alias(alias, parsed, number)
+        mask = False
         if len(turn) > 2:
+            mask = _is_masked(turn, role, parsed, number)
             faults["unknown_keys"] += not turn.keys() <= TURN_KEYS
             faults["tool_calls"] += bool(turn.get("tool_calls"))
         if not isinstance(text, str):
             faults["non_text_values"] += 1
-            parsed.detail = parsed.detail or f"the value of turn {len(contents)} is {orjson.dumps(text).decode()[:60]}"
+            parsed.detail = parsed.detail or f"turn {number}: the value is not a text ({_kind(text)})"
             continue
         if "\x00" in text:
             text = text.replace("\x00", "")
             _add_repair(repairs, "NUL characters removed")
         if not text or text.isspace():
             faults["empty_values"] += 1
+            parsed.detail = parsed.detail or f"turn {number}: the text is empty"
         if len(text) > LONG_TURN:
             faults["long_turns"] += 1
         if merge_turns and roles and roles[-1] == role:
             contents[-1] += "\n\n" + text
             _add_repair(repairs, "turns of one role merged")
+            if mask != (len(contents) - 1 in masked):
+                faults["bad_train_flags"] += 1
+                parsed.detail = parsed.detail or f"turn {number}: merged with a turn that has another train flag"
             continue
+        if mask:
+            masked.append(len(contents))
+        numbers.append(number)
         roles.append(role)
         contents.append(text)
     if len(roles) > 1 and roles[-1] == "user" and roles[-2] == "assistant":
         roles.pop()
         contents.pop()
+        numbers.pop()
         repairs.append("last user turn without an answer removed")
     faults["no_turns"] = int(not turns)
     faults.update(_order_faults(tuple(roles)))
-    parsed.conversation = Conversation(tuple(roles), contents)
+    if faults["order_errors"] and not parsed.detail:
+        before = next(
+            i for i, (one, role) in enumerate(pairwise(("", *roles))) if role not in ALLOWED_NEXT.get(one, ())
+        )
+        parsed.detail = f"turn {numbers[before]}: {roles[before]} " + (
+            f"after {roles[before - 1]}" if before else "first"
+        )
+    faults["masked_turns"] = len(masked)
+    faults["all_masked"] = int(len(masked) == roles.count("assistant") > 0)
+    parsed.conversation = Conversation(tuple(roles), contents, masked=tuple(masked))
 
 
-def _resolve_alias(alias: str, parsed: ParsedRow) -> str:
+def _is_masked(turn: dict[str, Any], role: str, parsed: ParsedRow, number: int) -> bool:
+    """Return whether the loss must not count an assistant turn; count flags that cannot be followed."""
+    try:
+        trained = read_train_flag(turn)
+        if trained and role != "assistant":
+            raise ValueError(f"a turn of the role {role} cannot be trained on")
+    except ValueError as reason:
+        parsed.faults["bad_train_flags"] += 1
+        parsed.detail = parsed.detail or f"turn {number}: {reason}"
+        return False
+    return trained is False and role == "assistant"
+
+
+def _kind(value: Any) -> str:
+    """Return the JSON type of a value, for people."""
+    kinds = {type(None): "null", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")
+
+
+def _resolve_alias(alias: str, parsed: ParsedRow, number: int) -> str:
     """Return the role of an alias, "?" if it is unknown; count tool roles and unknown ones, and name the repair."""
     plain = alias.strip().lower()
     role = ROLES.get(plain, "?")
@@ -296,7 +347,7 @@ def _resolve_alias(alias: str, parsed: ParsedRow) -> str:
         parsed.faults["tool_turns"] += 1
     elif role == "?":
         parsed.faults["unknown_roles"] += 1
-        parsed.detail = parsed.detail or f"unknown role {alias[:60]!r}"
+        parsed.detail = parsed.detail or f"turn {number}: unknown role {alias[:60]!r}"
     if role != "?" and (alias != plain or plain not in PLAIN_ROLES | TOOL_ROLES):
         _add_repair(parsed.repairs, "role alias")
     return role
@@ -375,6 +426,7 @@ def _columns(conversations: list[Conversation]) -> dict[str, Any]:
         "contents": pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), contents),
         "tools": pa.array([c.tools for c in conversations], pa.string()),
         "rejected": pa.array([c.rejected for c in conversations], pa.large_string()),
+        "masked": pa.array([c.masked for c in conversations], pa.list_(pa.int32())),
     }
 
 
@@ -391,10 +443,10 @@ def conversations_in(table: Any) -> Iterator[Conversation]:
     texts = table["contents"].combine_chunks().flatten().to_pylist()
     split_roles: dict[str, tuple[str, ...]] = {}
     begin = 0
-    others = (table[name].to_pylist() for name in ("tools", "rejected"))
-    for joined, tools, rejected in zip(table["roles"].to_pylist(), *others, strict=True):
+    others = (table[name].to_pylist() for name in ("tools", "rejected", "masked"))
+    for joined, tools, rejected, masked in zip(table["roles"].to_pylist(), *others, strict=True):
         roles = split_roles.get(joined)
         if roles is None:
             roles = split_roles[joined] = tuple(joined.split(" ")) if joined else ()
-        yield Conversation(roles, texts[begin : begin + len(roles)], tools, rejected)
+        yield Conversation(roles, texts[begin : begin + len(roles)], tools, rejected, tuple(masked))
         begin += len(roles)
