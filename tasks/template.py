@@ -17,7 +17,7 @@ from include.chat.verification import count_prefix_mismatches, verify_encoding
 from include.data.expectations import PREPARED_PAIRS, PREPARED_ROWS, Suite
 from include.data.parallel import in_order
 from include.data.profile import histogram
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 from include.data.tables import read_table, write_table
 from include.errors import BadData, BadRecipe
 from include.pipeline.contracts import StandardizeOutput, TemplateOutput

@@ -14,7 +14,8 @@ from include.chat.template import renders_tools, template_source
 from include.data.expectations import PAIRS, RAW_ROWS, TOOL_RULES, Suite, ValidationResult
 from include.data.parallel import in_order
 from include.data.profile import RowStatistics, profile
-from include.data.sharegpt import FAULTS, parse_row, parse_rows
+from include.data.conversation import FAULTS
+from include.data.sharegpt import parse_row, parse_rows
 from include.data.tables import write_table
 from include.errors import BadData
 from include.pipeline.contracts import DownloadOutput, ValidateOutput

@@ -14,7 +14,7 @@ from include.chat.encoder import Encoder, TokenizersEncoder, fast_encoder
 from include.chat.template import ChatTemplate, template_source
 from include.chat.tokenized import Encoded
 from include.chat.tokenizer import ChatTokenizer
-from include.data.sharegpt import Conversation, Message
+from include.data.conversation import Conversation, Message
 from include.errors import BadRecipe
 
 

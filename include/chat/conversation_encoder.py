@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from include.chat.encoder import Encoder, Spans, range_indices
-from include.chat.template import CONTENT_TRANSFORMS, ChatTemplate, Piece
+from include.chat.template import CONTENT_TRANSFORMS, Calls, ChatTemplate, Piece
 from include.chat.tokenized import Encoded
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 
 MAX_CACHED_LAYOUTS = 10_000  # rows with many different lists of tools have as many layouts
 
@@ -56,8 +56,8 @@ class ConversationEncoder:
         self.text_encoder = text_encoder
         self.template, self._parsed_tokens = template, parsed_tokens
         self._parsed = re.compile("(" + "|".join(map(re.escape, parsed_tokens)) + ")") if parsed_tokens else None
-        self._pieces: dict[tuple[tuple[str, ...], str | None, bool], list[Piece]] = {}
-        self._layouts: dict[tuple[tuple[str, ...], str | None, bool, tuple[int, ...]], Layout] = {}
+        self._pieces: dict[tuple[tuple[str, ...], str | None, bool, Calls], list[Piece]] = {}
+        self._layouts: dict[tuple[tuple[str, ...], str | None, bool, Calls, tuple[int, ...]], Layout] = {}
 
     def use(self, text_encoder: Encoder) -> None:
         """Change the encoder of the texts."""
@@ -107,7 +107,8 @@ class ConversationEncoder:
         return self._parsed.findall(text) if self._parsed else []
 
     def _layout(self, conversation: Conversation, generation_prompt: bool) -> Layout:
-        rendered = (conversation.roles, conversation.tools, generation_prompt)
+        calls = calls_of(conversation) if conversation.calls else ()
+        rendered = (conversation.roles, conversation.tools, generation_prompt, calls)
         key = (*rendered, conversation.masked)
         if key not in self._layouts:
             for cached in (self._layouts, self._pieces):
@@ -160,9 +161,14 @@ def _with_masks(pieces: list[Piece], masked: tuple[int, ...]) -> list[Piece]:
         return pieces
     found, turn = [], None
     for piece in pieces:
-        turn = turn if piece.turn is None else piece.turn
+        turn = next((of for of in (piece.turn, piece.calls_of) if of is not None), turn)
         found.append(replace(piece, in_loss=False) if turn in masked else piece)
     return found
+
+
+def calls_of(conversation: Conversation) -> Calls:
+    """Return the tool calls of a conversation as `ChatTemplate.pieces` takes them."""
+    return tuple((turn, made, bool(conversation.contents[turn])) for turn, made in conversation.calls)
 
 
 def _content(piece: Piece, conversation: Conversation) -> str:

@@ -12,7 +12,7 @@ from include.chat.chat_format import ChatFormat
 from include.chat.splitting import mask_all_but_last, split_conversation, trained_turns
 from include.chat.tokenized import IGNORED, batch, pair_batch, prompt_tokens
 from include.chat.verification import pair_contract, token_contract
-from include.data.sharegpt import Conversation, conversations_in
+from include.data.conversation import Conversation, conversations_in
 from include.recipe import Recipe
 
 # why a row does not train

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from include.chat.chat_format import ChatFormat
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 
 
 def mask_all_but_last(conversation: Conversation) -> Conversation:
@@ -45,6 +45,7 @@ def split_conversation(
             [conversation.contents[turn] for turn in chosen],
             conversation.tools,
             masked=tuple(place for place, turn in enumerate(chosen) if turn in conversation.masked),
+            calls=tuple((chosen.index(turn), made) for turn, made in conversation.calls if turn in chosen),
         )
 
     def fits(turns: list[int]) -> bool:

@@ -12,7 +12,7 @@ from include.chat.encoder import TokenizersEncoder
 from include.chat.splitting import trained_turns
 from include.chat.tokenized import IGNORED, Encoded, answer_span, prompt_tokens
 from include.chat.tokenizer import CONTROL_TOKEN
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 from include.errors import BadRecipe
 
 

@@ -13,7 +13,8 @@ from include.chat.chat_format import ChatFormat
 from include.chat.conversation_encoder import ConversationEncoder
 from include.chat.template import RENDERING_DATE, renders_tools
 from include.chat.tokenized import IGNORED
-from include.data.sharegpt import Conversation, parse_row
+from include.data.conversation import Conversation
+from include.data.sharegpt import parse_row
 from include.errors import BadRecipe, NotFound
 from include.recipe import validate_recipe
 from tests.include.chat.conftest import HELLO, MakeFormat, rows_of, trained_text

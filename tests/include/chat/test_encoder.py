@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from include.chat.chat_format import ChatFormat
 from include.chat.conversation_encoder import ConversationEncoder
 from include.chat.encoder import GigatokenEncoder, Spans, TokenizersEncoder
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 from tests.include.chat.conftest import MakeFormat
 
 AWKWARD = [

@@ -20,7 +20,7 @@ from include.chat.verification import (
     verify_encoding,
     verify_loss_masks,
 )
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 from include.errors import BadRecipe
 from tests.include.chat.conftest import HELLO, MakeFormat
 

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from include.data.expectations import RAW_ROWS, Suite
-from include.data.sharegpt import Conversation, ParsedRow, conversations_in, parse_row, parse_rows
+from include.data.conversation import Conversation, ParsedRow, conversations_in
+from include.data.sharegpt import parse_row, parse_rows
 from tests.conftest import conversation
 
 GOOD = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
@@ -39,7 +40,7 @@ def test_good_rows_are_parsed_and_repairs_are_named(row: object, repairs: list[s
     parsed = parse_row(json.dumps(row).encode())
     assert parsed.conversation.messages == MESSAGES
     assert parsed.repairs == repairs
-    assert not any(count for name, count in parsed.faults.items() if name != "unknown_keys")
+    assert not any(count for name, count in parsed.faults.items() if name != "unused_columns")
 
 
 @pytest.mark.parametrize(
@@ -72,12 +73,14 @@ def test_good_rows_are_parsed_and_repairs_are_named(row: object, repairs: list[s
             b'{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "[INST]"}]}',
             "special_token_text",
         ),
-        (b'{"conversations": [{"from": "human", "value": "a", "weight": 1}]}', "unknown_keys"),
+        (b'{"conversations": [{"from": "human", "value": "a", "name": "b"}]}', "unknown_keys"),
+        (b'{"conversations": [{"from": "human", "value": "a"}], "id": 1}', "unused_columns"),
         (b'{"conversations": [{"from": "human", "value": "a"}]}', "no_assistant"),
         (b'{"conversations": [{"from": "human", "value": "a"}]}', "last_speaker"),
         (b'{"conversations": [{"from": "gpt", "value": "a"}]}', "first_speaker"),
         (b'{"conversations": []}', "no_turns"),
-        (b'{"conversations": [{"role": "assistant", "content": null, "tool_calls": [{"a": 1}]}]}', "tool_calls"),
+        (b'{"conversations": [{"role": "assistant", "content": null, "tool_calls": [{"a": 1}]}]}', "bad_tool_calls"),
+        (b'{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"name": "f"}]}]}', "tool_calls"),
         (b'{"conversations": [{"from": "human", "value": "a"}], "tools": [{"name": "f"}]}', "tool_lists"),
         (b'{"conversations": [{"from": "human", "value": "a"}], "tools": "no JSON"}', "bad_tool_lists"),
         (b'{"conversations": [{"from": "human", "value": "' + b"a" * 100_001 + b'"}]}', "long_turns"),
