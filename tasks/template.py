@@ -14,10 +14,10 @@ from include.chat.chat_format import ChatFormat
 from include.chat.preparation import EXCHANGE_TOO_LONG, TRUNCATED, conversations_of, prepare_file, with_rejected
 from include.chat.tokenized import sum_up, write_rows
 from include.chat.verification import count_prefix_mismatches, verify_encoding
+from include.data.conversation import Conversation
 from include.data.expectations import PREPARED_PAIRS, PREPARED_ROWS, Suite
 from include.data.parallel import in_order
 from include.data.profile import histogram
-from include.data.conversation import Conversation
 from include.data.tables import read_table, write_table
 from include.errors import BadData, BadRecipe
 from include.pipeline.contracts import StandardizeOutput, TemplateOutput

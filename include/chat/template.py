@@ -176,7 +176,11 @@ class ChatTemplate:
         around = dict(zip([-1, *written], self._split(rendered, roles, written), strict=True))  # by the turn before
         found, called = list(texts), {}
         for turn, _, has_text in calls:
-            text, header, footer = around[turn if has_text else turn - 1], "" if has_text else texts[turn], texts[turn + 1]
+            text, header, footer = (
+                around[turn if has_text else turn - 1],
+                "" if has_text else texts[turn],
+                texts[turn + 1],
+            )
             # some templates write a space before an answer, and none before a call
             header = header if text.startswith(header) else header.rstrip(" ")
             called[turn] = text[len(header) : len(text) - len(footer)]
@@ -233,7 +237,11 @@ class ChatTemplate:
                 continue
             content = PADDED_PROBE.replace("{}", PLACEHOLDER.format(i))
             transforms[role] = next((n for n, change in CONTENT_TRANSFORMS.items() if change(content) in padded), "")
-        written = [(PLACEHOLDER.format(i), transforms[role]) for i, role in enumerate(roles) if transforms[role] and i not in silent]
+        written = [
+            (PLACEHOLDER.format(i), transforms[role])
+            for i, role in enumerate(roles)
+            if transforms[role] and i not in silent
+        ]
         for placeholder, transform in written:
             rendered = rendered.replace(CONTENT_TRANSFORMS[transform](placeholder), placeholder)
         for form in (PADDED_PROBE, THINKING_PROBE):

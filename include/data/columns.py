@@ -102,7 +102,7 @@ def read_other_columns(row: dict[str, Any], used: set[str], parsed: ParsedRow) -
         is_known, label = _known(name)
         fault = _fault_of(name.lower(), value) if is_known else None
         if fault:
-            parsed.add_fault(fault, f"the column {name}")
+            parsed.add_fault(fault, f"the column {name[:60]}")
         elif fault is None and not (name in CONVERSATION_COLUMNS and is_absent(value)):
             parsed.faults["unused_columns"] += 1
             parsed.unused.append(label)
@@ -112,7 +112,7 @@ def read_other_columns(row: dict[str, Any], used: set[str], parsed: ParsedRow) -
 def _known(name: str) -> tuple[bool, str]:
     """Return whether values of a column may refuse a row, and the column's name in lists; the same for most rows."""
     plain = name.lower()
-    return plain in UNSUPPORTED or plain in (*LABEL_COLUMNS, *WEIGHT_COLUMNS, *TRAIN_COLUMNS), f"column {name}"
+    return plain in UNSUPPORTED or plain in (*LABEL_COLUMNS, *WEIGHT_COLUMNS, *TRAIN_COLUMNS), f"column {name[:60]}"
 
 
 def _fault_of(name: str, value: Any) -> str | None:

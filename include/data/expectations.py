@@ -55,7 +55,9 @@ RAW_ROWS = (
     Rule("media", "the row has an image, audio or video; only texts can be trained on"),
     Rule("labels", "label says whether the answer was liked; set a method that takes it, or remove the column"),
     Rule("row_weights", "the row has a weight of its own, which training does not follow; remove the column"),
-    Rule("reasoning", "reasoning stands beside the text, and the chat template does not get it; write it into the text"),
+    Rule(
+        "reasoning", "reasoning stands beside the text, and the chat template does not get it; write it into the text"
+    ),
     Rule("system_conflicts", "the row has two different system texts"),
     Rule("bad_history", "the history column is not a list of pairs of a question and an answer"),
     Rule("non_text_values", "a turn's value is missing or is not a text"),

@@ -9,6 +9,7 @@ from include.data.alpaca import QUESTION_COLUMNS, alpaca_prompt
 from include.data.columns import CONVERSATION_COLUMNS, turns_of
 from include.data.conversation import ParsedRow, Unreadable, is_absent
 from include.data.literals import read_literal
+from include.data.turns import content_of
 
 
 def pair_turns(row: dict[str, Any], parsed: ParsedRow) -> tuple[list[Any], list[Any], set[str]]:
@@ -30,6 +31,8 @@ def pair_turns(row: dict[str, Any], parsed: ParsedRow) -> tuple[list[Any], list[
         common += 1
     if common:
         prompt = chosen[:common]
+        if row.get("prompt") in (prompt, content_of(prompt[-1]) if isinstance(prompt[-1], dict) else None):
+            used.add("prompt")  # it is the same prompt
     elif any(not is_absent(row.get(name)) for name in CONVERSATION_COLUMNS):
         prompt, name = turns_of(row, parsed)
         used.add(name)

@@ -90,7 +90,7 @@ def read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool, first: in
             if role == "system":
                 parsed.add_repair(EMPTY_SYSTEM)
                 continue
-            if called:
+            if called is not None:  # a text is not needed beside calls, and the row is refused where they are bad
                 text = ""
             else:
                 parsed.add_fault("empty_values", f"turn {number}: the text is empty")
@@ -140,8 +140,7 @@ def text_of(value: Any, place: str, parsed: ParsedRow) -> str | None:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        what = f"the value is not a text ({kind_of(value)})" if value is not None else "the value is missing"
-        parsed.add_fault("non_text_values", f"{place}: {what}")
+        parsed.add_fault("non_text_values", f"{place}: the value is not a text ({kind_of(value)})")
         return None
     texts: list[str] = []
     for part in value:
@@ -157,7 +156,7 @@ def text_of(value: Any, place: str, parsed: ParsedRow) -> str | None:
         if not (kind is None or isinstance(kind, str)) or kind not in TEXT_PARTS or not isinstance(text, str):
             parsed.add_fault("non_text_values", f"{place}: a part that is not a text (type {str(kind)[:60]})")
             return None
-        parsed.unused += [f"part key {key}" for key in others]
+        parsed.unused += [f"part key {key[:60]}" for key in others]
         texts.append(text)
     return "".join(texts)
 
@@ -175,7 +174,7 @@ def _read_keys(turn: dict[str, Any], role: str, parsed: ParsedRow, number: int) 
         fault = TURN_FAULTS.get(key)
         if fault is None or isinstance(value, bool):
             parsed.faults["unknown_keys"] += 1
-            parsed.unused.append(f"turn key {key}")
+            parsed.unused.append(f"turn key {key[:60]}")
         elif not is_absent(value):
             parsed.add_fault(fault, f"{place}: the key {key}")
             refused = True

@@ -157,7 +157,10 @@ class DownloadOutput(Contract, stage="download"):
 
 
 class ValidateOutput(Contract, stage="validate"):
-    """Rows as conversations, the numbers of the good ones, and every refused or repaired row with its reasons."""
+    """Rows as conversations, the numbers of the good ones, and every refused or repaired row with its reasons.
+
+    `unused` counts columns, keys of turns and keys of parts that are not used, most frequent first.
+    """
 
     READINGS: ClassVar = "readings"
     GOOD: ClassVar = "good.parquet"
@@ -171,6 +174,7 @@ class ValidateOutput(Contract, stage="validate"):
     copies: int
     repairs: dict[str, int]
     reasons: dict[str, int]
+    unused: dict[str, int]
     checks: list[CheckResult]
     docs: str
     tools_rendered: bool

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from include.data.expectations import RAW_ROWS, Suite
 from include.data.conversation import Conversation, ParsedRow, conversations_in
+from include.data.expectations import RAW_ROWS, Suite
 from include.data.sharegpt import parse_row, parse_rows
 from tests.conftest import conversation
 
