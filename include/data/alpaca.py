@@ -29,19 +29,19 @@ def alpaca_turns(row: dict[str, Any], parsed: ParsedRow) -> tuple[list[Any], set
 def alpaca_prompt(row: dict[str, Any], parsed: ParsedRow) -> list[Any]:
     """Return the turns before the answer. An input, if any, follows the instruction after an empty line."""
     parts = [_text_of(row.get(name), name, parsed) for name in ("instruction", "input")]
-    question = "\n\n".join(text for text in parts if text.strip())
+    question = None if None in parts else "\n\n".join(text for text in parts if text and text.strip())
     return [*_earlier_turns(row.get("history"), parsed), {"role": "user", "content": question}]
 
 
-def _text_of(value: Any, column: str, parsed: ParsedRow) -> str:
-    """Return a value of a column as text: a number as JSON writes it, nothing for null."""
+def _text_of(value: Any, column: str, parsed: ParsedRow) -> str | None:
+    """Return a value of a column as text: a number as JSON writes it, "" for null; None, and a fault, for others."""
     if isinstance(value, str):
         return value
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         parsed.add_fault("non_text_values", f"column {column}: the value is not a text ({kind_of(value)})")
-        return ""
+        return None
     return orjson.dumps(value).decode()
 
 

@@ -113,7 +113,7 @@ USED = {
     "a developer": (row(("developer", "s3"), ("human", "a3"), TOLD), "role alias", "s3 a3 b."),
     "text parts": (row(("human", [{"type": "text", "text": "a4"}]), TOLD), None, "a4 b."),
     "two columns": (
-        b'{"conversations": [], "messages": [{"role": "user", "content": "a5"}, {"role": "assistant", "content": "d"}]}',
+        b'{"conversations": [], "messages": [{"role": "user", "content": "a5"}, {"from": "gpt", "value": "d"}]}',
         None, "a5 d",
     ),
     "Python's text": (
@@ -214,15 +214,20 @@ def test_what_is_not_used_is_named_in_log_metadata_and_report(
     tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{**row, "id": i, **({"note": "x"} if i % 2 else {"source": None})} for i, row in enumerate(ROWS)]
-    rows[3]["conversations"][0]["name"] = "Anna"
+    rows[3]["conversations"] = [{**turn, "name": "Anna"} for turn in rows[3]["conversations"]]
     rows[4] |= {f"extra{i}": 1 for i in range(10)}
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(rows))
+    caplog.set_level("INFO", "airflow.task.retune")
     found = artifact(pipeline(small_recipe(dataset=str(path)), "validate")).metadata
-    assert [*found.unused.items()][:3] == [("column id", 40), ("column note", 20), ("column extra0", 1)]
-    assert found.unused["turn key name"] == 1 and "column source" not in found.unused
+    assert [*found.unused.items()][:4] == [
+        ("column id", 40), ("column note", 20), ("turn key name", 2), ("column extra0", 1)
+    ]  # fmt: skip
+    assert found.unused["turn key name"] == 2 and "column source" not in found.unused
     (line,) = [message for message in caplog.messages if "not used:" in message]
-    assert "not used: column id (40), column note (20), column extra0 (1)" in line and line.endswith(", and 3 more")
+    assert "not used: column id (40), column note (20), turn key name (2), column extra0 (1)" in line and line.endswith(
+        ", and 3 more"
+    )
     counts = {check.check: check.rows for check in found.checks}
     assert (counts["unused_columns"], counts["unknown_keys"]) == (40, 1)
     assert found.good == 40

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from include.data.conversation import Conversation, ParsedRow, conversations_in
 from include.data.expectations import RAW_ROWS, Suite
 from include.data.sharegpt import parse_row, parse_rows
+from include.data.turns import ROLES
 from tests.conftest import conversation
 
 GOOD = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
@@ -165,6 +166,94 @@ def test_any_row_is_accepted_or_refused_with_a_reason_and_none_raises(tmp_path: 
     assert refused == set(range(len(parsed))) - accepted
     for rule in RAW_ROWS:
         assert result.failed_rows[rule.column].tolist() == frame.index[frame[rule.column] > 0].tolist(), rule.column
+
+
+COLUMNS = [
+    "conversations", "messages", "conversation", "system", "system_prompt", "tools", "functions", "images", "image",
+    "audio", "videos", "label", "kto_tag", "weight", "sample_weight", "train", "thinking", "reasoning_content",
+    "history", "input", "instruction", "prompt", "chosen", "rejected", "response", "id", "source", "category", "Label",
+]  # fmt: skip
+KEYS = [
+    "from", "value", "role", "content", "name", "id", "train", "weight", "loss", "loss_scale", "tool_calls",
+    "function_call", "tool_call_id", "images", "image_url", "audio", "reasoning_content", "thinking", "tools", "refusal",
+]  # fmt: skip
+CALLS = [{"name": "f", "arguments": "{}"}, [{"function": {"name": "f", "arguments": {"x": 1}}}], [{}]]
+PARTS = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "image_url", "input_audio", "thinking", "tool_use", None])},
+        optional={"text": TEXTS, "image_url": VALUES, "cache_control": VALUES, "thinking": TEXTS},
+    ),
+    max_size=2,
+)
+EXTRAS = st.one_of(VALUES, st.floats(allow_nan=False), st.sampled_from(CALLS), st.sampled_from(["x", "1", "[]"]), PARTS)
+FORMS = {  # a plain row of each form, and the options that read it
+    "sharegpt": ({"conversations": GOOD}, {}),
+    "alpaca": ({"instruction": "hi", "output": "ho"}, {"alpaca": True}),
+    "pair": ({"prompt": "hi", "chosen": "ho", "rejected": "no"}, {"pairs": True}),
+}
+EMPTY = (None, "", [], {})
+
+
+def is_reported(before: ParsedRow, after: ParsedRow, name: str, value: object) -> bool:
+    """Return whether a value was honoured, or refused the row for a reason that names it, or was named as unused."""
+    honoured = before.conversation != after.conversation
+    new = [fault for fault in CRITICAL if after.faults[fault] > before.faults[fault]]
+    refused = bool(new) and name.split()[-1] in after.detail
+    return honoured or refused or name in after.unused
+
+
+CRITICAL = [rule.column for rule in RAW_ROWS if rule.severity == "critical"]
+SAYS_NOTHING = {  # values that ask for what is done anyway
+    **dict.fromkeys(("weight", "sample_weight"), (1, "1")),
+    "train": (True, 1),
+    "loss": (True, 1),
+}
+
+
+@settings(max_examples=500, deadline=None, database=None, derandomize=True)
+@given(form=st.sampled_from([*FORMS]), name=st.one_of(st.sampled_from(COLUMNS), st.text(max_size=5)), value=EXTRAS)
+def test_every_column_is_honoured_refused_or_named(form: str, name: str, value: object) -> None:
+    row, options = FORMS[form]
+    if name in row:
+        return
+    before = parse_row(json.dumps(row).encode(), **options)
+    after = parse_row(json.dumps({**row, name: value}).encode(), **options)
+    if value in EMPTY or (isinstance(value, str) and (not value.strip() or value == "[]")):
+        assert before.conversation.contents == after.conversation.contents, "nothing is made of nothing"
+    elif value not in SAYS_NOTHING.get(name, ()):
+        assert is_reported(before, after, f"column {name}", value), (after.faults, after.detail, after.unused)
+
+
+@settings(max_examples=500, deadline=None, database=None, derandomize=True)
+@given(turn=st.integers(0, 1), name=st.one_of(st.sampled_from(KEYS), st.text(max_size=5)), value=EXTRAS)
+def test_every_key_of_a_turn_is_honoured_refused_or_named(turn: int, name: str, value: object) -> None:
+    before = parse_row(json.dumps({"conversations": GOOD}).encode())
+    changed = [{**said, name: value} if i == turn else said for i, said in enumerate(GOOD)]
+    after = parse_row(json.dumps({"conversations": changed}).encode())
+    if value is None and name in ("from", "value"):
+        assert any(after.faults[fault] for fault in CRITICAL)
+    elif value in EMPTY or (isinstance(value, str) and not value.strip()):
+        assert before.conversation.contents == after.conversation.contents or name in ("from", "value")
+    elif value not in SAYS_NOTHING.get(name, ()) and changed[turn] != GOOD[turn]:
+        same = {"role": value, "content": value}  # of the same meaning as the key that is there
+        same_role = name in ("role", "from") and ROLES.get(str(value).strip().lower()) == ("user", "assistant")[turn]
+        if not same_role and same.get(name) != GOOD[turn]["value"]:
+            assert is_reported(before, after, f"turn key {name}", value) or (
+                name in ("from", "value", "role", "content") and any(after.faults[fault] for fault in CRITICAL)
+            ), (after.faults, after.detail, after.unused)
+
+
+@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@given(parts=PARTS)
+def test_every_part_is_honoured_refused_or_named(parts: list[dict[str, object]]) -> None:
+    parsed = parse_row(json.dumps({"messages": [{"role": "user", "content": parts}, MESSAGES[1]]}).encode())
+    if any(parsed.faults[fault] for fault in CRITICAL):
+        assert parsed.detail.startswith("turn 1: ")
+        return
+    assert parsed.conversation.contents[0] == "".join(str(part["text"]) for part in parts).replace("\x00", "")
+    keys = [key for part in parts for key, value in part.items() if key not in ("type", "text") and value is not None]
+    assert sorted(parsed.unused) == sorted(f"part key {key}" for key in keys)
+    assert "image_url" not in keys and "thinking" not in keys
 
 
 def is_sound(conversation: Conversation) -> bool:
