@@ -37,7 +37,7 @@ def _text_of(value: Any, column: str, parsed: ParsedRow) -> str | None:
     """Return a value of a column as text: a number as JSON writes it, "" for null; None, and a fault, for others."""
     if isinstance(value, str):
         return value
-    if value is None:
+    if is_absent(value):
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         parsed.add_fault("non_text_values", f"column {column}: the value is not a text ({kind_of(value)})")

@@ -27,7 +27,7 @@ def turns_of(row: dict[str, Any], parsed: ParsedRow) -> tuple[list[Any], str]:
         Unreadable: there is no such column, or it does not hold turns.
     """
     given = [name for name in CONVERSATION_COLUMNS if row.get(name) is not None]
-    name = next((name for name in given if row[name] not in ([], "")), given[0] if given else "")
+    name = next((name for name in given if has_turns(row, name)), given[0] if given else "")
     if not name:
         raise Unreadable(f"no conversations column (it has: {', '.join(sorted(map(str, row)))})")
     turns = row[name]
@@ -41,6 +41,11 @@ def turns_of(row: dict[str, Any], parsed: ParsedRow) -> tuple[list[Any], str]:
     if not isinstance(turns, list):
         raise Unreadable(f"the conversation is {kind_of(turns)}, not a list of turns")
     return turns, name
+
+
+def has_turns(row: dict[str, Any], name: str) -> bool:
+    """Return whether a column is there and not empty; an empty list may be written as a text."""
+    return row.get(name) not in (None, [], "", "[]")
 
 
 def with_system(turns: list[Any], row: dict[str, Any], parsed: ParsedRow) -> tuple[list[Any], int]:
@@ -103,7 +108,7 @@ def read_other_columns(row: dict[str, Any], used: set[str], parsed: ParsedRow) -
         fault = _fault_of(name.lower(), value) if is_known else None
         if fault:
             parsed.add_fault(fault, f"the column {name[:60]}")
-        elif fault is None and not (name in CONVERSATION_COLUMNS and is_absent(value)):
+        elif fault is None and (name not in CONVERSATION_COLUMNS or has_turns(row, name)):
             parsed.faults["unused_columns"] += 1
             parsed.unused.append(label)
 

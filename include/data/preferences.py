@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 from include.data.alpaca import QUESTION_COLUMNS, alpaca_prompt
-from include.data.columns import CONVERSATION_COLUMNS, turns_of
-from include.data.conversation import ParsedRow, Unreadable, is_absent
+from include.data.columns import CONVERSATION_COLUMNS, has_turns, turns_of
+from include.data.conversation import ParsedRow, Unreadable
 from include.data.literals import read_literal
 from include.data.turns import content_of
 
@@ -33,7 +33,7 @@ def pair_turns(row: dict[str, Any], parsed: ParsedRow) -> tuple[list[Any], list[
         prompt = chosen[:common]
         if row.get("prompt") in (prompt, content_of(prompt[-1]) if isinstance(prompt[-1], dict) else None):
             used.add("prompt")  # it is the same prompt
-    elif any(not is_absent(row.get(name)) for name in CONVERSATION_COLUMNS):
+    elif any(has_turns(row, name) for name in CONVERSATION_COLUMNS):
         prompt, name = turns_of(row, parsed)
         used.add(name)
     elif row.get("prompt") is not None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import orjson
 
+from include.data.conversation import is_absent
+
 CALL_KEYS = ("tool_calls", "function_call")
 
 
@@ -21,11 +23,11 @@ def read_calls(turn: dict[str, Any]) -> str | None:
     calls, call = turn.get("tool_calls"), turn.get("function_call")
     if isinstance(calls, str) and calls.strip():
         calls = _loads(calls, "tool_calls")
-    if call:
-        if calls:
+    if not is_absent(call):
+        if not is_absent(calls):
             raise ValueError("both tool_calls and function_call")
         calls = [{"function": call if isinstance(call, dict) else _loads(call, "function_call")}]
-    if not calls or (isinstance(calls, str) and calls.isspace()):
+    if is_absent(calls):
         return None
     if not isinstance(calls, list):
         raise ValueError("tool_calls is not a list")

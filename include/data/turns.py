@@ -178,7 +178,7 @@ def _read_keys(turn: dict[str, Any], role: str, parsed: ParsedRow, number: int) 
         elif not is_absent(value):
             parsed.add_fault(fault, f"{place}: the key {key}")
             refused = True
-    speakers = [alias for alias in (turn.get("from"), turn.get("role")) if alias]
+    speakers = [alias for alias in (turn.get("from"), turn.get("role")) if alias not in (None, "")]
     if len(speakers) == 2 and role_of({"from": speakers[0]}) != role_of({"from": speakers[1]}):
         parsed.add_fault("malformed_turns", f"{place}: from and role differ")
     if turn.get("value") is not None and turn.get("content") is not None and turn["value"] != turn["content"]:
@@ -188,7 +188,8 @@ def _read_keys(turn: dict[str, Any], role: str, parsed: ParsedRow, number: int) 
         if called and role != "assistant":
             raise ValueError(f"a turn of the role {role} cannot call tools")
     except ValueError as reason:
-        parsed.add_fault("bad_tool_calls", f"{place}: {reason}")
+        key = next(key for key in CALL_KEYS if not is_absent(turn.get(key)))
+        parsed.add_fault("bad_tool_calls", f"{place}: {key}: {reason}")
         return ""
     parsed.faults["tool_calls"] += called is not None
     return "" if refused else called

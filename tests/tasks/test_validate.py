@@ -53,7 +53,7 @@ REFUSED = {
     "no tool list": (row(ASKED, TOLD, tools="none"), "not a list of objects"),
     "tool_calls": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}]}',
-        "turn 2: a tool call has no function with a name",
+        "turn 2: tool_calls: a tool call has no function with a name",
     ),
     "None as value": (row(ASKED, ("gpt", None)), "turn 2: the value is not a text (null)"),
     "a number as value": (row(ASKED, ("gpt", 7)), "turn 2: the value is not a text (a number)"),

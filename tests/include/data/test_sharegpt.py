@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from include.data.columns import CONVERSATION_COLUMNS, TOOL_COLUMNS
 from include.data.conversation import Conversation, ParsedRow, conversations_in
 from include.data.expectations import RAW_ROWS, Suite
 from include.data.sharegpt import parse_row, parse_rows
@@ -175,7 +176,7 @@ COLUMNS = [
 ]  # fmt: skip
 KEYS = [
     "from", "value", "role", "content", "name", "id", "train", "weight", "loss", "loss_scale", "tool_calls",
-    "function_call", "tool_call_id", "images", "image_url", "audio", "reasoning_content", "thinking", "tools", "refusal",
+    "function_call", "tool_call_id", "images", "image_url", "audio", "reasoning_content", "thinking", "tools",
 ]  # fmt: skip
 CALLS = [{"name": "f", "arguments": "{}"}, [{"function": {"name": "f", "arguments": {"x": 1}}}], [{}]]
 PARTS = st.lists(
@@ -191,7 +192,15 @@ FORMS = {  # a plain row of each form, and the options that read it
     "alpaca": ({"instruction": "hi", "output": "ho"}, {"alpaca": True}),
     "pair": ({"prompt": "hi", "chosen": "ho", "rejected": "no"}, {"pairs": True}),
 }
-EMPTY = (None, "", [], {})
+
+
+def says_nothing(value: object) -> bool:
+    """Tell whether a value is empty, or a list of empty texts."""
+    if isinstance(value, list):
+        return all(
+            isinstance(part, dict) and part.get("type") in ("text", None) and part.get("text") == "" for part in value
+        )
+    return value in (None, {}) or (isinstance(value, str) and not value.strip())
 
 
 def is_reported(before: ParsedRow, after: ParsedRow, name: str, value: object) -> bool:
@@ -218,7 +227,8 @@ def test_every_column_is_honoured_refused_or_named(form: str, name: str, value: 
         return
     before = parse_row(json.dumps(row).encode(), **options)
     after = parse_row(json.dumps({**row, name: value}).encode(), **options)
-    if value in EMPTY or (isinstance(value, str) and (not value.strip() or value == "[]")):
+    is_list = name in (*CONVERSATION_COLUMNS, *TOOL_COLUMNS)
+    if says_nothing(value) or (is_list and value == "[]"):
         assert before.conversation.contents == after.conversation.contents, "nothing is made of nothing"
     elif value not in SAYS_NOTHING.get(name, ()):
         assert is_reported(before, after, f"column {name}", value), (after.faults, after.detail, after.unused)
@@ -232,8 +242,10 @@ def test_every_key_of_a_turn_is_honoured_refused_or_named(turn: int, name: str, 
     after = parse_row(json.dumps({"conversations": changed}).encode())
     if value is None and name in ("from", "value"):
         assert any(after.faults[fault] for fault in CRITICAL)
-    elif value in EMPTY or (isinstance(value, str) and not value.strip()):
+    elif says_nothing(value) or (name == "tool_calls" and value == "[]"):
         assert before.conversation.contents == after.conversation.contents or name in ("from", "value")
+    elif turn == 0 and name in ("train", "weight", "loss") and value in (0, False):
+        assert after.conversation == before.conversation and not any(after.faults.values()), "no question is trained on"
     elif value not in SAYS_NOTHING.get(name, ()) and changed[turn] != GOOD[turn]:
         same = {"role": value, "content": value}  # of the same meaning as the key that is there
         same_role = name in ("role", "from") and ROLES.get(str(value).strip().lower()) == ("user", "assistant")[turn]
