@@ -309,12 +309,9 @@ def _read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool) -> None:
     faults["no_turns"] = int(not turns)
     faults.update(_order_faults(tuple(roles)))
     if faults["order_errors"] and not parsed.detail:
-        before = next(
-            i for i, (one, role) in enumerate(pairwise(("", *roles))) if role not in ALLOWED_NEXT.get(one, ())
-        )
-        parsed.detail = f"turn {numbers[before]}: {roles[before]} " + (
-            f"after {roles[before - 1]}" if before else "first"
-        )
+        order = zip(numbers, pairwise(("", *roles)), strict=True)
+        number, (before, role) = next((n, pair) for n, pair in order if pair[1] not in ALLOWED_NEXT.get(pair[0], ()))
+        parsed.detail = f"turn {number}: {role} {f'after {before}' if before else 'at the start'}"
     faults["masked_turns"] = len(masked)
     faults["all_masked"] = int(len(masked) == roles.count("assistant") > 0)
     parsed.conversation = Conversation(tuple(roles), contents, masked=tuple(masked))
