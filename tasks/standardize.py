@@ -106,7 +106,7 @@ def write(context: ShardedContext, names: list[str], validate: Output[ValidateOu
 
 
 @sharded(
-    version=4,
+    version=6,
     recipe_fields=("holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against"),
     external_inputs=_benchmark_digest,
     split_folder=ValidateOutput.READINGS,

@@ -240,4 +240,4 @@ def _order_faults(roles: tuple[str, ...]) -> dict[str, int]:
 def _first_disorder(roles: list[str], numbers: list[int]) -> str:
     """Return the first turn that stands in the wrong place, for people."""
     turn = next(i for i, (one, role) in enumerate(pairwise(("", *roles))) if role not in ALLOWED_NEXT.get(one, ()))
-    return f"turn {numbers[turn]}: {roles[turn]} " + (f"after {roles[turn - 1]}" if turn else "first")
+    return f"turn {numbers[turn]}: {roles[turn]} " + (f"after {roles[turn - 1]}" if turn else "at the start")

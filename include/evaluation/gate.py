@@ -120,7 +120,8 @@ def judge(
       prompts. Otherwise a failure of this control is a note.
 
     Args:
-        losses: mean loss of each holdout conversation in nats per token, for `base`, `candidate` and, if there is one, `live`.
+        losses: mean loss of each holdout conversation in nats per token, for `base`, `candidate` and, if there is one,
+            `live`.
         failed_checks: failures of the smoke test's required checks, as sentences.
         confidence: confidence of the intervals, between 0 and 1.
         margin: the increase of the live adapter's loss that is accepted; `gate_margin` of the recipe.
