@@ -26,15 +26,16 @@ from include.pipeline.contracts import (
 from include.pipeline.stage import Output, Result, StageContext, stage
 from include.recipe import TRAINING_INPUTS
 from include.registry import CARD, Version, content_digest, merged_uri, open_registry
-from include.reporting.model_card import merged_card, model_card
+from include.reporting.model_card import also_tested_with, merged_card, model_card
 from include.reporting.plots import loss_plot
 from include.storage.files import MANIFEST, describe_files, file_digest, fingerprint, installed_packages, now, to_json
 from tasks.sweep import sweep_of
 
 PICTURE = "loss.png"
+LOADING_PACKAGES = ("transformers", "peft", "torch")
 
 
-@stage(version=4, recipe_fields=TRAINING_INPUTS, reuse=False)
+@stage(version=5, recipe_fields=TRAINING_INPUTS, reuse=False)
 def publish(
     context: StageContext, download: Output[DownloadOutput], validate: Output[ValidateOutput],
     standardize: Output[StandardizeOutput], template: Output[TemplateOutput], train: Output[TrainOutput],
@@ -101,6 +102,7 @@ def publish_merged(context: StageContext, version: Version, adapter: Path, manif
         "base": manifest["base"],
         "dtype": made.dtype,
         "packages": installed_packages(),
+        "also_tested_with": also_tested_with(folder),
         "files": describe_files(folder),
     }  # fmt: skip
     (folder / MANIFEST).write_bytes(to_json(manifest))
@@ -143,4 +145,6 @@ def build_manifest(context: StageContext, outputs: dict[str, Output[Any]]) -> di
         "seconds": {name: output.manifest["seconds"] for name, output in outputs.items()},
         "fingerprints": {name: output.fingerprint for name, output in outputs.items()},
         "packages": {**installed_packages(), **outputs["train"].manifest["packages"]},
+        "loaded_with": {name: outputs["smoke_test"].manifest["packages"][name] for name in LOADING_PACKAGES},
+        "also_tested_with": also_tested_with(outputs["train"].local() / TrainOutput.ADAPTER),
     }

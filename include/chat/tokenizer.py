@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from include.errors import NotFound
 # how the model families of the shipped templates write special tokens
 CONTROL_TOKEN = r"<\|[^|<>\s]+\|>|</?s>"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# what transformers writes into tokenizer_config.json about the machine and the class that wrote it
+ABOUT_THE_WRITER = ("auto_map", "backend", "is_local", "local_files_only", "name_or_path", "tokenizer_file")
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what `ChatTokenizer.save` writes
 
 
 class ChatTokenizer:
@@ -82,7 +86,7 @@ class ChatTokenizer:
         return list(dict.fromkeys([*tokens, *re.findall(CONTROL_TOKEN, self.decode(ids))]))
 
     def save(self, folder: Path, template_source: str) -> None:
-        """Write the tokenizer with a chat template, so that transformers loads exactly these two.
+        """Write the tokenizer with a chat template, so that transformers 4.57 and 5 load exactly these two.
 
         Args:
             folder: created if it does not exist.
@@ -91,11 +95,29 @@ class ChatTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_bytes(self.file.read_bytes())
         (folder / "chat_template.jinja").write_text(template_source, encoding="utf-8")
-        dropped = ("chat_template", "auto_map", *NAMED_TOKENS)
+        dropped = ("chat_template", *ABOUT_THE_WRITER, *NAMED_TOKENS)
         config = {name: value for name, value in tokenizer_config(self.folder).items() if name not in dropped}
         # this class uses tokenizer.json unchanged; the classes of some models build another tokenizer from it
         config.update(tokenizer_class="PreTrainedTokenizerFast", **self.named_tokens)
+        # transformers 4.57 would take the space before a full stop from the decoded text, version 5 refuses to
+        config["clean_up_tokenization_spaces"] = False
+        # transformers 4.57 gives a tokenizer of this class `token_type_ids` otherwise, which causal models refuse
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        if isinstance(extra := config.get("extra_special_tokens"), list):
+            # transformers 4.57 stops at a list under this name; version 5 reads the older name, too
+            del config["extra_special_tokens"]
+            older = config.get("additional_special_tokens") or []
+            config["additional_special_tokens"] = older + [token for token in extra if token not in older]
         (folder / "tokenizer_config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+
+
+def copy_tokenizer(saved: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer that `ChatTokenizer.save` wrote, beside a model or an adapter.
+
+    `save_pretrained` of transformers 5 would write them in a form that transformers 4.57 does not load.
+    """
+    for name in FILES:
+        shutil.copyfile(saved / name, folder / name)
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:

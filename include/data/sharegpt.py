@@ -75,7 +75,7 @@ def _parse(raw: bytes, alpaca: bool, merge_turns: bool, pairs: bool) -> ParsedRo
         parsed.detail = str(reason)
         return parsed
     first = 1
-    has_system = not row.keys().isdisjoint(SYSTEM_COLUMNS)
+    has_system = len(row) > 1 and not row.keys().isdisjoint(SYSTEM_COLUMNS)
     if has_system:
         turns, first = with_system(turns, row, parsed)
     read_turns(turns, parsed, merge_turns, first)

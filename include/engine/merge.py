@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from include.chat.tokenizer import copy_tokenizer
 from include.engine.device_plan import Device, find_device
 from include.engine.jobs import MergedLogitsJob, MergedLogitsResult, MergeJob, MergeResult, Progress
 from include.engine.model import load_adapter, load_base
-
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*")
+from include.engine.save import save_model
 
 
 def merge(job: MergeJob, progress: Progress) -> MergeResult:
@@ -26,10 +25,8 @@ def merge(job: MergeJob, progress: Progress) -> MergeResult:
         NotFound: the base or the adapter cannot be loaded.
     """
     device, model = _base_and_adapter(job.base, job.adapter)
-    model.merge_and_unload(safe_merge=True).save_pretrained(str(job.out), safe_serialization=True)
-    for pattern in TOKENIZER_FILES:
-        for file in job.adapter.glob(pattern):
-            shutil.copy(file, job.out)
+    save_model(model.merge_and_unload(safe_merge=True), job.base, job.out)
+    copy_tokenizer(job.adapter, job.out)
     progress(f"base and adapter merged, {device.dtype}")
     return MergeResult(dtype=device.dtype)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from include.chat.tokenized import load_rows
+from include.chat.tokenizer import copy_tokenizer
 from include.engine.arguments import training_config
 from include.engine.attention import use_varlen
 from include.engine.checkpoints import ADAPTER, CHECKPOINTS, newest_checkpoint
@@ -14,6 +15,7 @@ from include.engine.device_plan import PLAN, Plan, fit, free_memory, make_plan
 from include.engine.distributed import RANK, init_process_group
 from include.engine.jobs import Progress, TrainJob, TrainResult
 from include.engine.model import load_trainable
+from include.engine.save import save_model
 from include.errors import BadData, BadRecipe, OutOfMemory, ProcessLost
 from include.storage.files import atomic_write, to_json
 
@@ -82,7 +84,7 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
             "Run again: it resumes from that step",
         )
     if RANK == 0:
-        _save(trained, tokenizer, job, plan)
+        _save(trained, job, plan)
         shutil.rmtree(job.out / CHECKPOINTS, ignore_errors=True)
     losses = [entry["loss"] for entry in callback.log.entries]
     return TrainResult(
@@ -147,7 +149,7 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
         raise
 
 
-def _save(trained: Any, tokenizer: Any, job: TrainJob, plan: Plan) -> None:
+def _save(trained: Any, job: TrainJob, plan: Plan) -> None:
     """Write the adapter, or the whole model, with its tokenizer. Its config names the pinned base, and no folder of
     this machine.
     """
@@ -156,10 +158,10 @@ def _save(trained: Any, tokenizer: Any, job: TrainJob, plan: Plan) -> None:
     folder: Path = job.out / ADAPTER
     if job.recipe.full_finetuning:
         trained.config._name_or_path = job.base_name
-        trained = trained.to(getattr(torch, plan.dtype))
+        save_model(trained.to(getattr(torch, plan.dtype)), job.base, folder)
     else:
         config = trained.peft_config["default"]
         config.base_model_name_or_path, config.revision = job.base_name, job.base_revision
-    trained.save_pretrained(str(folder), safe_serialization=True)
-    tokenizer.save_pretrained(str(folder))
+        trained.save_pretrained(str(folder), safe_serialization=True)
+    copy_tokenizer(job.tokenizer, folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `publish` writes the real one

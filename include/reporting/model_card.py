@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
 from typing import Any
 
+import orjson
 import yaml
 
 from include.data.sources import is_hub_id
+from include.paths import PROJECT
 from include.reporting.pages import page_templates
 
+# the oldest packages with which Retune's tests load what it publishes: tests/compat-requirements.txt
+OLDEST_TESTED = {"transformers": "4.57.3", "peft": "0.15.2"}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-lora-rank accepts
 
 
@@ -31,6 +37,23 @@ def model_card(manifest: dict[str, Any], manifest_sha256: str) -> str:
         vllm_rank=min(rank for rank in VLLM_RANKS if rank >= min(manifest["recipe"]["r"], VLLM_RANKS[-1])),
         manifest_sha256=manifest_sha256,
     )
+
+
+def also_tested_with(folder: Path) -> dict[str, str] | None:
+    """Return the version of Retune (`retune`), and the oldest packages with which its tests load what it publishes.
+
+    Args:
+        folder: of an adapter or of a whole model.
+
+    Returns:
+        None for an adapter of experts that transformers 5 has as one tensor (`target_parameters`): transformers 4 has a
+        module for each expert, and PEFT 0.15 ignores the adapter's weights of them without an error.
+    """
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and orjson.loads(adapter.read_bytes()).get("target_parameters"):
+        return None
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {"retune": project["version"], **OLDEST_TESTED}
 
 
 def _metadata_of_base(base: dict[str, Any]) -> dict[str, Any]:

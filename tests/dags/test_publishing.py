@@ -26,8 +26,21 @@ from tasks.resolve import resolve
 from tasks.rollback import rollback
 from tests.conftest import PROJECT, last_run
 from tests.services.hub import Hub
+from tests.services.loading import load
+from tests.services.older_packages import load_with_older_packages
 
 TOKEN = "hf_MarkedTokenThatMayStandNowhere1234"
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 plus 3?"},
+    {"role": "assistant", "content": "It is 5."},
+]
+LLAMA_3_ROPE = {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 
 
 def holding(folder: Path, text: str) -> list[Path]:
@@ -83,6 +96,9 @@ def test_a_whole_run_and_a_rollback_with_a_marked_token_and_every_fault(
         assert {result.metric_type for result in data.eval_results} == {"loss", "pass_rate"}
         assert data.eval_results[0].dataset_revision == sha
         assert f"vllm serve owner/base --revision {base} --enable-lora --max-lora-rank 16" in readme
+        assert "with transformers 5.17.0, PEFT 0.21.2 and torch 2." in readme
+        assert "with transformers 4.57.3 and PEFT 0.15.2, too." in readme
+        assert "It needs transformers 5" in model_card({**manifest, "also_tested_with": None}, "")
         manifest["smoke_test"]["answers"][0]["answer"] = "<script>|a| **b**\n# c"
         assert r"| &lt;script&gt;\|a\| \*\*b\*\* \# c |" in model_card(manifest, ""), "what it says is no markup"
         rows = [json.loads(row)["conversations"][0]["value"] for row in dataset.read_text().splitlines()]
@@ -112,10 +128,49 @@ def test_a_whole_run_and_a_rollback_with_a_marked_token_and_every_fault(
     assert last_run(var)["verdict"] == "published"
 
 
-def test_a_rollback_between_evaluate_and_publish_is_a_conflict(
-    var: Path, tmp_path: Path, tiny_base: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+@pytest.fixture
+def llama3_base(tiny_base: Path, tmp_path: Path) -> Path:
+    """The tiny base with the position embedding of Llama 3, its config.json in the words of transformers 4, as on the
+    Hub, and its tokenizer in those of transformers 5.
+    """
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    config, tokenizer = (json.loads((base / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    del config["rope_parameters"], config["dtype"]
+    config |= {"rope_theta": 500000.0, "rope_scaling": LLAMA_3_ROPE, "torch_dtype": "float32"}
+    tokenizer["extra_special_tokens"] = ["<|start_header_id|>", "<|end_header_id|>"]
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return base
+
+
+def expect_the_same_with_older_packages(base: Path, adapter: Path, merged: Path) -> None:
+    """Load what was published with the packages of .venv and with transformers 4.57; the tolerance is 1e-4 of logits
+    that are computed in 32 bits."""
+    ids = load({"tokenizer": str(adapter), "messages": MESSAGES, "text": ""})["ids"]
+    assert len(ids) > 2 * LLAMA_3_ROPE["original_max_position_embeddings"]
+    common = {"messages": MESSAGES, "text": "What is 2 plus 3?", "ids": ids}
+    jobs = [
+        {"model": str(base), "adapter": str(adapter), "tokenizer": str(adapter), **common},
+        {"model": str(merged), "tokenizer": str(merged), **common},
+    ]
+    alone = torch.tensor(load({"model": str(base), "ids": ids})["logits"])
+    for job, old, new in zip(jobs, load_with_older_packages(jobs), map(load, jobs), strict=True):
+        for found, transformers, peft in ((old, "4.57.3", "0.15.2"), (new, "5.17.0", "0.21.2")):
+            versions = found.pop("versions")
+            assert (versions["transformers"], versions["peft"]) == (transformers, peft)
+        logits, expected = torch.tensor(old.pop("logits")), torch.tensor(new.pop("logits"))
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        assert (expected - alone).abs().max() > 0.1, "the adapter is in it"
+        assert old == new, job["model"]
+        assert new["ids"] == ids
+        assert new["rendered"].endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+def test_a_rollback_between_evaluate_and_publish_is_a_conflict_and_all_that_is_published_loads_everywhere(
+    var: Path, tmp_path: Path, llama3_base: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
 ) -> None:
-    recipe = small_recipe(gate_margin=20, merged_16bit=True)
+    recipe = small_recipe(base_model=str(llama3_base), gate_margin=20, merged_16bit=True)
     registry, merged = FolderRegistry(var / "registry" / "small"), FolderRegistry(var / "registry" / "small-merged")
     adapter = artifact(pipeline(recipe, "train")).local() / "adapter"
     for number, parent in ((1, None), (2, "v1")):
@@ -147,8 +202,16 @@ def test_a_rollback_between_evaluate_and_publish_is_a_conflict(
     assert {"config.json", "tokenizer.json", "chat_template.jinja", "manifest.json"} <= names
     assert not [name for name in names if name.startswith("adapter") or name.endswith(".bin")]
     assert ModelCard.load(folder / "README.md").data.library_name == "transformers"
-    base = load_file(tiny_base / "model.safetensors")
+    base = load_file(llama3_base / "model.safetensors")
     assert any(not torch.equal(weights[name], base[name].bfloat16()) for name in weights)
+    written = artifact(trail_of("third"), "template").local() / "tokenizer"
+    for file in written.iterdir():
+        for version in (folder, registry.fetch("v3")):
+            assert (version / file.name).read_bytes() == file.read_bytes(), "the tokenizer that made the training's ids"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]) == (500000.0, LLAMA_3_ROPE)
+    assert (config["dtype"], config["torch_dtype"], config["tie_word_embeddings"]) == ("bfloat16", "bfloat16", True)
+    expect_the_same_with_older_packages(llama3_base, registry.fetch("v3"), folder)
     publish(trail_of("third"))
     assert [version.name for version in merged.versions()] == ["v1"]
     assert rollback("small", "v2", "why").endswith(

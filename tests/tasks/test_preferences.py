@@ -120,6 +120,9 @@ def test_dpo_trains_on_the_templates_tokens_and_its_loss_is_the_papers(
     lineage = pipeline(recipe)
     prepared = artifact(lineage, "template").local()
     tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
+    for file in (prepared / "tokenizer").iterdir():
+        published = Path(artifact(lineage, "publish").metadata.place) / file.name
+        assert published.read_bytes() == file.read_bytes(), "the tokenizer that made the training's ids"
     rows = load_rows(prepared / "holdout")
     for row in rows:
         question, chosen, rejected = (GOOD[row["row"]][name] for name in ("conversations", "chosen", "rejected"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from include.data.sharegpt import parse_row
 from include.errors import BadRecipe, NotFound
 from include.recipe import validate_recipe
 from tests.include.chat.conftest import HELLO, MakeFormat, rows_of, trained_text
+from tests.services.loading import load
+from tests.services.older_packages import load_with_older_packages
 
 
 @pytest.mark.parametrize("name", ["fastchat_dummy_conversation", "llamafactory_glaive_toolcall_en"])
@@ -269,3 +272,34 @@ def test_the_saved_tokenizer_is_the_one_that_was_used(
         ("chat_template.jinja", llama.template.source.encode()),
     ):
         assert (tmp_path / "llama" / name).read_bytes() == content
+
+
+def test_a_saved_tokenizer_is_the_same_with_transformers_4_and_5(
+    llama_folder: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    """The real Llama 3.2 with its own template; one that transformers 5 wrote; one of a family's class, as Qwen2's."""
+    newer, family = tmp_path / "newer", tmp_path / "family"
+    written = json.loads((tiny_base / "tokenizer_config.json").read_text("utf-8"))
+    assert written["tokenizer_class"] == "TokenizersBackend", "a class that transformers 4.57 does not know"
+    for folder, changes in (
+        (newer, {"extra_special_tokens": ["<|start_header_id|>"], "additional_special_tokens": ["<|end_of_text|>"]}),
+        (family, {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": ["<|start_header_id|>"]}),
+    ):
+        shutil.copytree(tiny_base, folder)
+        (folder / "config.json").unlink()
+        (folder / "tokenizer_config.json").write_text(json.dumps(written | changes))
+    jobs, expected = [], []
+    for base, template in ((llama_folder, "tokenizer"), (newer, "llama-3"), (family, "llama-3")):
+        chat = ChatFormat(base, chat_template=template)
+        folder = tmp_path / f"saved-{base.name}"
+        chat.save(folder)
+        jobs.append({"tokenizer": str(folder), "messages": HELLO, "text": "It is <|eot_id|> 5 ."})
+        expected.append(rows_of(chat, HELLO)[0][0])
+    config = json.loads((tmp_path / "saved-newer" / "tokenizer_config.json").read_text("utf-8"))
+    assert config["additional_special_tokens"] == ["<|end_of_text|>", "<|start_header_id|>"]
+    assert not {"extra_special_tokens", "backend", "is_local", "local_files_only"} & set(config)
+    for job, ids, old, new in zip(jobs, expected, load_with_older_packages(jobs), map(load, jobs), strict=True):
+        assert (old.pop("versions")["transformers"], new.pop("versions")["transformers"]) == ("4.57.3", "5.17.0")
+        assert old == new, job["tokenizer"]
+        assert old["ids"] == ids
+        assert set(old["inputs"]) == {"input_ids", "attention_mask"}

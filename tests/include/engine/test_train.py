@@ -148,7 +148,12 @@ def test_a_whole_model_is_trained_and_published(
     assert not torch.equal(base["model.norm.weight"], trained["model.norm.weight"]), "no projection, and yet trained"
     assert artifact(lineage, "evaluate").metadata.verdict.publish
     assert artifact(lineage, "verify").metadata.largest_difference == 0
-    published = AutoModelForCausalLM.from_pretrained(artifact(lineage, "publish").metadata.place)
+    place = Path(artifact(lineage, "publish").metadata.place)
+    config = json.loads((place / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"], "for transformers 4, see test_save.py"
+    for file in (artifact(lineage, "template").local() / "tokenizer").iterdir():
+        assert (place / file.name).read_bytes() == file.read_bytes(), "the tokenizer that made the training's ids"
+    published = AutoModelForCausalLM.from_pretrained(place)
     assert published.num_parameters() == sum(tensor.numel() for tensor in trained.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -11,9 +12,10 @@ import pytest
 from include.evaluation.answer_checks import CHECKS
 from include.evaluation.gate import judge
 from include.pipeline.contracts import CONTRACTS, Answer, Contract, EvaluateOutput, LiveVersion, SmokeTestOutput
-from include.reporting.model_card import merged_card
+from include.reporting.model_card import also_tested_with, merged_card
 from include.reporting.pages import page_templates, report_page
 from include.reporting.plots import loss_plot
+from tests.services.older_packages import REQUIREMENTS
 
 BASE = [1.0 + 0.01 * i for i in range(12)]
 LIVE = [0.5 + 0.01 * i for i in range(12)]
@@ -106,15 +108,27 @@ def test_any_text_is_one_cell_of_a_markdown_table() -> None:
         ("", "The evaluation used\nthe same base."),
     ],
 )
-def test_a_merged_models_card_says_which_base_was_evaluated(bits: str, sentence: str) -> None:
+def test_a_merged_models_card_says_which_base_was_evaluated(bits: str, sentence: str, tmp_path: Path) -> None:
     recipe = {"name": "small", "description": "", "registry": "hf://me/small", "load_in_4bit": False}
     manifest = {
         "recipe": {**recipe, "load_in_8bit": False} | ({bits: True} if bits else {}),
         "base": {"name": "org/base", "revision": "abc", "license": "mit"},
         "adapter": {"name": "v1", "repository": "me/small", "place": "https://hub/me/small"},
         "dtype": "bfloat16",
+        "packages": {"transformers": "5.17.0", "peft": "0.21.2", "torch": "2.13.0"},
+        "also_tested_with": also_tested_with(tmp_path),
     }
     card = merged_card(manifest, "0123")
     assert sentence in card
     assert "vllm serve me/small-merged" in card
+    assert "Merged with transformers 5.17.0, PEFT 0.21.2 and torch 2.13.0." in card
+    assert "load merged models with transformers 4.57.3, too" in card
     assert "[me/small](https://hub/me/small)" in card and "base_model: org/base" in card and "`0123`" in card
+
+
+def test_a_card_claims_the_packages_that_the_tests_install(tmp_path: Path) -> None:
+    lines = [line.split("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines()]
+    pinned = dict(line.split("==") for line in lines if line)
+    claimed = also_tested_with(tmp_path)
+    assert claimed and re.fullmatch(r"\d+\.\d+\.\d+", claimed.pop("retune"))
+    assert claimed == {name: pinned[name] for name in claimed}
