@@ -11,8 +11,10 @@ import pytest
 
 from include.chat.tokenized import load_rows
 from include.errors import BadData
-from include.pipeline.contracts import CopiedRow
+from include.pipeline.contracts import CONTRACTS, CopiedRow
+from include.reporting.pages import report_page
 from tests.conftest import conversation
+from tests.include.reporting.test_pages import summary
 from tests.rows import ROWS, lines, listed, messages
 
 
@@ -228,6 +230,9 @@ def test_what_is_not_used_is_named_in_log_metadata_and_report(
     assert "not used: column id (40), column note (20), turn key name (2), column extra0 (1)" in line and line.endswith(
         ", and 3 more"
     )
+    reached = {"validate": {"state": "done", "seconds": 1.0, "reused": False, "folder": "here", "summary": "read"}}
+    page = report_page(summary("failed", stages=reached), {**dict.fromkeys(CONTRACTS), "validate": found})
+    assert "Not used: column id (40), column note (20), turn key name (2), column extra0 (1)" in page
     counts = {check.check: check.rows for check in found.checks}
     assert (counts["unused_columns"], counts["unknown_keys"]) == (40, 1)
     assert found.good == 40
