@@ -56,4 +56,4 @@ def _loads(text: Any, name: str) -> Any:
     try:
         return orjson.loads(text)
     except (orjson.JSONDecodeError, TypeError):
-        raise ValueError(f"{name} is no JSON") from None
+        raise ValueError(f"{name}: no JSON") from None

@@ -237,3 +237,13 @@ def test_of_a_conversation_the_last_answer_alone_is_trained_on() -> None:
     assert trained_turns(mask_all_but_last(conversation)) == [3]
     assert trained_turns(mask_all_but_last(replace(conversation, masked=(3,)))) == []
     assert mask_all_but_last(Conversation(ROLES, ["One?", "First."])).masked == ()
+
+
+def test_pieces_of_a_long_conversation_keep_their_tool_calls(llama: ChatFormat) -> None:
+    call = '[{"type":"function","function":{"name":"look","arguments":{"n":7}}}]'
+    roles = ("user", "assistant", "tool", "assistant")
+    contents = ["What? " * 40, "", "7", "It is 7."]
+    whole = Conversation(roles * 2, contents * 2, calls=((1, call), (5, call)))
+    one = Conversation(roles, contents, calls=((1, call),))
+    longest = len(llama.encode([one]).ids)
+    assert split_conversation(llama, whole, longest) == ([one, one], [])
