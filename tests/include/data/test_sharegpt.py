@@ -154,7 +154,7 @@ def test_any_row_is_accepted_or_refused_with_a_reason_and_none_raises(tmp_path: 
     parse()
     accepted = {i for i, row in enumerate(parsed) if not any(row.faults[name] for name in critical)}
     # how many more there are depends on hypothesis, which also draws constants of the imported modules
-    assert accepted, "good rows are among them"
+    assert len(accepted) >= 5, "good rows are among them"
     # the suite refuses these rows and no other, whatever the counts are
     frame = pd.DataFrame([{"row": i, "copy": 0, **row.faults} for i, row in enumerate(parsed)])
     with Suite("rows", RAW_ROWS, {}, tmp_path / "docs") as suite:
