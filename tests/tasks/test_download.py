@@ -31,7 +31,7 @@ from tests.rows import ROWS, csv, lines, listed, messages, parquet
     [
         ("a.jsonl", lines(ROWS)),
         ("a.jsonl", b"\xef\xbb\xbf" + lines(ROWS)),
-        ("a.jsonl.gz", gzip.compress(lines(ROWS))),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS), mtime=0)),
         ("a.json", json.dumps(ROWS).encode()),
         ("a.json", lines(ROWS)),
         ("a.json", json.dumps({"licenses": [], "data": ROWS}).encode()),
@@ -63,7 +63,7 @@ def web(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.jsonl", lines(ROWS)), ("a.jsonl.gz", gzip.compress(lines(ROWS))), ("a.parquet", parquet(ROWS))],
+    [("a.jsonl", lines(ROWS)), ("a.jsonl.gz", gzip.compress(lines(ROWS), mtime=0)), ("a.parquet", parquet(ROWS))],
 )
 def test_a_dataset_is_fetched_by_its_address_and_pinned_by_its_content(
     name: str, content: bytes, web: str, tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
@@ -75,7 +75,7 @@ def test_a_dataset_is_fetched_by_its_address_and_pinned_by_its_content(
     assert pipeline(recipe, "download") == first
     fewer = {
         "a.jsonl": lines(ROWS[:30]),
-        "a.jsonl.gz": gzip.compress(lines(ROWS[:30])),
+        "a.jsonl.gz": gzip.compress(lines(ROWS[:30]), mtime=0),
         "a.parquet": parquet(ROWS[:30]),
     }
     (tmp_path / "web" / name).write_bytes(fewer[name])
@@ -103,7 +103,7 @@ def test_a_dataset_in_an_object_store_is_fetched(
         ("a.jsonl", b"", "holds no rows"),
         ("a.json", b"[]", "holds no rows"),
         ("a.json", b"[1, 2", "cannot be read: not JSON"),
-        ("a.jsonl.gz", gzip.compress(lines(ROWS))[:-20], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS), mtime=0)[:-20], "cannot be read"),
         ("a.parquet", parquet(ROWS)[:-20], "not a complete parquet file"),
         ("a.parquet", b"PAR1", "not a complete parquet file"),
         ("a.parquet", b"PAR1" + b"\xff" * 400 + parquet(ROWS)[404:], "not a complete parquet file"),

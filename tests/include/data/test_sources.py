@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "data"
     (made / "below").mkdir(parents=True)
     (made / "b.jsonl").write_bytes(lines(ROWS[10:20]))
-    (made / "a.jsonl.gz").write_bytes(gzip.compress(lines(ROWS[:10])))
+    (made / "a.jsonl.gz").write_bytes(gzip.compress(lines(ROWS[:10]), mtime=0))
     (made / "c.PARQUET").write_bytes(parquet(ROWS[20:30]))
     (made / "below" / "d.jsonl").write_bytes(lines(ROWS[30:]))
     for name in ("README.md", "dataset_infos.json", ".hidden.jsonl"):
@@ -259,7 +259,7 @@ def test_files_are_read_from_servers_that_send_no_parts_of_files(web: str) -> No
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS"),
         ("a.json", b"PK\x03\x04abc", "it is a zip archive"),
         ("a.jsonl.gz", lines(ROWS), "not a gzipped file"),
-        ("a.jsonl", gzip.compress(lines(ROWS))[:-30], "cannot be read: Compressed file ended"),
+        ("a.jsonl", gzip.compress(lines(ROWS), mtime=0)[:-30], "cannot be read: Compressed file ended"),
         ("a.csv", b"a,b\n1,2\n" + b'"x,3\ny,4\n' * 1, "quoted field that begins in line 3 has no end"),
         ("a.json", b'{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of rows, a, b, .*Set dataset_split"),
     ],
@@ -272,7 +272,7 @@ def test_a_file_that_holds_no_rows_is_one_sentence(name: str, content: bytes, me
 
 
 def test_what_a_file_holds_decides_about_compression(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(gzip.compress(lines(ROWS)))
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(lines(ROWS), mtime=0))
     assert read(str(tmp_path / "a.jsonl")) == (ROWS, [])
 
 
