@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from tests.services.s3 import S3
-from tests.tiers import TIERS, missing_marker, tiers_of
+from tests.tiers import missing_marker, tiers_of
 
 PROJECT = Path(__file__).resolve().parent.parent
 MATERIAL = PROJECT.parent / "shared" / "material"
@@ -29,18 +30,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # tests side by side; torch's threads on busy cores wait for each other
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests by what they start; those that start nothing stay together by file, with what they share.
+    """Mark the tests by what they start. The tests that take long come first: no process waits for the last one.
 
-    The tests that take long come first, so that no process waits for the last one.
+    pytest-xdist begins with the largest group, so a group per file would put the fast files first.
     """
     for item in items:
         if isinstance(item, pytest.Function):
             for tier in tiers_of(item):
                 item.add_marker(tier)
-        if not any(item.get_closest_marker(tier) for tier in TIERS):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     tiers = ("cluster", "airflow", "engine")  # the slowest first
     items.sort(key=lambda item: [not item.get_closest_marker(tier) for tier in tiers])
 
@@ -79,9 +77,26 @@ def s3(tmp_path: Path) -> Iterator[S3]:
         yield server
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that the first process of a test run makes for all of them; `make` fills it."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            unfinished = folder.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with random weights and the special tokens of Llama 3, small enough to train in a second."""
+    return made_once(tmp_path_factory, "tiny_base", _make_tiny_base)
+
+
+def _make_tiny_base(folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -107,10 +122,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             eos_token_id=4,
         )
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("tiny_base")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def conversation(question: str, answer: str) -> dict[str, Any]:
@@ -189,12 +202,14 @@ def retune(var: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="session")
 def migrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An Airflow home with a database that `retune` has migrated, made once for all tests of this process."""
+    """An Airflow home with a database that `retune` has migrated, made once for all tests."""
     from retune.airflow_process import airflow_environment, migrate
 
-    home = tmp_path_factory.mktemp("migrated") / "home"
-    migrate(airflow_environment(home), home.parent / "migrate.log")
-    return home
+    def make(home: Path) -> None:
+        home.mkdir()
+        migrate(airflow_environment(home), home / "migrate.log")
+
+    return made_once(tmp_path_factory, "migrated", make)
 
 
 @pytest.fixture

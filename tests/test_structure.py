@@ -223,10 +223,3 @@ def test_every_target_of_the_makefile_is_there_once() -> None:
 @pytest.mark.parametrize("target", ["test-fast", "test", "test-cluster"])
 def test_there_are_three_tiers_of_tests(target: str) -> None:
     assert re.search(rf"^{target}: .*## ", (PROJECT / "Makefile").read_text(), re.MULTILINE)
-
-
-@pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" not in os.environ, reason="groups matter if several processes share the tests"
-)
-def test_tests_of_a_group_stay_in_one_process(request: pytest.FixtureRequest) -> None:
-    assert request.node.nodeid.endswith("@test_structure"), "this version of pytest-xdist sees the marker"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -158,3 +159,10 @@ def test_one_of_the_wrong_template_is_refused(recipe: Callable, pipeline: Callab
     assert "wrong template: the adapter was trained with another chat template than the current alpaca" in said
     assert "4 of 4 answers fail stops: no end-of-turn token after 24 tokens" in said
     assert "4 of 4 answers fail no_special_tokens: the answer contains <|im_end|>" in said
+
+
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" not in os.environ, reason="groups matter if several processes share the tests"
+)
+def test_tests_of_a_group_stay_in_one_process(request: pytest.FixtureRequest) -> None:
+    assert request.node.nodeid.endswith("@gate_cases"), "this version of pytest-xdist sees the marker"
