@@ -175,7 +175,7 @@ def compare(state: str) -> dict[str, Any]:
     from transformers import PreTrainedTokenizerFast
 
     from include.chat.tokenized import load_rows
-    from include.data.sharegpt import conversations_in
+    from include.data.conversation import conversations_in
     from include.data.tables import read_table
 
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(TOKENIZER)

@@ -106,7 +106,7 @@ def write(context: ShardedContext, names: list[str], validate: Output[ValidateOu
 
 
 @sharded(
-    version=4,
+    version=6,
     recipe_fields=("holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against"),
     external_inputs=_benchmark_digest,
     split_folder=ValidateOutput.READINGS,
@@ -203,7 +203,7 @@ def _write(readings: Path, sides: Path, target: Path) -> None:
 
     table, kept = read_table(readings), read_table(sides)
     stay = pa.array(np.isin(table["row"].to_numpy(), kept["row"].to_numpy()))
-    table = table.select(["row", "roles", "contents", "tools", "rejected"]).filter(stay)
+    table = table.select(["row", "roles", "contents", "tools", "rejected", "masked", "calls"]).filter(stay)
     write_table(table.append_column("holdout", kept["holdout"].combine_chunks()), target)
 
 

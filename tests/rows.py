@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from include.data.sharegpt import Conversation, conversations_in
+from include.data.conversation import Conversation, conversations_in
 from include.data.tables import read_table
 from tests.conftest import conversation
 

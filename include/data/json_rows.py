@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from include.data.sharegpt import CONVERSATION_COLUMNS
+from include.data.columns import CONVERSATION_COLUMNS
 
 CHUNK = 1 << 20  # characters
 MAX_LINE = 8 << 20  # bytes; a longer first line is not looked at as a line

@@ -73,9 +73,13 @@ class Profile(Contract):
 
 
 class TokenCounts(Contract):
-    """Rows, tokens and trained tokens of one side (training or holdout), and the sha256 of its ids and labels."""
+    """Rows, tokens and trained tokens of one side (training or holdout), and the sha256 of its ids and labels.
+
+    A conversation that `on_too_long: split` splits is several rows.
+    """
 
     rows: int
+    conversations: int
     tokens: int
     trained: int
     ids_sha256: str
@@ -154,7 +158,10 @@ class DownloadOutput(Contract, stage="download"):
 
 
 class ValidateOutput(Contract, stage="validate"):
-    """Rows as conversations, the numbers of the good ones, and every refused or repaired row with its reasons."""
+    """Rows as conversations, the numbers of the good ones, and every refused or repaired row with its reasons.
+
+    `unused` counts columns, keys of turns and keys of parts that are not used, most frequent first.
+    """
 
     READINGS: ClassVar = "readings"
     GOOD: ClassVar = "good.parquet"
@@ -168,6 +175,7 @@ class ValidateOutput(Contract, stage="validate"):
     copies: int
     repairs: dict[str, int]
     reasons: dict[str, int]
+    unused: dict[str, int]
     checks: list[CheckResult]
     docs: str
     tools_rendered: bool
@@ -189,22 +197,29 @@ class StandardizeOutput(Contract, stage="standardize"):
 
 
 class TemplateOutput(Contract, stage="template"):
-    """Token ids and loss masks of both sides, the tokenizer with the chat template, ten rows as text."""
+    """Token ids and loss masks of both sides, the tokenizer with the chat template, ten rows as text, and the rows that
+    do not train, or only in part, with their reasons. `left_out_reasons` counts each row by its first reason.
+    """
 
     TRAIN: ClassVar = "train"
     HOLDOUT: ClassVar = "holdout"
     TOKENIZER: ClassVar = "tokenizer"
     SAMPLES: ClassVar = "samples.txt"
+    LEFT_OUT: ClassVar = "left_out.jsonl"
     DOCS: ClassVar = "data_docs"
 
     train: TokenCounts
     holdout: TokenCounts
     too_long: int
     left_out: int
+    left_out_reasons: dict[str, int]
     proved_rows: int
     prefix_mismatches: int
     encoder: str
     missing_special_tokens: list[str]
+    untrained_special_tokens: list[str]
+    base_embeddings: int | None
+    base_positions: int | None
     stop_tokens: list[int]
     template_sha256: str
     lengths: dict[str, int]
@@ -235,7 +250,10 @@ class SmokeTestOutput(Contract, stage="smoke_test"):
 
 
 class EvaluateOutput(Contract, stage="evaluate"):
-    """Holdout losses of base, candidate and live adapter (nats per token), and the gate's verdict."""
+    """Holdout losses of base, candidate and live adapter (nats per token), and the gate's verdict.
+
+    `losses.json` has the loss of each prepared row; `holdout_rows` counts whole conversations.
+    """
 
     LOSSES: ClassVar = "losses.json"
 
