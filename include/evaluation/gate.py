@@ -69,7 +69,8 @@ def by_conversation(row: list[int], tokens: list[int], losses: list[float]) -> l
     for number, count, loss in zip(row, tokens, losses, strict=True):
         total, counted = sums.get(number, (0.0, 0))
         sums[number] = total + loss * count, counted + count
-    return [total / counted for total, counted in sums.values()]
+    alone = len(sums) == len(losses)  # then nothing is rounded
+    return list(losses) if alone else [total / counted for total, counted in sums.values()]
 
 
 def compare(candidate: list[float], other: list[float], confidence: float) -> Comparison:
