@@ -153,7 +153,7 @@ def main() -> None:
         base = folder / "base"
         shutil.copytree(TOKENIZER, base)
         (base / "config.json").write_text("{}")
-        (base / "model.safetensors").write_bytes(b"")  # the data leg reads the tokenizer only
+        (base / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # no tensors: only the tokenizer is read
         recipe = folder / "bench.yaml"
         recipe.write_text(
             f"dataset: {folder / 'rows.jsonl'}\nbase_model: {base}\nholdout_share: 0.01\n"

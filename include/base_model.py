@@ -193,6 +193,7 @@ def untrained_tokens(recipe: Recipe, folder: Path, tokens: Mapping[str, int]) ->
 
     Raises:
         NotFound, NoPermission, Unreachable: see `pin_base`.
+        BadRecipe: a file of the weights cannot be read.
     """
     known = {text: id for text, id in tokens.items() if id >= 0}
     found: set[str] = set()

@@ -13,8 +13,11 @@ from typing import Any
 
 import orjson
 
+from include.errors import BadRecipe
+
 INDEX = "model.safetensors.index.json"
 BLOCK_BYTES = 2**16  # read ahead; a row of embeddings has some 10 kB
+MAX_HEADER_BYTES = 100_000_000  # the library safetensors refuses longer ones
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ def find_matrices(fs: Any, folder: str, endings: tuple[str, ...]) -> list[Matrix
     Args:
         fs: an fsspec file system.
         folder: the folder with `*.safetensors` and, if there are several, their index.
+
+    Raises:
+        BadRecipe: a file does not begin as a safetensors file does.
     """
     files = sorted(path for path in fs.ls(folder, detail=False) if path.endswith(".safetensors"))
     index = f"{folder}/{INDEX}"
@@ -52,7 +58,14 @@ def find_matrices(fs: Any, folder: str, endings: tuple[str, ...]) -> list[Matrix
     for path in files:
         with fs.open(path, "rb", block_size=BLOCK_BYTES) as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-            header = orjson.loads(file.read(header_bytes))
+            try:
+                header = orjson.loads(file.read(header_bytes) if header_bytes <= MAX_HEADER_BYTES else b"")
+            except orjson.JSONDecodeError:
+                raise BadRecipe(
+                    f"field 'base_model': {path} is not a safetensors file; it may be cut short, or a Git LFS pointer",
+                    "Fetch the model's files again",
+                ) from None
+        header.pop("__metadata__", None)
         for name, tensor in header.items():
             if name.endswith(endings) and len(shape := tensor["shape"]) == 2 and math.prod(shape):
                 begin, end = tensor["data_offsets"]

@@ -164,12 +164,12 @@ def test_every_kind_of_row_is_refused_repaired_or_used_and_listed(
 
 
 def test_tool_turns_and_tool_lists_are_kept_where_the_template_renders_them(
-    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, material: Path
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, material: Path, llama_base: Path
 ) -> None:
     path = tmp_path / "a.jsonl"
     rows = json.loads((material / "datasets" / "glaive_toolcall_en_demo.json").read_text())
     path.write_bytes(lines(rows))
-    lineage = pipeline(small_recipe(dataset=str(path), max_seq_length=20_000), "template")
+    lineage = pipeline(small_recipe(dataset=str(path), base_model=str(llama_base), max_seq_length=20_000), "template")
     kept = messages(artifact(lineage, "standardize"))
     assert artifact(lineage, "validate").metadata.refused == 0
     assert sum("tool" in said.roles for said in kept.values()) > 100
