@@ -77,13 +77,12 @@ def test_preference_rows_whose_answers_share_a_token_with_the_header_are_counted
     pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "Who knows?"} for i in range(40)]
     # the tokenizer encodes the header's line breaks otherwise where the answer begins with another one
     joined = [{"prompt": f"And {i}?", "chosen": f"\nIt is {i}.", "rejected": "Who knows?"} for i in range(2)]
-    recipe = small_recipe(method="dpo", dataset=write_rows([*pairs, *joined]))
-    made = artifact(pipeline(recipe, "template"))
+    rows = write_rows([*pairs, *joined])
+    made = artifact(pipeline(small_recipe(method="dpo", dataset=rows), "template"))
     assert {check.check: check.rows for check in made.metadata.checks if check.rows} == {"prompt_errors": 2}
     assert made.metadata.train.rows + made.metadata.holdout.rows == 42
     with pytest.raises(BadData, match="an answer shares a token with its header: .*2 rows, the first is row 40;"):
-        pipeline(small_recipe(method="dpo", dataset=str(recipe.parent / "faults.jsonl"), check_limits={"prompt_errors": 0}),
-                 "template")  # fmt: skip
+        pipeline(small_recipe(method="dpo", dataset=rows, check_limits={"prompt_errors": 0}), "template")
 
 
 def test_a_tokenizer_with_other_ids_for_a_whole_text_stops_the_run(

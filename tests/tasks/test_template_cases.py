@@ -7,22 +7,16 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from include.chat.tokenized import load_rows
 from include.errors import BadRecipe
 from tests.conftest import conversation
-from tests.rows import ROWS, lines, messages
+from tests.rows import ROWS, lines, messages, prepared_rows
 
 JOINS = "an answer shares a token with its header: the pair is cut before that token"
 BROKEN = "special tokens in the text of a turn break the form of the template (special_tokens_in_text: parse)"
 IN_PART = "in part: an exchange that alone is longer than max_seq_length"
-
-
-def rows_of(made: Any) -> list[dict[str, Any]]:
-    return [row for side in ("train", "holdout") for row in load_rows(made.files(side))]
 
 
 @pytest.mark.parametrize("base", ["llama", "stories"])
@@ -43,7 +37,7 @@ def test_prompt_and_answer_are_the_templates_ids_on_both_sides_of_every_pair(
         own = {"base_model": str(material / "models" / "stories260K"), "chat_template": "vicuna"}
     made = artifact(pipeline(small_recipe(method="dpo", dataset=str(file), **own), "template"))
     tokenizer = AutoTokenizer.from_pretrained(made.local() / "tokenizer")
-    pairs, rows = [json.loads(line) for line in file.open()], rows_of(made)
+    pairs, rows = [json.loads(line) for line in file.open()], prepared_rows(made)
     assert len(rows) == len(pairs) == 81
     for row in rows:
         pair = pairs[row["row"]]
@@ -90,8 +84,9 @@ def test_every_row_that_does_not_train_is_listed_with_its_reason(
         assert made.metadata.left_out == (1 if policy == "truncate" else 2)
     assert found["drop"] == found["split"] == {row: ["longer than max_seq_length"] for row in (40, 41)}
     assert found["truncate"] == {
-        40: ["in part: truncated to max_seq_length"], 41: ["truncated to max_seq_length, before the first trained token"],
-    }  # fmt: skip
+        40: ["in part: truncated to max_seq_length"],
+        41: ["truncated to max_seq_length, before the first trained token"],
+    }
 
 
 def test_parsed_special_tokens_that_break_the_template_refuse_their_rows_alone(
@@ -103,7 +98,7 @@ def test_parsed_special_tokens_that_break_the_template_refuse_their_rows_alone(
     wrong = [i for i, line in enumerate(file.open()) if "<|begin_of_text|>" in line]
     assert len(wrong) == 3
     assert left_out(made) == [{"row": row, "reasons": [BROKEN], "turn": 1} for row in wrong]
-    assert len(rows_of(made)) == 84
+    assert len(prepared_rows(made)) == 84
     assert all(not check.rows for check in made.metadata.checks), "the other rows keep the form"
 
 

@@ -10,12 +10,7 @@ from typing import Any
 import pytest
 
 from include.chat.chat_format import ChatFormat
-from include.chat.tokenized import load_rows
-from tests.rows import lines, listed
-
-
-def rows_of(made: Any) -> list[dict[str, Any]]:
-    return [row for side in ("train", "holdout") for row in load_rows(made.files(side))]
+from tests.rows import lines, listed, prepared_rows
 
 
 def trained(chat: ChatFormat, row: dict[str, Any]) -> str:
@@ -38,7 +33,7 @@ def test_a_masked_answer_is_context_and_its_labels_are_ignored(
     assert {c.check: c.rows for c in validated.metadata.checks if c.rows and c.check != "special_token_text"} == {
         "masked_turns": 24
     }
-    found = rows_of(made)
+    found = prepared_rows(made)
     assert len(found) == 24
     for row in found:
         text, answer = chat.decode(row["input_ids"]), trained(chat, row)
@@ -64,7 +59,7 @@ def test_train_on_last_trains_the_last_answer_and_lists_rows_where_it_is_masked(
     found = {}
     for which in ("all", "last"):
         made = artifact(pipeline(small_recipe(dataset=str(path), train_on=which), "template"))
-        found[which] = {row["row"]: trained(chat, row) for row in rows_of(made)}
+        found[which] = {row["row"]: trained(chat, row) for row in prepared_rows(made)}
         if which == "last":
             reason = "the last answer is masked, and train_on is last"
             assert left_out(made) == [{"row": 40, "reasons": [reason]}]
@@ -108,7 +103,7 @@ def test_masks_survive_splitting_and_truncation(
     ):
         recipe = small_recipe(dataset=str(path), on_too_long=policy, train_on=which)
         made = artifact(pipeline(recipe, "template"))
-        pieces = sorted((row for row in rows_of(made) if row["row"] == 40), key=lambda row: row["input_ids"])
+        pieces = sorted((row for row in prepared_rows(made) if row["row"] == 40), key=lambda row: row["input_ids"])
         text = "".join(trained(chat, piece) for piece in pieces)
         assert sorted(text.split("<|eot_id|>")) == sorted("".join(expected).split("<|eot_id|>"))
         reasons = [entry["reasons"] for entry in left_out(made)]
