@@ -97,6 +97,24 @@ def pair_batch(chosen: Encoded, rejected: Encoded, rows: Any, used: Any) -> Any:
     return pa.RecordBatch.from_pydict({"row": pa.array(rows[np.asarray(used, int)]), **lists})
 
 
+def sample(table: Any, most: int) -> np.ndarray:
+    """Return the indices of at most so many rows, ascending (int64): all, or those whose ids have the lowest digests.
+
+    The sample is random with respect to everything but a row's content, and other rows hardly change it.
+
+    Args:
+        table: an Arrow table with columns of token ids, whose names end in `_ids`.
+    """
+    if len(table) <= most:
+        return np.arange(len(table))
+    columns = [table[name] for name in table.column_names if name.endswith("_ids")]
+    digests = [
+        hashlib.sha256(b"|".join(ids.values.to_numpy().tobytes() for ids in row)).digest()
+        for row in zip(*columns, strict=True)
+    ]
+    return np.sort(sorted(range(len(table)), key=digests.__getitem__)[:most])
+
+
 def answer_span(encoded: Encoded, i: int) -> tuple[int, int]:
     """Return begin and end of a conversation's last segment of tokens in the loss, counted from its first token.
 
