@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
 
@@ -40,16 +40,16 @@ def download(context: StageContext) -> Result[DownloadOutput]:
     sources = [(dataset_ref(recipe), recipe.max_rows)]
     if evaluation := eval_ref(recipe):
         sources.append((evaluation, None))
-    digest, counts, notes = hashlib.sha256(), [0] * len(sources), []
+    digest, counts, notes = hashlib.sha256(), [0] * len(sources), list[str]()
 
-    def note(sentence: str) -> None:
-        context.progress(sentence)
-        notes.append(sentence)
-
-    def contents() -> Iterator[bytes]:
+    def contents() -> Generator[bytes]:
         for index, (source, most) in enumerate(sources):
-            about = f"{source.field}: " if index else ""
-            with closing(read_rows(source, lambda sentence, about=about: note(about + sentence))) as rows:
+
+            def note(sentence: str, field: str = source.field) -> None:
+                notes.append(sentence if field == "dataset" else f"{field}: {sentence}")
+                context.progress(notes[-1])
+
+            with closing(read_rows(source, note)) as rows:
                 for content in islice(rows, most):
                     counts[index] += 1
                     yield content

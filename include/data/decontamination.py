@@ -49,6 +49,7 @@ def read_prompts(name: str, column: str | None = None, note: Note = lambda _: No
     else:
         with file_errors(name, FIELD):
             rows = [orjson.loads(raw) for raw in read_rows(DatasetRef(name, split="test", field=FIELD), note)]
+        rows = [{"conversations": row} if isinstance(row, list) else row for row in rows]
         names = list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
         chosen = column or next((known for known in COLUMNS if known in names), None)
         if chosen is None or chosen not in names:

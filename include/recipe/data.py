@@ -81,8 +81,8 @@ class Data(BaseModel):
     )
     decontaminate_against: str | None = Field(
         None,
-        description="Path or URL of a file with benchmark prompts: one prompt per line (txt), or rows (jsonl, json, "
-        "csv, parquet) with a column prompt, question, instruction (and input), turns, messages or conversations. Rows "
+        description="Path or URL of a file, folder or pattern with benchmark prompts: one prompt per line (txt), or "
+        "rows (jsonl, json, csv, parquet) with a column prompt, question, instruction (and input), turns, messages or conversations. Rows "
         "with a turn that contains eight consecutive words of a prompt, or that equals a shorter prompt, are not used. "
         "Empty (default): no decontamination.",
     )
@@ -134,11 +134,9 @@ def eval_ref(recipe: Data) -> DatasetRef | None:
     from include.data.sources import DatasetRef
 
     if recipe.eval_dataset:
-        split = recipe.eval_split or "test"
-        named = recipe.eval_split is not None
+        named, split = recipe.eval_split is not None, recipe.eval_split or "test"
         return DatasetRef(recipe.eval_dataset, None, split, recipe.eval_revision, "eval_dataset", named)
-    if split := recipe.eval_split:
-        return DatasetRef(
-            recipe.dataset, recipe.dataset_config, split, recipe.dataset_revision, "eval_split", named_split=True
-        )
+    if recipe.eval_split:
+        config, revision = recipe.dataset_config, recipe.dataset_revision
+        return DatasetRef(recipe.dataset, config, recipe.eval_split, revision, "eval_split", named_split=True)
     return None

@@ -141,7 +141,7 @@ def test_rows_that_hold_a_benchmarks_prompt_do_not_train(
 
 
 def test_prompts_of_mt_bench_are_read_from_their_column_and_not_from_the_label(
-    small_recipe: Callable, pipeline: Callable, artifact: Callable, material: Path
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, material: Path
 ) -> None:
     case = material / "cases" / "33-decontaminate-wrong-column"
     recipe = small_recipe(dataset=str(case / "rows.jsonl"), decontaminate_against=str(case / "benchmark.jsonl"))
@@ -151,6 +151,13 @@ def test_prompts_of_mt_bench_are_read_from_their_column_and_not_from_the_label(
         {"row": row, "reasons": [f"contains the prompt {prompt} of benchmark.jsonl"]}
         for row, prompt in ((60, 0), (61, 2), (62, 1))
     ], "row 62 has the prompt in its system turn"
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    recipe = small_recipe(dataset=str(case / "rows.jsonl"), decontaminate_against=str(folder))
+    for index, line in enumerate((case / "benchmark.jsonl").read_bytes().splitlines()[:2]):
+        (folder / f"{index}.jsonl").write_bytes(line)
+        made = artifact(pipeline(recipe, "standardize"))
+        assert [entry["row"] for entry in entries(made)] == [[60], [60, 62]][index], "also after a new file"
 
 
 def test_too_few_held_out_rows_are_said_with_the_share_that_is_enough(

@@ -50,10 +50,10 @@ def test_a_text_contains_a_prompt_or_eight_words_of_one(text: str, prompt: int) 
         ({"instruction": "I", "input": "more", "output": "A"}, "I\n\nmore"),
         ({"instruction": "I", "input": "", "output": "A"}, "I"),
         ({"question_id": 81, "category": "writing", "turns": ["First?", "Second?"]}, "First?"),
-        ({"turns": [{"role": "system", "content": "S"}, {"role": "user", "content": "U?"}]}, "U?"),
+        ({"id": 1, "turns": [{"role": "system", "content": "S"}, {"role": "user", "content": "U?"}]}, "U?"),
         ({"source": "s", "messages": [{"role": "user", "content": "U?"}, {"role": "assistant", "content": "A"}]}, "U?"),
         ({"conversations": [{"from": "human", "value": "U?"}, {"from": "gpt", "value": "A"}]}, "U?"),
-        ({"prompt": [{"role": "user", "content": "U?"}]}, "U?"),
+        ({"id": 1, "prompt": [{"role": "user", "content": "U?"}]}, "U?"),
     ],
 )
 def test_the_prompts_are_in_the_column_of_that_name(row: dict[str, Any], prompt: str, tmp_path: Path) -> None:
@@ -91,6 +91,17 @@ def test_another_column_must_be_named_and_what_was_read_is_said(tmp_path: Path) 
     for missing in (str(tmp_path / "none.jsonl"), str(tmp_path / "none.txt"), "owner/name"):
         with pytest.raises(NotFound, match="field 'decontaminate_against': there is no file"):
             read_prompts(missing)
+    path.write_bytes(lines([[{"role": "user", "content": "U?"}], [{"from": "human", "value": "V?"}]]))
+    assert read_prompts(str(path)) == ("column conversations", ["U?", "V?"]), "rows that are lists of turns"
+    path.write_bytes(json.dumps({"train": [{"prompt": "A?"}], "test": [{"prompt": "B?"}]}).encode())
+    notes: list[str] = []
+    assert read_prompts(str(path), note=notes.append) == ("column prompt", ["B?"])
+    assert notes == ["the rows are the list 'test' of the file; not read: train (1 rows)"]
+    path.write_bytes(json.dumps({"easy": [{"prompt": "A?"}], "hard": [{"prompt": "B?"}]}).encode())
+    with pytest.raises(
+        BadData, match="several lists of rows, easy, hard, .* Save the list of rows as a file of its own"
+    ):
+        read_prompts(str(path))
     path.write_bytes(b"not JSON\n")
     with pytest.raises(BadData, match="field 'decontaminate_against': .* cannot be read"):
         read_prompts(str(path))
