@@ -43,7 +43,7 @@ def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool 
 
 
 @stage(
-    version=6,
+    version=7,
     recipe_fields=("method", "dataset_format", "merge_turns", "max_refused_share", "check_limits"),
     other_fields=("chat_template", "base_model", "base_revision"),  # covered by `_tools_rendered`
     external_inputs=_tools_rendered,
@@ -83,7 +83,8 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
         counts = {name: np.concatenate([part.counts[name] for part in parts]) for name in parts[0].counts}
         critical = [rule.column for rule in rules if rule.severity == "critical"]
         faulty = np.logical_or.reduce([counts[name] > 0 for name in critical])
-        originals = _originals(np.where(faulty, 0, np.concatenate([part.digests for part in parts])))
+        digests = np.where(faulty, 0, np.concatenate([part.digests for part in parts]))
+        originals = _originals(digests, download.metadata.eval_rows)
         counts["copy"] = (originals >= 0).astype(np.int32)
         findings = suite.validate(pd.DataFrame(counts))
     refused = np.zeros(len(originals), bool)
@@ -180,12 +181,17 @@ def _try_calls(template: ChatTemplate, readings: list[ParsedRow]) -> None:
             reading.add_fault("bad_tool_calls", fault)
 
 
-def _originals(digests: Any) -> Any:
-    """Return for each row the first row with the same digest (int64); -1 for the first row itself and for digest 0."""
+def _originals(digests: Any, eval_rows: int) -> Any:
+    """Return for each row the first row with the same digest (int64); -1 for the first row itself and for digest 0.
+
+    The last rows, which are evaluated on, count as first: a training row that equals one of them is its copy.
+    """
     import numpy as np
 
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    found = first[inverse]
+    order = np.roll(np.arange(len(digests)), eval_rows)
+    _, first, inverse = np.unique(digests[order], return_index=True, return_inverse=True)
+    found = np.empty(len(digests), np.int64)
+    found[order] = order[first[inverse]]
     return np.where((found == np.arange(len(digests))) | (digests == 0), -1, found)
 
 

@@ -108,6 +108,24 @@ def prompt_tokens(chosen: Encoded, rejected: Encoded, i: int) -> int:
     return int(differ[0]) if len(differ) else before
 
 
+def sample(table: Any, most: int) -> np.ndarray:
+    """Return the indices of at most so many rows, ascending (int64): all, or those whose ids have the lowest digests.
+
+    The sample is random with respect to everything but a row's content, and other rows hardly change it.
+
+    Args:
+        table: an Arrow table with columns of token ids, whose names end in `_ids`.
+    """
+    if len(table) <= most:
+        return np.arange(len(table))
+    columns = [table[name] for name in table.column_names if name.endswith("_ids")]
+    digests = [
+        hashlib.sha256(b"|".join(ids.values.to_numpy().tobytes() for ids in row)).digest()
+        for row in zip(*columns, strict=True)
+    ]
+    return np.sort(sorted(range(len(table)), key=digests.__getitem__)[:most])
+
+
 def answer_span(encoded: Encoded, i: int) -> tuple[int, int]:
     """Return begin and end of a conversation's last segment of tokens in the loss, counted from its first token.
 

@@ -148,11 +148,15 @@ class PretrainOutput(Contract, stage="pretrain"):
 
 
 class DownloadOutput(Contract, stage="download"):
-    """The rows as they came: `row` (int64, from 0) and `content` (one JSON document, bytes)."""
+    """The rows as they came: `row` (int64, from 0) and `content` (one JSON document, bytes).
+
+    The last `eval_rows` of the `rows` come from the evaluation dataset.
+    """
 
     ROWS: ClassVar = "rows.parquet"
 
     rows: int
+    eval_rows: int
     sha256: str
     notes: list[str] = []  # which files and which parts of them were read, and which were not
 
@@ -183,10 +187,13 @@ class ValidateOutput(Contract, stage="validate"):
 
 
 class StandardizeOutput(Contract, stage="standardize"):
-    """The conversations that are used, for training or holdout, and pairs of near-duplicates. Numbers count rows."""
+    """The conversations that are used, for training or holdout, pairs of near-duplicates, and the rows left out with
+    their reasons. Numbers count rows; `left_out_reasons` counts each row by its first reason.
+    """
 
     MESSAGES: ClassVar = "messages"
     NEAR_DUPLICATES: ClassVar = "near_duplicates.jsonl"
+    LEFT_OUT: ClassVar = "left_out.jsonl"
 
     train: int
     holdout: int
@@ -194,6 +201,7 @@ class StandardizeOutput(Contract, stage="standardize"):
     leaking: int
     contaminated: int
     dropped: int
+    left_out_reasons: dict[str, int]
 
 
 class TemplateOutput(Contract, stage="template"):
