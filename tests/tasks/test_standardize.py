@@ -221,6 +221,8 @@ def test_the_rows_of_an_evaluation_dataset_are_the_holdout(
     assert (made.metadata.leaking, made.metadata.near_duplicates) == (1, 1)
     assert entries(made, "near_duplicates.jsonl")[-1] == {"row": 40, "nearly_equals": 7, "similarity": 0.9839}
 
+    few = artifact(pipeline(small_recipe(**fields, max_rows=8), "download")).metadata
+    assert (few.rows, few.eval_rows) == (8 + 14, 14), "max_rows is about the rows to train on"
     assert pipeline(small_recipe(**fields), "standardize") == lineage
     pinned = json.loads((artifact(lineage, "resolve").local() / "recipe.json").read_text())
     assert pinned["eval_dataset"] == str(evaluation) and pinned["eval_revision"]

@@ -60,13 +60,14 @@ def test_an_exchange_that_alone_is_too_long_is_counted_and_listed(
     file = next((material / "cases").glob("35-*")) / "split_middle.jsonl"
     recipe = small_recipe(dataset=str(file), on_too_long="split", near_duplicate_similarity=1.0)
     lineage = pipeline(recipe, "template")
-    made, rows = artifact(lineage), sorted(messages(artifact(lineage, "standardize")))
-    assert len(rows) > 50
-    assert left_out(made) == [{"row": row, "reasons": [IN_PART], "turn": 4} for row in rows]
+    made, kept = artifact(lineage), messages(artifact(lineage, "standardize"))
+    long = sorted(row for row, said in kept.items() if len(said.roles) == 6)
+    assert len(long) > 20 and len(kept) - len(long) == 60
+    assert left_out(made) == [{"row": row, "reasons": [IN_PART], "turn": 4} for row in long]
     found = made.metadata
-    assert (found.too_long, found.left_out, found.left_out_reasons) == (len(rows), 0, {IN_PART: len(rows)})
-    assert (found.train.rows, found.holdout.rows) == (2 * found.train.conversations, 2 * found.holdout.conversations)
-    assert found.train.conversations + found.holdout.conversations == len(rows)
+    assert (found.too_long, found.left_out, found.left_out_reasons) == (len(long), 0, {IN_PART: len(long)})
+    assert found.train.conversations + found.holdout.conversations == len(kept), "each long one counts once"
+    assert found.train.rows + found.holdout.rows == len(kept) + len(long), "and is two pieces"
 
 
 def test_every_row_that_does_not_train_is_listed_with_its_reason(
