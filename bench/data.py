@@ -145,7 +145,7 @@ def retune(path: Path, var: Path) -> dict[str, Any]:
         (base / file.name).unlink(missing_ok=True)
         (base / file.name).symlink_to(file)
     (base / "config.json").write_text("{}")
-    (base / "model.safetensors").write_bytes(b"")  # the data leg reads the tokenizer only
+    (base / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # no tensors: only the tokenizer is read
     recipe.write_text(f"dataset: {path}\nbase_model: {base}\nholdout_share: 0.01\n")
     environment = {"RETUNE_VAR": str(var), "RETUNE_RECIPES": str(recipe)}
     os.environ.update(environment)
@@ -175,7 +175,7 @@ def compare(state: str) -> dict[str, Any]:
     from transformers import PreTrainedTokenizerFast
 
     from include.chat.tokenized import load_rows
-    from include.data.sharegpt import conversations_in
+    from include.data.conversation import conversations_in
     from include.data.tables import read_table
 
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(TOKENIZER)

@@ -5,11 +5,14 @@ A base model is a Hub id (`owner/name`), a local folder, or `demo://little-llama
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
+from fsspec.implementations.local import LocalFileSystem
 
 from include.data.sources import absolute_path, is_hub_id
 from include.errors import BadRecipe, NotFound
@@ -17,12 +20,17 @@ from include.paths import PROJECT, var
 from include.recipe import Recipe
 from include.storage.artifacts import Store
 from include.storage.files import file_digest, fingerprint
-from include.storage.hub import hub_api, hub_errors
+from include.storage.hub import hub_api, hub_errors, hub_file_system
+from include.storage.tensors import find_matrices, read_matrix_rows
 
 DEMO_BASE = "demo://little-llama"
 ADAPTER_CONFIG = "adapter_config.json"
 DEMO_SOURCES = ("village.py", "pretraining.py")  # files of include/demo/ that decide the weights of the demo's base
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "config.json", "chat_template*", "generation_config.json"]
+
+# one row per token: the input embeddings and, where it is not the same matrix, the output layer
+WEIGHTS_BY_TOKEN = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
+POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 def pin_base(recipe: Recipe) -> str:
@@ -138,3 +146,67 @@ def base_license(recipe: Recipe) -> dict[str, str]:
         card = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else None
     values = {name: card.get(name) for name in ("license", "license_name", "license_link")} if card else {}
     return {name: value for name, value in values.items() if isinstance(value, str)}
+
+
+@dataclass(frozen=True)
+class BaseLimits:
+    """What a base model can take in.
+
+    Attributes:
+        embeddings: number of token ids that have an embedding; None if it is not known.
+        positions: number of tokens in a sequence; None if the model has no limit, or it is not known.
+    """
+
+    embeddings: int | None
+    positions: int | None
+
+
+def base_limits(folder: Path) -> BaseLimits:
+    """Return the limits of a base model by its `config.json`.
+
+    Scaled rotary embeddings count as vLLM counts them (`_get_and_verify_max_len`): Gemma 3 and the types llama3 and
+    longrope write the scaled number of positions into the configuration, the others the number before scaling.
+    """
+    file = folder / "config.json"
+    config = orjson.loads(file.read_bytes()) if file.is_file() else {}
+    config |= config.get("text_config") or {}  # of models that also read images
+    positions = next((config[name] for name in POSITION_FIELDS if isinstance(config.get(name), int)), None)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaled = kind in ("default", "llama3", "longrope", "su") or str(config.get("model_type")).startswith("gemma3")
+    if positions and not scaled:
+        before = rope.get("original_max_position_embeddings") or positions
+        positions = max(positions, int(before * rope.get("factor", 1)))
+    size = config.get("vocab_size")
+    return BaseLimits(size if isinstance(size, int) else None, positions)
+
+
+def untrained_tokens(recipe: Recipe, folder: Path, tokens: Mapping[str, int]) -> list[str]:
+    """Return the tokens that the base model has never been trained on, by their rows in the embeddings and the head.
+
+    Such a row is all zeros, or equals the row of another of the tokens. Only these rows are read, also from the Hub.
+
+    Args:
+        recipe: names the base model and its pinned revision.
+        folder: the folder of the base; without weights, they are read from the Hub.
+        tokens: ids by the tokens' texts.
+
+    Raises:
+        NotFound, NoPermission, Unreachable: see `pin_base`.
+        BadRecipe: a file of the weights cannot be read.
+    """
+    known = {text: id for text, id in tokens.items() if id >= 0}
+    found: set[str] = set()
+    with hub_errors(f"the model {recipe.base_model}", "base_model"):
+        fs, place = LocalFileSystem(), str(folder)
+        if is_hub_id(recipe.base_model) and not any(folder.glob("*.safetensors")):
+            fs, place = hub_file_system(), f"{recipe.base_model}@{recipe.base_revision}"
+        for matrix in find_matrices(fs, place, WEIGHTS_BY_TOKEN):
+            texts = [text for text, id in known.items() if id < matrix.rows]
+            rows = read_matrix_rows(fs, matrix, [known[text] for text in texts])
+            found |= {
+                text
+                for text, row in zip(texts, rows, strict=True)
+                if not row.strip(b"\x00\x80") or rows.count(row) > 1  # zeros, also negative ones
+            }
+    return [text for text in tokens if text in found]

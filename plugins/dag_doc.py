@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from include.data.sources import dataset_label
-from include.recipe import Recipe
+from include.recipe import Recipe, eval_ref
 from include.registry import registry_uri
 
 _APPROVAL = {
@@ -20,14 +20,16 @@ def dag_doc(recipe: Recipe) -> str:
     if recipe.full_finetuning:
         trained = "none: the whole model is trained"
     length = f"{recipe.max_steps} steps" if recipe.max_steps > 0 else f"{recipe.num_train_epochs:g} epochs"
+    evaluated = f"{recipe.holdout_share:.0%} held out"
+    if found := eval_ref(recipe):
+        evaluated = f"evaluated on `{dataset_label(found.name)}`" + (f" ({found.split})" if found.has_splits else "")
     return f"""### {recipe.name}
 
 {recipe.description}
 
 | | |
 |---|---|
-| data | `{dataset_label(recipe.dataset)}`, \
-{recipe.holdout_share:.0%} held out, at most {recipe.max_refused_share:.0%} refused |
+| data | `{dataset_label(recipe.dataset)}`, {evaluated}, at most {recipe.max_refused_share:.0%} refused |
 | base | `{recipe.base_model}`, template {recipe.chat_template}, at most {recipe.max_seq_length:,} tokens |
 | adapter | {trained} |
 | training | {recipe.method}, {length} of {recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}, \

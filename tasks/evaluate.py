@@ -7,7 +7,7 @@ from pathlib import Path
 from include.base_model import fetch_base
 from include.engine import supervise
 from include.engine.jobs import LossesJob
-from include.evaluation.gate import judge, rows_needed
+from include.evaluation.gate import by_conversation, judge, rows_needed
 from include.evaluation.prompt_control import write_with_shuffled_prompts
 from include.pipeline.contracts import EvaluateOutput, LiveVersion, SmokeTestOutput, TemplateOutput, TrainOutput
 from include.pipeline.stage import Output, Result, StageContext, stage
@@ -33,7 +33,7 @@ def live_version(context: StageContext, train: Output[TrainOutput]) -> Version |
 
 
 @stage(
-    version=3,
+    version=6,
     recipe_fields=(
         "method", "beta", "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length",
         "max_holdout_rows", *Gate.model_fields,
@@ -49,24 +49,27 @@ def evaluate(
     train: Output[TrainOutput],
     smoke_test: Output[SmokeTestOutput],
 ) -> Result[EvaluateOutput]:
-    """Measure every holdout row's loss for base, candidate and live adapter; write `losses.json` and the verdict."""
+    """Measure every holdout row's loss for base, candidate and live adapter; write `losses.json` and the verdict.
+
+    The verdict compares whole conversations: the pieces of one that was split count as one.
+    """
     recipe = context.recipe
     registry, live = open_registry(str(recipe.registry)), live_version(context, train)
     adapters = {"candidate": train.local() / TrainOutput.ADAPTER}
     if live:
         adapters["live"] = registry.fetch(live.revision)
-    rows, held_out = context.out / "rows.arrow", template.files(TemplateOutput.HOLDOUT)
-    count, shuffled = write_with_shuffled_prompts(held_out, rows, recipe.max_holdout_rows, recipe.max_seq_length)
+    arrow, held_out = context.out / "rows.arrow", template.files(TemplateOutput.HOLDOUT)
+    count, shuffled = write_with_shuffled_prompts(held_out, arrow, recipe.max_holdout_rows, recipe.max_seq_length)
     names = ("base", *adapters)
     job = LossesJob(
         recipe=recipe,
         base=fetch_base(recipe, context.store),
-        rows=[rows],
+        rows=[arrow],
         max_rows=count + len(shuffled),
         adapters=adapters,
     )
     measured = supervise.run(job, context.out, context.progress)
-    rows.unlink()
+    arrow.unlink()
     losses = {name: measured.losses[name][:count] for name in names}
     shuffled_prompts = {name: measured.losses[name][count:] for name in names}
     (context.out / EvaluateOutput.LOSSES).write_bytes(
@@ -80,11 +83,16 @@ def evaluate(
             }
         )
     )
+    rows, tokens = measured.row[:count], measured.tokens[:count]
+    whole = {name: by_conversation(rows, tokens, losses[name]) for name in names}
+    conversations = len(whole["base"])
     prompt_control = None
-    if len(shuffled) >= rows_needed(recipe.gate_confidence):
-        prompt_control = [losses["candidate"][place] for place in shuffled], shuffled_prompts["candidate"]
+    numbers, lengths = [rows[place] for place in shuffled], [tokens[place] for place in shuffled]
+    if len(set(numbers)) >= rows_needed(recipe.gate_confidence):
+        own = by_conversation(numbers, lengths, [losses["candidate"][place] for place in shuffled])
+        prompt_control = own, by_conversation(numbers, lengths, shuffled_prompts["candidate"])
     verdict = judge(
-        losses, smoke_test.metadata.failed, recipe.gate_confidence, recipe.gate_margin, prompt_control,
+        whole, smoke_test.metadata.failed, recipe.gate_confidence, recipe.gate_margin, prompt_control,
         recipe.gate_prompt_control,
     )  # fmt: skip
     if live and _template_differs(adapters):
@@ -100,7 +108,8 @@ def evaluate(
         context.progress(f"reason against this candidate: {reason}")
     for note in verdict.notes:
         context.progress(f"WARNING: {note}")
-    summary += f" on {count} holdout rows: "
+    pieces = f" in {count} pieces" if count > conversations else ""
+    summary += f" on {conversations} holdout rows{pieces}: "
     summary += (
         "better" if verdict.publish else "refused: " + "; ".join(reason.partition(":")[0] for reason in verdict.reasons)
     )
@@ -110,7 +119,7 @@ def evaluate(
             verdict=verdict,
             confidence=recipe.gate_confidence,
             margin=recipe.gate_margin,
-            holdout_rows=count,
+            holdout_rows=conversations,
             live=LiveVersion(name=live.name, revision=live.revision) if live else None,
         ),
     )

@@ -25,7 +25,7 @@ from include.pipeline.contracts import (
     ValidateOutput,
 )
 from include.pipeline.stage import Output, Result, StageContext, stage
-from include.recipe import TRAINING_INPUTS
+from include.recipe import TRAINING_INPUTS, Recipe, eval_ref
 from include.registry import CARD, Version, content_digest, merged_uri, open_registry
 from include.reporting.model_card import also_tested_with, merged_card, model_card
 from include.reporting.plots import loss_plot
@@ -144,6 +144,7 @@ def build_manifest(context: StageContext, outputs: dict[str, Output[Any]]) -> di
         "recipe_sha256": fingerprint(recipe.to_json()),
         "made_at": now(),
         "dataset": {"name": dataset_label(recipe.dataset), "revision": recipe.dataset_revision, **metadata["download"]},
+        "evaluation_dataset": _evaluation_dataset(recipe),
         "base": {"name": recipe.base_model, "revision": recipe.base_revision, **base_license(recipe)},
         "data": {**metadata["validate"], **metadata["standardize"]},
         "tokens": metadata["template"],
@@ -158,3 +159,12 @@ def build_manifest(context: StageContext, outputs: dict[str, Output[Any]]) -> di
         "loaded_with": {name: outputs["smoke_test"].manifest["packages"][name] for name in LOADING_PACKAGES},
         "also_tested_with": also_tested_with(outputs["train"].local() / TrainOutput.ADAPTER),
     }
+
+
+def _evaluation_dataset(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the dataset that the holdout comes from; None if it is a share of the training dataset."""
+    found = eval_ref(recipe)
+    if found is None:
+        return None
+    split = found.split if found.has_splits else None
+    return {"name": dataset_label(found.name), "split": split, "revision": found.revision}

@@ -15,7 +15,7 @@ from include.paths import var
 from include.pipeline.contracts import ResolveOutput
 from include.pipeline.outcomes import find_outcome, record_outcome
 from include.pipeline.records import Lineage, log, recorded
-from include.recipe import Recipe, dataset_ref, find_recipe, load_recipe
+from include.recipe import Recipe, dataset_ref, eval_ref, find_recipe, load_recipe
 from include.registry import merged_uri, open_registry, registry_uri
 from include.storage.artifacts import Artifact, Store
 from include.storage.files import atomic_write, fingerprint, to_json
@@ -53,10 +53,12 @@ def resolve(
         check_arguments(recipe)
         longest_try(recipe)  # refuses stages in timeout_hours that do not exist
         dataset, base = pin_dataset(dataset_ref(recipe), revision), pin_base(recipe)
+        evaluation = _pin_evaluation(recipe)
         pinned = recipe.model_copy(
             update={
                 "dataset": absolute_dataset(recipe.dataset),
                 "dataset_revision": dataset,
+                **evaluation,
                 "base_model": absolute_source(recipe.base_model),
                 "base_revision": base,
                 "registry": registry_uri(recipe.name, recipe.registry),
@@ -76,6 +78,8 @@ def resolve(
             for place in (uri, merged_uri(uri)) if pinned.merged_16bit else (uri,):
                 open_registry(place).check()  # find a missing permission before hours of training
         summary = f"dataset {short_name(recipe.dataset)}@{dataset[:8]}, base {short_name(recipe.base_model)}@{base[:8]}"
+        if recipe.eval_dataset:
+            summary += f", evaluated on {short_name(recipe.eval_dataset)}@{evaluation['eval_revision'][:8]}"
         artifact, reused = pin(store, pinned, summary)
         record.close(
             "done",
@@ -87,6 +91,19 @@ def resolve(
         )
         log.info("resolve done: %s", summary)
     return {"recipe": name, "run": run_id, "resolve": artifact.fingerprint}
+
+
+def _pin_evaluation(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of the evaluation dataset with its revision pinned; {} if the recipe names none.
+
+    Raises:
+        BadRecipe: a list names a Hub dataset.
+        NotFound, NoPermission, Unreachable: the dataset does not exist or cannot be read.
+    """
+    evaluation = eval_ref(recipe)
+    if not recipe.eval_dataset or evaluation is None:
+        return {}
+    return {"eval_dataset": absolute_dataset(recipe.eval_dataset), "eval_revision": pin_dataset(evaluation)}
 
 
 def pin(store: Store, recipe: Recipe, summary: str) -> tuple[Artifact, bool]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from include.base_model import fetch_base
 from include.chat.chat_format import ChatFormat
-from include.data.sharegpt import Message
+from include.data.conversation import Message
 from include.engine import supervise
 from include.engine.jobs import GenerateJob
 from include.evaluation.answer_checks import GeneratedAnswer, check_answer, check_results

@@ -2,81 +2,117 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from include.data.deduplication import SLOTS, Benchmark, hash_words, minhash_signatures, near_duplicates
+from include.data.decontamination import Benchmark, describe_prompts, read_prompts
+from include.data.deduplication import (
+    SLOTS,
+    Groups,
+    Matches,
+    ShingleSets,
+    candidate_rows,
+    minhash_signatures,
+    near_duplicate_groups,
+    near_duplicates_of,
+    shingle_sets,
+)
+from include.data.holdout import Draw, draws
 from include.data.parallel import in_order
-from include.data.sources import absolute_path, read_prompts
+from include.data.row_texts import RowTexts
+from include.data.sources import ROWS_PER_GROUP, DatasetRef, absolute_path, pin_dataset
 from include.data.tables import read_table, write_table
 from include.errors import BadData
-from include.pipeline.contracts import StandardizeOutput, ValidateOutput
+from include.evaluation.gate import rows_needed
+from include.pipeline.contracts import DownloadOutput, StandardizeOutput, ValidateOutput
 from include.pipeline.sharding import PARTS, ShardedContext, Step, sharded
 from include.pipeline.stage import Output, Result, StageContext
+from include.recipe import Recipe, corrected_confidence
 from include.storage.files import file_digest
 
-SIGNATURES, SIDES = f"{PARTS}/signatures", f"{PARTS}/sides"
+SIGNATURES, SIDES, SHINGLES = f"{PARTS}/signatures", f"{PARTS}/sides", f"{PARTS}/shingles"
 
 
-def _benchmark_digest(context: StageContext, **_: Output[ValidateOutput]) -> str | None:
+def _benchmark_digest(context: StageContext, **_: Output[Any]) -> str | None:
     place = context.recipe.decontaminate_against and absolute_path(context.recipe.decontaminate_against)
-    return file_digest(Path(place)) if place and Path(place).is_file() else place
+    if not place or "://" in place:
+        return place
+    if Path(place).is_file():
+        return file_digest(Path(place))
+    return pin_dataset(DatasetRef(place, field="decontaminate_against"))  # a folder or pattern
 
 
 @Step
-def compare(context: ShardedContext, names: list[str], validate: Output[ValidateOutput]) -> list[None]:
-    """Write the columns that are needed to compare all rows: number, holdout or not, MinHash signature, and whether the
-    row contains a benchmark's prompt. One file per file of readings, 266 bytes per good row.
+def compare(
+    context: ShardedContext, names: list[str], validate: Output[ValidateOutput], download: Output[DownloadOutput]
+) -> list[None]:
+    """Write the columns that are needed to compare all rows: number, the two numbers of the draw, the benchmark prompt
+    that the row contains (-1: none), and MinHash signature. One file per file of readings, 284 bytes per good row.
     """
-    import pyarrow as pa
-
     recipe, source = context.recipe, context.fetch(validate, *(f"{ValidateOutput.READINGS}/{name}" for name in names))
     benchmark = None
     if recipe.decontaminate_against:
-        benchmark = Benchmark(pa.array(read_prompts(recipe.decontaminate_against), pa.large_string()))
+        found, prompts = read_prompts(
+            recipe.decontaminate_against,
+            recipe.decontaminate_column,
+            lambda sentence: context.progress(f"decontaminate_against: {sentence}"),
+        )
+        context.progress(describe_prompts(recipe.decontaminate_against, found, prompts))
+        benchmark = Benchmark(prompts)
     files = [source / ValidateOutput.READINGS / name for name in names]
     good = _good(validate, read_table(files[0])["row"][0].as_py(), read_table(files[-1])["row"][-1].as_py())
     (context.out / SIGNATURES).mkdir(parents=True)
-    return list(in_order(lambda file: _compare(file, context.out, good, recipe.holdout_share, benchmark), files))
+    return list(in_order(lambda file: _compare(file, context.out, good, benchmark), files))
 
 
 @Step
-def decide(context: ShardedContext, validate: Output[ValidateOutput]) -> dict[str, int]:
-    """Compare all rows with each other: decide which rows stay, and list the pairs of near-duplicates.
+def decide(
+    context: ShardedContext, validate: Output[ValidateOutput], download: Output[DownloadOutput]
+) -> dict[str, Any]:
+    """Compare all rows with each other: decide which rows stay and on which side, list the pairs of near-duplicates and
+    the rows that are left out.
 
-    Memory: 266 bytes per row, and about 100 more while sorting.
+    Memory: 284 bytes per row, and about 150 more while comparing. The shingles of rows that may have near-duplicates,
+    8 bytes per word, are in a file on this machine's disk.
 
     Raises:
-        BadData: training or holdout has no rows, or most rows are near-duplicates of held-out rows.
+        BadData: a side has no rows, too few rows are held out for the gate, or most rows are near-duplicates of rows
+            of the evaluation dataset.
     """
     import numpy as np
     import pyarrow as pa
 
     recipe, folder = context.recipe, context.files_of(compare)
     tables = [read_table(folder / SIGNATURES / name) for name in context.names]
-    rows, holdout, contaminated = (
-        np.concatenate([table[name].to_numpy() for table in tables]) for name in ("row", "holdout", "contaminated")
+    rows, draw, rank, prompts = (
+        np.concatenate([table[name].to_numpy() for table in tables]) for name in ("row", "draw", "rank", "prompt")
     )
-    signatures = np.concatenate([_signatures(table) for table in tables])
-    earlier, held_out = near_duplicates(signatures, holdout, recipe.near_duplicate_similarity)
-    leaking = (held_out >= 0) & ~holdout
-    repeating = earlier >= 0
-    if leaking.sum() * 2 > len(rows):
-        raise BadData(
-            f"{leaking.sum():,} of {len(rows):,} rows are near-duplicates of held-out rows and cannot train",
-            "The rows share long texts: raise near_duplicate_similarity",
-        )
+    evaluation = rows >= download.metadata.rows - download.metadata.eval_rows
+    contaminated = (prompts >= 0) & ~evaluation
+    groups, matches = _near_duplicates(context, validate, tables, rows, evaluation, contaminated)
+    first = groups.keys(np.arange(len(rows)))
+    repeating = first != np.arange(len(rows))
+    leaking = matches.states == -1
     dropped = contaminated | leaking | (repeating if recipe.near_duplicates == "drop" else False)
-    train, held = int((~dropped & ~holdout).sum()), int((~dropped & holdout).sum())
-    if not train or not held:
-        raise BadData(
-            f"the {'training' if not train else 'holdout'} side of {train + held:,} rows is empty at "
-            f"holdout_share={recipe.holdout_share}",
-            "Change holdout_share, or use more rows",
-        )
-    _write_pairs(context.out / StandardizeOutput.NEAR_DUPLICATES, rows, earlier, held_out)
+    if evaluation.any():
+        holdout = evaluation
+        if leaking.sum() * 2 > (~evaluation).sum():
+            raise BadData(
+                f"{leaking.sum():,} of {(~evaluation).sum():,} rows are near-duplicates of rows of the evaluation "
+                "dataset and cannot train",
+                "Evaluate on other rows; if the rows only share long texts, raise near_duplicate_similarity",
+            )
+        _check_sides(recipe, holdout, ~dropped, None)
+    else:
+        drawn = Draw.of(draw, rank, first)
+        holdout = drawn.held_out(recipe.holdout_share)
+        _check_sides(recipe, holdout, ~dropped, drawn)
+    _write_pairs(context.out / StandardizeOutput.NEAR_DUPLICATES, rows, groups, matches)
+    reasons = _write_left_out(context, rows, prompts, contaminated, matches, groups, dropped)
     (context.out / SIDES).mkdir(parents=True)
     begin = 0
     for name, table in zip(context.names, tables, strict=True):
@@ -85,13 +121,16 @@ def decide(context: ShardedContext, validate: Output[ValidateOutput]) -> dict[st
         sides = pa.table({"row": rows[kept][stay], "holdout": holdout[kept][stay]})
         write_table(sides, context.out / SIDES / name)
     return {
-        "train": train, "holdout": held, "near_duplicates": int(repeating.sum()), "leaking": int(leaking.sum()),
-        "contaminated": int(contaminated.sum()), "dropped": int(dropped.sum()),
+        "train": int((~dropped & ~holdout).sum()), "holdout": int((~dropped & holdout).sum()),
+        "near_duplicates": int(repeating.sum()), "leaking": int(leaking.sum()),
+        "contaminated": int(contaminated.sum()), "dropped": int(dropped.sum()), "left_out_reasons": reasons,
     }  # fmt: skip
 
 
 @Step
-def write(context: ShardedContext, names: list[str], validate: Output[ValidateOutput]) -> list[None]:
+def write(
+    context: ShardedContext, names: list[str], validate: Output[ValidateOutput], download: Output[DownloadOutput]
+) -> list[None]:
     """Write the conversations of the rows that are used, each with its flag `holdout`."""
     readings = (
         context.fetch(validate, *(f"{ValidateOutput.READINGS}/{name}" for name in names)) / ValidateOutput.READINGS
@@ -106,31 +145,36 @@ def write(context: ShardedContext, names: list[str], validate: Output[ValidateOu
 
 
 @sharded(
-    version=4,
-    recipe_fields=("holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against"),
+    version=7,
+    recipe_fields=(
+        "holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against",
+        "decontaminate_column",
+    ),
+    other_fields=("gate_confidence", "sweep", "max_holdout_rows"),  # they decide only whether the stage fails
     external_inputs=_benchmark_digest,
     split_folder=ValidateOutput.READINGS,
     steps=(compare, decide, write),
-)
-def standardize(context: ShardedContext, validate: Output[ValidateOutput]) -> Result[StandardizeOutput]:
-    """Write `messages/` (one Arrow file per file of readings: `row`, the conversation's columns and `holdout`) and
-    `near_duplicates.jsonl` (pairs of rows).
+)  # fmt: skip
+def standardize(
+    context: ShardedContext, validate: Output[ValidateOutput], download: Output[DownloadOutput]
+) -> Result[StandardizeOutput]:
+    """Write `messages/` (one Arrow file per file of readings: `row`, the conversation's columns and `holdout`),
+    `near_duplicates.jsonl` (pairs of rows with their similarity) and `left_out.jsonl` (the rows that are used neither
+    for training nor for evaluation, with their reasons).
 
-    Only a row's content decides whether it is held out, so a change of other rows does not move it. Near-duplicates of
-    held-out rows, and rows that contain a benchmark's prompt, are left out.
+    The holdout are the rows of the evaluation dataset, or a share of the rows drawn by their content, in whole groups
+    of near-duplicates (see `include.data.holdout`). Near-duplicates of the evaluation dataset's rows, and rows that
+    contain a benchmark's prompt, are left out.
 
     Raises:
         BadData: see `decide`.
     """
     made = StandardizeOutput.model_validate(context.result_of(decide))
     context.result_of(write)
-    dropped = " dropped" if context.recipe.near_duplicates == "drop" else ""
-    summary = (
-        f"{made.train:,} rows to train on, {made.holdout:,} held out; {made.near_duplicates:,} "
-        f"near-duplicates{dropped}, {made.leaking:,} of held-out rows left out"
-    )
-    if context.recipe.decontaminate_against:
-        summary += f", {made.contaminated:,} hold a benchmark's prompt"
+    summary = f"{made.train:,} rows to train on, {made.holdout:,} held out; {made.near_duplicates:,} near-duplicates"
+    if made.left_out_reasons:
+        reasons = "; ".join(f"{reason} ({count:,})" for reason, count in made.left_out_reasons.items())
+        summary += f"; {made.dropped:,} left out: {reasons}"
     return Result(summary, made)
 
 
@@ -150,24 +194,87 @@ def _good(validate: Output[ValidateOutput], first: int, last: int) -> Any:
     return rows[(rows >= first) & (rows <= last)]
 
 
-def _compare(file: Path, out: Path, good: Any, holdout_share: float, benchmark: Benchmark | None) -> None:
-    import numpy as np
+def _compare(file: Path, out: Path, good: Any, benchmark: Benchmark | None) -> None:
     import pyarrow as pa
 
-    table = read_table(file).select(["row", "digest", "roles", "contents"])
-    rows = table["row"].to_numpy()
-    first, end = np.searchsorted(good, [rows[0], rows[-1] + 1])
-    table = table.filter(pa.array(np.isin(rows, good[first:end])))
-    numbers, counts = _words_said(table)
+    table = _rows_of(file, good)
+    texts = RowTexts(table)
+    draw, rank = draws(table["digest"].to_pylist())
+    words = texts.words_of_rows()
     columns = {
         "row": table["row"].combine_chunks(),
-        "holdout": pa.array([is_holdout(digest, holdout_share) for digest in table["digest"].to_pylist()], pa.bool_()),
-        "contaminated": pa.array(benchmark.contaminates(numbers, counts) if benchmark else np.zeros(len(table), bool)),
+        "draw": pa.array(draw),
+        "rank": pa.array(rank),
+        "prompt": pa.array(texts.prompts(benchmark)),
         "signature": pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(SLOTS * 4), len(table), [None, pa.py_buffer(minhash_signatures(numbers, counts).tobytes())]
+            pa.binary(SLOTS * 4), len(table), [None, pa.py_buffer(minhash_signatures(*words).tobytes())]
         ),
     }
     write_table(pa.table(columns), out / SIGNATURES / file.name)
+
+
+def _rows_of(file: Path, wanted: Any) -> Any:
+    """Return the wanted rows of a file of readings. `wanted` are row numbers, ascending."""
+    import numpy as np
+    import pyarrow as pa
+
+    table = read_table(file)
+    rows = table["row"].to_numpy()
+    first, end = np.searchsorted(wanted, [rows[0], rows[-1] + 1])
+    return table.filter(pa.array(np.isin(rows, wanted[first:end])))
+
+
+def _near_duplicates(
+    context: ShardedContext, validate: Output[ValidateOutput], tables: list[Any], rows: Any, evaluation: Any,
+    contaminated: Any,
+) -> tuple[Groups, Matches]:  # fmt: skip
+    """Return the groups of near-duplicates, and the matches of training rows with rows of the evaluation dataset."""
+    import numpy as np
+
+    similarity, signatures = context.recipe.near_duplicate_similarity, np.concatenate([_signatures(t) for t in tables])
+    signatures[contaminated] = 0  # they are left out anyway
+    try:
+        sets = _sets(context, validate, rows, candidate_rows(signatures, similarity))
+        groups = near_duplicate_groups(signatures, sets, np.flatnonzero(~evaluation), similarity)
+        matches = Matches(evaluation.astype(np.int8))
+        if evaluation.any():
+            matches = near_duplicates_of(evaluation, signatures, sets, np.arange(len(rows)), similarity)
+    finally:
+        shutil.rmtree(context.out / SHINGLES, ignore_errors=True)
+    return groups, matches
+
+
+def _sets(context: ShardedContext, validate: Output[ValidateOutput], rows: Any, chosen: Any) -> ShingleSets:
+    """Return the sets of shingles of the chosen rows, in a file that is mapped into memory."""
+    import numpy as np
+
+    folder, wanted, exact = context.out / SHINGLES, rows[chosen], context.recipe.near_duplicate_similarity == 1
+    folder.mkdir(parents=True)
+    sizes = np.zeros(len(rows), np.int64)
+    if not len(wanted):
+        return ShingleSets(np.zeros(0, np.uint64), sizes, sizes)
+    names = sorted({context.names[i] for i in np.unique(wanted // ROWS_PER_GROUP)})
+    readings = context.fetch(validate, *(f"{ValidateOutput.READINGS}/{name}" for name in names))
+
+    def of_file(name: str) -> Any:
+        texts = RowTexts(_rows_of(readings / ValidateOutput.READINGS / name, wanted))
+        if exact:
+            shingles = texts.digests_of_rows()
+            counts = np.ones(len(shingles), np.int64)
+        else:
+            shingles, counts = shingle_sets(*texts.words_of_rows())
+        shingles.tofile(folder / name)
+        return counts
+
+    found = []
+    with (folder / "all").open("wb") as target:
+        for name, counts in zip(names, in_order(of_file, names), strict=True):
+            found.append(counts)
+            with (folder / name).open("rb") as file:
+                shutil.copyfileobj(file, target)
+            (folder / name).unlink()
+    sizes[chosen] = np.concatenate(found)
+    return ShingleSets(np.memmap(folder / "all", np.uint64, "r"), sizes.cumsum() - sizes, sizes)
 
 
 def _signatures(table: Any) -> Any:
@@ -181,20 +288,35 @@ def _signatures(table: Any) -> Any:
     return np.concatenate([np.zeros((0, SLOTS), np.uint32), *found])
 
 
-def _words_said(table: Any) -> tuple[Any, Any]:
-    """Return the hashed words of all rows and their number per row, without system messages, which make rows alike."""
-    import numpy as np
+def _check_sides(recipe: Recipe, holdout: Any, used: Any, drawn: Draw | None) -> None:
+    """Raise BadData if a side has no rows, or if too few rows are held out for the gate.
 
-    contents = table["contents"].combine_chunks()
-    offsets = contents.offsets.to_numpy()
-    numbers, counts = hash_words(contents.values)
-    opens = np.array([roles.startswith("system") for roles in table["roles"].to_pylist()], bool)
-    by_system = np.zeros(len(counts), bool)
-    by_system[offsets[:-1][opens]] = True
-    numbers, counts = numbers[~np.repeat(by_system, counts)], np.where(by_system, 0, counts)
-    sums = np.concatenate([[0], counts.cumsum()])
-    first, last = sums[offsets[0]], sums[offsets[-1]]
-    return numbers[first:last], np.diff(sums[offsets])
+    Args:
+        holdout, used: which rows are held out, and which are used (bool).
+        drawn: the draw; None if an evaluation dataset is the holdout.
+    """
+    candidates = 1
+    for values in recipe.sweep.values():
+        candidates *= len(values)
+    confidence = corrected_confidence(recipe.gate_confidence, candidates)
+    held, rows, needed = int((holdout & used).sum()), int(used.sum()), rows_needed(confidence)
+    at = f"at gate_confidence={recipe.gate_confidence:g}"
+    if candidates > 1:
+        at += f" for each of {candidates} candidates"
+    if recipe.max_holdout_rows < needed:
+        raise BadData(f"the gate needs {needed} held-out rows {at}", f"Raise max_holdout_rows to at least {needed}")
+    if held >= needed and held < rows:
+        return
+    if drawn is None:
+        do = "Use a larger evaluation dataset" if held < needed else "Use other rows to train on"
+    elif share := drawn.least_share(needed, used):
+        do = f"Set holdout_share to at least {share:g}, or use more rows"
+    else:
+        do = "Use more rows; if the rows only share long texts, raise near_duplicate_similarity"
+    if held == rows:
+        raise BadData(f"all {rows:,} rows are held out, and none is left to train on", do)
+    of = f"{rows:,} at holdout_share={recipe.holdout_share:g}" if drawn else f"{rows:,}"
+    raise BadData(f"too few held-out rows: {held:,} of {of}, and the gate needs {needed} {at}", do)
 
 
 def _write(readings: Path, sides: Path, target: Path) -> None:
@@ -203,16 +325,48 @@ def _write(readings: Path, sides: Path, target: Path) -> None:
 
     table, kept = read_table(readings), read_table(sides)
     stay = pa.array(np.isin(table["row"].to_numpy(), kept["row"].to_numpy()))
-    table = table.select(["row", "roles", "contents", "tools", "rejected"]).filter(stay)
+    table = table.select(["row", "roles", "contents", "tools", "rejected", "masked", "calls"]).filter(stay)
     write_table(table.append_column("holdout", kept["holdout"].combine_chunks()), target)
 
 
-def _write_pairs(target: Path, rows: Any, earlier: Any, held_out: Any) -> None:
-    pairs = [(rows[i], "nearly_equals", rows[earlier[i]]) for i in (earlier >= 0).nonzero()[0]]
-    pairs += [(rows[i], "nearly_equals_held_out", rows[held_out[i]]) for i in (held_out >= 0).nonzero()[0]]
-    target.write_bytes(b"".join(orjson.dumps({"row": int(a), how: int(b)}) + b"\n" for a, how, b in sorted(pairs)))
+def _write_pairs(target: Path, rows: Any, groups: Groups, matches: Matches) -> None:
+    pairs = [(rows[b], "nearly_equals", rows[a], similarity) for a, b, similarity in groups.pairs]
+    pairs += [(rows[a], "nearly_equals_held_out", rows[b], similarity) for a, b, similarity in matches.pairs]
+    entries = [{"row": int(a), how: int(b), "similarity": round(s, 4)} for a, how, b, s in sorted(pairs)]
+    target.write_bytes(b"".join(orjson.dumps(entry) + b"\n" for entry in entries))
 
 
-def is_holdout(digest: bytes, share: float) -> bool:
-    """Return whether a row is held out: its digest's first 64 bits, as a fraction of 2**64, are below the share."""
-    return int.from_bytes(digest[:8]) < share * 2**64
+def _write_left_out(
+    context: ShardedContext, rows: Any, prompts: Any, contaminated: Any, matches: Matches, groups: Groups, dropped: Any
+) -> dict[str, int]:
+    """List the rows that are left out with their reasons; return the number of rows by their first reason."""
+    import numpy as np
+
+    reasons: dict[int, list[str]] = {int(i): [] for i in np.flatnonzero(dropped)}
+    counts: Counter[str] = Counter()
+
+    def add(row: int, kind: str, detail: str) -> None:
+        if not reasons[row]:
+            counts[kind] += 1
+        reasons[row].append(detail)
+
+    name = Path(str(context.recipe.decontaminate_against)).name
+    for i in np.flatnonzero(contaminated).tolist():
+        add(i, "contains a benchmark's prompt", f"contains the prompt {prompts[i]} of {name}")
+    for i, other, similarity in sorted(matches.pairs):
+        detail = f"near-duplicate of the held-out row {_pair(rows[other], similarity)}"
+        add(i, "near-duplicate of a held-out row", detail)
+    if context.recipe.near_duplicates == "drop":
+        nearest = {i: (other, similarity) for other, i, similarity in groups.pairs}
+        nearest |= {i: (other, similarity) for i, other, similarity in groups.pairs if i not in nearest}
+        for i, (other, similarity) in sorted(nearest.items()):
+            if i in reasons and groups.parents[i] != i:
+                add(i, "near-duplicate of another row", f"near-duplicate of the row {_pair(rows[other], similarity)}")
+    with (context.out / StandardizeOutput.LEFT_OUT).open("wb") as file:
+        for i, why in sorted(reasons.items()):
+            file.write(orjson.dumps({"row": int(rows[i]), "reasons": why}) + b"\n")
+    return dict(counts.most_common())
+
+
+def _pair(row: int, similarity: float) -> str:
+    return f"{row}, similarity {int(similarity * 100) / 100:.2f}"

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from include.base_model import fetch_base
+import orjson
+
+from include.base_model import base_limits, fetch_base, untrained_tokens
 from include.chat.chat_format import ChatFormat
-from include.chat.splitting import split_conversation
-from include.chat.tokenized import IGNORED, batch, pair_batch, sum_up, write_rows
-from include.chat.verification import count_prefix_mismatches, pair_contract, token_contract, verify_encoding
+from include.chat.preparation import EXCHANGE_TOO_LONG, TRUNCATED, conversations_of, prepare_file, with_rejected
+from include.chat.tokenized import sum_up, write_rows
+from include.chat.verification import count_prefix_mismatches, verify_encoding
+from include.data.conversation import Conversation
 from include.data.expectations import PREPARED_PAIRS, PREPARED_ROWS, Suite
 from include.data.parallel import in_order
 from include.data.profile import histogram
-from include.data.sharegpt import Conversation, conversations_in
 from include.data.tables import read_table, write_table
-from include.errors import BadData
+from include.errors import BadData, BadRecipe
 from include.pipeline.contracts import StandardizeOutput, TemplateOutput
 from include.pipeline.sharding import PARTS, ShardedContext, Step, sharded
 from include.pipeline.stage import Output, Result
 from include.recipe import Recipe
 
 TRAIN, HOLDOUT = TemplateOutput.TRAIN, TemplateOutput.HOLDOUT
-CONTRACT = f"{PARTS}/contract"
+CONTRACT, LEFT_OUT_PARTS = f"{PARTS}/contract", f"{PARTS}/left_out"
 PROVED_ROWS, SHOWN_ROWS = 256, 10
 
 
@@ -34,18 +35,36 @@ def prove(context: ShardedContext, standardize: Output[StandardizeOutput]) -> di
     """Save the tokenizer with the chat template, and verify the ids on sampled rows from all files.
 
     Raises:
-        BadRecipe: the template does not fit the base's vocabulary, or the ids differ from the tokenizer's own.
+        BadRecipe: the template does not fit the base's vocabulary, it writes ids that have no embedding, or the ids
+            differ from the tokenizer's own.
     """
+    recipe = context.recipe
     chat = context.cache["chat"] = _chat(context)
     if chat.missing:
         context.progress(
             f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens"
         )
+    folder = fetch_base(recipe, context.store, tokenizer_only=True)
+    limits = base_limits(folder)
+    _check_embeddings(max(chat.written_tokens.values(), default=0), limits.embeddings, recipe)
+    untrained = untrained_tokens(recipe, folder, chat.written_tokens)
+    if untrained:
+        context.progress(
+            f"WARNING: {recipe.base_model} was never trained on {', '.join(untrained)}: all their embeddings are zero "
+            "or equal, and an adapter does not change them. Choose another chat_template, or train the embeddings, too"
+        )
+    if limits.positions and recipe.max_seq_length > limits.positions:
+        context.progress(
+            f"WARNING: max_seq_length is {recipe.max_seq_length:,}, and {recipe.base_model} has {limits.positions:,} "
+            f"positions: rows of more tokens are refused. Set max_seq_length to {limits.positions} or less"
+        )
     chat.save(context.out / TemplateOutput.TOKENIZER)
     chosen = [f"{StandardizeOutput.MESSAGES}/{name}" for name in context.names[:: max(1, len(context.names) // 4)]]
     messages = context.fetch(standardize, *chosen)
-    spread = _spread_rows([messages / name for name in chosen])
+    spread = _spread_rows([messages / name for name in chosen], recipe)
     proved, mismatches = verify_encoding(chat, spread), count_prefix_mismatches(chat, spread)
+    if recipe.method == "dpo":
+        verify_encoding(chat, [with_rejected(pair) for pair in spread])
     context.progress(f"encoding by {chat.encoder.name}; {proved} rows proved against the tokenizer's own ids")
     if mismatches:
         context.progress(
@@ -54,7 +73,8 @@ def prove(context: ShardedContext, standardize: Output[StandardizeOutput]) -> di
         )
     return {
         "proved_rows": proved, "prefix_mismatches": mismatches, "encoder": chat.encoder.name,
-        "missing_special_tokens": chat.missing, "stop_tokens": chat.stop_tokens,
+        "missing_special_tokens": chat.missing, "untrained_special_tokens": untrained,
+        "base_embeddings": limits.embeddings, "base_positions": limits.positions, "stop_tokens": chat.stop_tokens,
         "template_sha256": hashlib.sha256(chat.template.source.encode()).hexdigest(),
     }  # fmt: skip
 
@@ -72,17 +92,19 @@ def encode(context: ShardedContext, names: list[str], standardize: Output[Standa
         context.fetch(standardize, *(f"{StandardizeOutput.MESSAGES}/{name}" for name in names))
         / StandardizeOutput.MESSAGES
     )
-    for folder in (TRAIN, HOLDOUT, CONTRACT):
+    for folder in (TRAIN, HOLDOUT, CONTRACT, LEFT_OUT_PARTS):
         (context.out / folder).mkdir(parents=True)
-    encode_file = _encode_pairs if recipe.method == "dpo" else _encode_group
-    return list(in_order(lambda name: _encode(encode_file, chat, messages / name, context.out, recipe), names))
+    found = list(in_order(lambda name: _encode(chat, messages / name, context.out, recipe), names))
+    _check_embeddings(max(group["largest_id"] for group in found), proof["base_embeddings"], recipe)
+    _check_positions(max(group["longest"] for group in found), proof["base_positions"], recipe)
+    return found
 
 
 @sharded(
-    version=7,
+    version=8,
     recipe_fields=(
         "method", "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
-        "max_seq_length", "on_too_long", "check_limits",
+        "max_seq_length", "on_too_long", "train_on", "check_limits",
     ),
     split_folder=StandardizeOutput.MESSAGES,
     steps=(prove, encode),
@@ -90,12 +112,13 @@ def encode(context: ShardedContext, names: list[str], standardize: Output[Standa
 def template(context: ShardedContext, standardize: Output[StandardizeOutput]) -> Result[TemplateOutput]:
     """Write `train/` and `holdout/` (an Arrow stream per file of messages: `row`, `input_ids`, `labels`; for preference
     rows `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`), `tokenizer/` with the chat template, `samples.txt` for
-    people (trained text between » and «) and `data_docs/` of the token checks.
+    people (trained text between » and «), `left_out.jsonl` (`row`, `reasons`, and the `turn` from 1 or the number of
+    `tokens` where they say more; one line for each part that does not train) and `data_docs/` of the token checks.
 
     The checks run over all rows at once; they need some 50 bytes of memory per row.
 
     Raises:
-        BadRecipe: see `prove`.
+        BadRecipe: see `prove`; or a row has ids without embedding, or more tokens than the base has positions.
         BadData: a conversation breaks the token contract, or no row is short enough.
     """
     recipe = context.recipe
@@ -121,13 +144,20 @@ def template(context: ShardedContext, standardize: Output[StandardizeOutput]) ->
     samples = [sample for group in groups for sample in group["samples"]][:SHOWN_ROWS]
     (context.out / TemplateOutput.SAMPLES).write_text("\n".join(samples), encoding="utf-8")
     over, left_out = int(contract["tokens_over"].sum()), int(contract["left_out"].sum())
+    reasons = _write_left_out(context)
+    pieces = f" (pieces of {train['conversations']:,} conversations)" if train["rows"] > train["conversations"] else ""
     summary = (
-        f"{train['tokens']:,} tokens in {train['rows']:,} rows, {train['trained'] / train['tokens']:.0%} trained; "
-        f"{over:,} too long, {left_out:,} left out"
+        f"{train['tokens']:,} tokens in {train['rows']:,} rows{pieces}, {train['trained'] / train['tokens']:.0%} "
+        f"trained; {over:,} too long, {left_out:,} left out"
     )
+    if in_part := sum(count for reason, count in reasons.items() if reason in (TRUNCATED, EXCHANGE_TOO_LONG)):
+        summary += f", {in_part:,} in part"
+    for reason, count in reasons.items():
+        context.progress(f"left out: {count:,} rows, {reason} (each in {TemplateOutput.LEFT_OUT})")
     quantiles = contract["tokens"].quantile([0, 0.25, 0.5, 0.75, 0.9, 0.99, 1], interpolation="lower")
     metadata = TemplateOutput.model_validate({
-        "train": train, "holdout": holdout, "too_long": over, "left_out": left_out, **proof,
+        "train": train, "holdout": holdout, "too_long": over, "left_out": left_out, "left_out_reasons": reasons,
+        **proof,
         "lengths": {f"p{share * 100:.0f}": int(tokens) for share, tokens in quantiles.items()},
         "histogram": histogram(contract["tokens"].to_numpy()), "samples": samples,
         "checks": findings.checks, "docs": f"{TemplateOutput.DOCS}/{findings.page}",
@@ -137,6 +167,39 @@ def template(context: ShardedContext, standardize: Output[StandardizeOutput]) ->
 
 def _chat(context: ShardedContext) -> ChatFormat:
     return ChatFormat.from_recipe(fetch_base(context.recipe, context.store, tokenizer_only=True), context.recipe)
+
+
+def _check_embeddings(largest_id: int, embeddings: int | None, recipe: Recipe) -> None:
+    if embeddings is not None and largest_id >= embeddings:
+        raise BadRecipe(
+            f"field 'base_model': the tokenizer of {recipe.base_model} gives the id {largest_id:,}, and the model has "
+            f"only {embeddings:,} embeddings (ids 0 to {embeddings - 1:,})",
+            "Use the tokenizer that belongs to this model, choose a chat_template without the added tokens, or resize "
+            "the model's embeddings to its tokenizer",
+        )
+
+
+def _check_positions(longest: int, positions: int | None, recipe: Recipe) -> None:
+    if positions is not None and longest > positions:
+        raise BadRecipe(
+            f"field 'max_seq_length': it is {recipe.max_seq_length:,}, and {recipe.base_model} has only {positions:,} "
+            f"positions (max_position_embeddings); the longest row has {longest:,} tokens",
+            f"Set max_seq_length to {positions} or less (on_too_long says what becomes of longer rows), or choose a "
+            "base with a longer context",
+        )
+
+
+def _write_left_out(context: ShardedContext) -> dict[str, int]:
+    """Write the list of rows that do not train; return the number of rows by their first reason."""
+    folder = context.files_of(encode, LEFT_OUT_PARTS) / LEFT_OUT_PARTS
+    first_reasons: dict[int, str] = {}
+    with (context.out / TemplateOutput.LEFT_OUT).open("wb") as file:
+        for name in context.names:
+            content = (folder / name).read_bytes()
+            file.write(content)
+            for entry in map(orjson.loads, content.splitlines()):
+                first_reasons.setdefault(entry["row"], entry["reasons"][0])
+    return dict(Counter(first_reasons.values()).most_common())
 
 
 def _contract_of_all(context: ShardedContext) -> Any:
@@ -151,114 +214,30 @@ def _contract_of_all(context: ShardedContext) -> Any:
     )
 
 
-def _encode(
-    encode_file: Callable[..., _Group], chat: ChatFormat, file: Path, out: Path, recipe: Recipe
-) -> dict[str, Any]:
+def _encode(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> dict[str, Any]:
+    """Write what becomes of a file of messages; return its counts by side, and samples of the first file."""
     import pyarrow as pa
 
-    group = encode_file(chat, file, out, recipe)
-    write_table(pa.table(group.contract), out / CONTRACT / file.name)
-    return {"sides": group.sides, "samples": group.samples}
+    prepared = prepare_file(chat, read_table(file), recipe)
+    write_table(pa.table(prepared.contract), out / CONTRACT / file.name)
+    (out / LEFT_OUT_PARTS / file.name).write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in prepared.left_out))
+    return {
+        "sides": {
+            side: write_rows(out / side / f"{file.stem}.arrow", prepared.batches[held])
+            for side, held in ((TRAIN, False), (HOLDOUT, True))
+        },
+        "samples": prepared.samples(chat, SHOWN_ROWS) if file.stem == "00000" else [],
+        "longest": prepared.longest,
+        "largest_id": prepared.largest_id,
+    }
 
 
-@dataclass
-class _Group:
-    """One encoded file of messages.
-
-    Attributes:
-        contract: the columns that the suite checks, one entry per row.
-        sides: rows, tokens, trained tokens, and the sha256 of ids and labels, by side.
-        samples: the first rows as text.
-    """
-
-    contract: dict[str, Any]
-    sides: dict[str, dict[str, Any]]
-    samples: list[str]
-
-
-def _encode_group(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _Group:
-    import numpy as np
-
-    table = read_table(file)
-    conversations = list(conversations_in(table))
-    rows, holdout, longest = table["row"].to_numpy(), table["holdout"].to_numpy(), recipe.max_seq_length
-    encoded = chat.encode(conversations)
-    contract = {"row": rows, **token_contract(chat, encoded, conversations, longest)}
-    usable = contract["tokens_over"] == 0
-    over = np.flatnonzero(~usable)
-    used = usable.copy()  # rows that are used, whole or in part
-    parts = []
-    if len(over) and recipe.on_too_long == "truncate":
-        encoded = encoded.truncate(longest)
-        usable = used = np.logical_or.reduceat(encoded.loss_mask, encoded.starts)
-    elif len(over) and recipe.on_too_long == "split":
-        pieces = [(row, piece) for row in over for piece in split_conversation(chat, conversations[row], longest)]
-        if pieces:
-            origin = np.array([row for row, _ in pieces])
-            used[origin] = True
-            parts.append((chat.encode([piece for _, piece in pieces]), rows[origin], holdout[origin], origin >= 0))
-    parts.insert(0, (encoded, rows, holdout, usable))
-    kept = encoded.ends - encoded.starts
-    contract["left_out"] = (~used).astype(np.int32)
-    contract["kept_over"] = (usable & (kept > longest)).astype(np.int32)
-    contract["cut"] = (usable & (kept < contract["tokens"])).astype(np.int32)
-    if recipe.on_too_long == "truncate":
-        contract["cut"] *= 0
-    sides = {}
-    for side, held in ((TRAIN, False), (HOLDOUT, True)):
-        batches = [batch(e, r, np.flatnonzero(use & (h == held))) for e, r, h, use in parts]
-        sides[side] = write_rows(out / side / f"{file.stem}.arrow", batches)
-    shown = batch(encoded, rows, np.flatnonzero(usable)[:SHOWN_ROWS]) if file.stem == "00000" else None
-    return _Group(contract, sides, [_readable(chat, row) for row in shown.to_pylist()] if shown else [])
-
-
-def _encode_pairs(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> _Group:
-    import numpy as np
-
-    table = read_table(file)
-    conversations = list(conversations_in(table))
-    rows, holdout = table["row"].to_numpy(), table["holdout"].to_numpy()
-    with_rejected = [replace(c, contents=[*c.contents[:-1], str(c.rejected)]) for c in conversations]
-    chosen, rejected = chat.encode(conversations), chat.encode(with_rejected)
-    contract = pair_contract(chat, chosen, rejected, conversations, recipe.max_seq_length)
-    usable = contract["tokens_over"] == 0
-    used = np.flatnonzero(usable)
-    contract.update(
-        row=rows,
-        left_out=(~usable).astype(np.int32),
-        kept_over=np.zeros(len(rows), np.int32),  # a pair is used whole or not at all
-        cut=np.zeros(len(rows), np.int32),
-    )
-    sides = {}
-    for side, held in ((TRAIN, False), (HOLDOUT, True)):
-        batch = pair_batch(chosen, rejected, rows, used[holdout[used] == held])
-        sides[side] = write_rows(out / side / f"{file.stem}.arrow", [batch])
-    shown = pair_batch(chosen, rejected, rows, used[:SHOWN_ROWS]).to_pylist() if file.stem == "00000" else []
-    samples = [
-        f"row {row['row']}\n{chat.decode(row['prompt_ids'])}»{chat.decode(row['chosen_ids'])}«\n"
-        f"rather than »{chat.decode(row['rejected_ids'])}«\n"
-        for row in shown
-    ]
-    return _Group(contract, sides, samples)
-
-
-def _spread_rows(files: list[Path]) -> list[Conversation]:
+def _spread_rows(files: list[Path], recipe: Recipe) -> list[Conversation]:
     """Return about PROVED_ROWS conversations, evenly spread over the files."""
     each = max(1, PROVED_ROWS // len(files))
     found: list[Conversation] = []
     for file in files:
         table = read_table(file)
-        found += conversations_in(table.take(list(range(0, len(table), max(1, len(table) // each)))[:each]))
+        some = table.take(list(range(0, len(table), max(1, len(table) // each)))[:each])
+        found += conversations_of(some, recipe)
     return found
-
-
-def _readable(chat: ChatFormat, row: dict[str, Any]) -> str:
-    """Return a prepared row as text, with the trained parts between » and «."""
-    ids, trained = row["input_ids"], [label != IGNORED for label in row["labels"]]
-    parts, begin = [], 0
-    for end in range(1, len(trained) + 1):
-        if end == len(trained) or trained[end] != trained[begin]:
-            text = chat.decode(ids[begin:end])
-            parts.append(f"»{text}«" if trained[begin] else text)
-            begin = end
-    return f"row {row['row']}\n{''.join(parts)}\n"

@@ -17,7 +17,8 @@ from include.engine import supervise
 from include.engine.checkpoints import CHECKPOINTS, TRAINING_LOG, checkpoint_step, newest_checkpoint
 from include.engine.device_plan import PLAN
 from include.engine.jobs import TrainJob
-from include.errors import BadRecipe, OutOfMemory, TransientError
+from include.errors import BadData, BadRecipe, OutOfMemory, TransientError
+from include.evaluation.gate import rows_needed
 from include.pipeline.contracts import TemplateOutput, TrainOutput
 from include.pipeline.stage import Output, Result, StageContext, stage
 from include.recipe import Lora, Training
@@ -29,12 +30,12 @@ RESUME_FILES = (TRAINING_LOG, OOM_EVENTS)  # needed to resume a training, beside
 
 
 @stage(
-    version=4,
+    version=5,
     recipe_fields=(
         "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length", "max_holdout_rows",
         *Lora.model_fields, *(field for field in Training.model_fields if field not in ("hang_timeout", "sweep")),
     ),
-    other_fields=("hang_timeout",),
+    other_fields=("hang_timeout", "gate_confidence"),  # the latter decides only whether the stage fails
     resumable=True,
 )  # fmt: skip
 def train(context: StageContext, template: Output[TemplateOutput]) -> Result[TrainOutput]:
@@ -44,9 +45,17 @@ def train(context: StageContext, template: Output[TemplateOutput]) -> Result[Tra
 
     Raises:
         ProcessLost: the process died or was stopped; a retry resumes.
-        BadRecipe, BadData: the settings do not fit the model or the device, or the loss is not a finite number.
+        BadRecipe, BadData: the settings do not fit the model or the device, too few held-out rows are left for the
+            gate, or the loss is not a finite number.
     """
-    recipe, prepared = context.recipe, template.local()
+    recipe = context.recipe
+    held, needed = template.metadata.holdout.rows, rows_needed(recipe.gate_confidence)
+    if held < needed:  # `standardize` has refused fewer; since then rows that are too long were left out
+        raise BadData(
+            f"too few held-out rows: {held:,} are left, and the gate needs {needed}",
+            "Raise holdout_share, or max_seq_length if rows were left out as too long",
+        )
+    prepared = template.local()
     on_hub = is_hub_id(recipe.base_model)
     base = fetch_base(recipe, context.store)
     job = TrainJob(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,27 +11,39 @@ from typing import Any
 import orjson
 
 from include.base_model import fetch_base
-from include.chat.template import renders_tools, template_source
-from include.data.expectations import PAIRS, RAW_ROWS, TOOL_RULES, Suite, ValidationResult
+from include.chat.template import ChatTemplate, renders_calls, renders_tools, template_source
+from include.chat.tool_calls import call_fault, calls_template
+from include.data.conversation import FAULTS, ParsedRow
+from include.data.expectations import CALL_RULES, PAIRS, RAW_ROWS, TOOL_RULES, Suite, ValidationResult
 from include.data.parallel import in_order
 from include.data.profile import RowStatistics, profile
-from include.data.sharegpt import FAULTS, parse_row, parse_rows
+from include.data.sharegpt import parse_row, parse_rows
 from include.data.tables import write_table
 from include.errors import BadData
 from include.pipeline.contracts import DownloadOutput, ValidateOutput
 from include.pipeline.stage import Output, Result, StageContext, stage
 from include.recipe import Recipe
 
+SHOWN_UNUSED, KEPT_UNUSED = 10, 100  # names of columns and keys in the log, and in the metadata
 
-def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool:
+
+def _template(context: StageContext) -> ChatTemplate:
+    """Return the chat template, without the tokenizer; it is used only to see what it can write."""
     recipe = context.recipe
     own = recipe.chat_template == "tokenizer"
-    folder = fetch_base(recipe, context.store, tokenizer_only=True) if own else Path()
-    return renders_tools(template_source(folder, recipe.chat_template, recipe.base_model))
+    folder = fetch_base(recipe, context.store, tokenizer_only=True) if own else None
+    source = template_source(folder or Path(), recipe.chat_template, recipe.base_model)
+    return calls_template(recipe.chat_template, source, folder)
+
+
+def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool | str:
+    """Return whether the template writes tools; its digest if it writes tool calls, which each row is tried on."""
+    source = _template(context).source
+    return hashlib.sha256(source.encode()).hexdigest() if renders_calls(source) else renders_tools(source)
 
 
 @stage(
-    version=4,
+    version=7,
     recipe_fields=("method", "dataset_format", "merge_turns", "max_refused_share", "check_limits"),
     other_fields=("chat_template", "base_model", "base_revision"),  # covered by `_tools_rendered`
     external_inputs=_tools_rendered,
@@ -46,9 +59,11 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
     Raises:
         BadData: no row is usable, or more rows are refused than `max_refused_share` or `check_limits` allow.
     """
-    tools = _tools_rendered(context)
+    template = _template(context)
+    tools, calls = renders_tools(template.source), renders_calls(template.source)
     pairs = context.recipe.method == "dpo"
-    rules = [rule for rule in (*RAW_ROWS, *(PAIRS if pairs else ())) if not (tools and rule.column in TOOL_RULES)]
+    skipped = {*(TOOL_RULES if tools else ()), *(CALL_RULES if calls else ())}
+    rules = [rule for rule in (*RAW_ROWS, *(PAIRS if pairs else ())) if rule.column not in skipped]
     source = download.local() / DownloadOutput.ROWS
     (context.out / ValidateOutput.READINGS).mkdir(exist_ok=True)
     with Suite(
@@ -63,11 +78,13 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
         import pyarrow.parquet as pq
 
         groups = range(pq.ParquetFile(source).num_row_groups)
-        parts = list(in_order(lambda index: _read_group(source, index, context.out, context.recipe), groups))
+        tried = template if calls else None
+        parts = list(in_order(lambda index: _read_group(source, index, context.out, context.recipe, tried), groups))
         counts = {name: np.concatenate([part.counts[name] for part in parts]) for name in parts[0].counts}
         critical = [rule.column for rule in rules if rule.severity == "critical"]
         faulty = np.logical_or.reduce([counts[name] > 0 for name in critical])
-        originals = _originals(np.where(faulty, 0, np.concatenate([part.digests for part in parts])))
+        digests = np.where(faulty, 0, np.concatenate([part.digests for part in parts]))
+        originals = _originals(digests, download.metadata.eval_rows)
         counts["copy"] = (originals >= 0).astype(np.int32)
         findings = suite.validate(pd.DataFrame(counts))
     refused = np.zeros(len(originals), bool)
@@ -75,6 +92,7 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
         refused[findings.failed_rows[name]] = True
     good = ~refused & (originals < 0)
     pq.write_table(pa.table({"row": np.flatnonzero(good)}), context.out / ValidateOutput.GOOD)
+    unused = _unused(context, parts)
     verdicts = _RowReports(source, findings, parts, originals, refused, good)
     reasons = verdicts.write(context.out)
     verdicts.judge(context, reasons)
@@ -86,11 +104,23 @@ def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[
     )
     metadata = ValidateOutput.model_validate({
         "rows": len(good), "good": int(good.sum()), "refused": int(refused.sum()), "copies": copies,
-        "repairs": dict(repairs), "reasons": reasons, "checks": findings.checks,
+        "repairs": dict(repairs), "reasons": reasons, "unused": unused, "checks": findings.checks,
         "docs": f"{ValidateOutput.DOCS}/{findings.page}", "tools_rendered": tools,
         "profile": profile([part.facts for part in parts], good, originals, verdicts.opening),
     })  # fmt: skip
     return Result(summary, metadata)
+
+
+def _unused(context: StageContext, parts: list[_Part]) -> dict[str, int]:
+    """Log which columns and keys are not used, and return how often each occurs, most frequent first."""
+    counts = sum((part.unused for part in parts), Counter())
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    if names:
+        shown = ", ".join(f"{name} ({counts[name]:,})" for name in names[:SHOWN_UNUSED])
+        more = f", and {len(names) - SHOWN_UNUSED:,} more" if len(names) > SHOWN_UNUSED else ""
+        context.progress(f"not used: {shown}{more}")
+    rest = sum(counts[name] for name in names[KEPT_UNUSED:])
+    return {name: counts[name] for name in names[:KEPT_UNUSED]} | ({"all others": rest} if rest else {})
 
 
 @dataclass
@@ -103,6 +133,7 @@ class _Part:
         repairs, problems: by row, of those that have some (see `sharegpt.ParsedRow`).
         columns: column names of the first unreadable rows, for hints.
         facts: numbers for the profile.
+        unused: how often each column and key occurs that is not used.
     """
 
     counts: dict[str, Any]
@@ -111,9 +142,10 @@ class _Part:
     problems: dict[int, str]
     columns: list[tuple[str, ...]]
     facts: RowStatistics
+    unused: Counter[str]
 
 
-def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
+def _read_group(source: Path, index: int, out: Path, recipe: Recipe, template: ChatTemplate | None) -> _Part:
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -122,6 +154,8 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
     rows = table["row"].to_pylist()
     alpaca, pairs = recipe.dataset_format == "alpaca", recipe.method == "dpo"
     readings, columns = parse_rows(table["content"].to_pylist(), alpaca, recipe.merge_turns, pairs)
+    if template:
+        _try_calls(template, readings)
     digests = [b"" if reading.faults["unreadable"] else reading.conversation.digest for reading in readings]
     write_table(
         pa.table({"row": table["row"], "digest": pa.array(digests, pa.binary()), **columns}),
@@ -135,15 +169,29 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe) -> _Part:
         {row: reading.detail for row, reading in zip(rows, readings, strict=True) if reading.detail},
         [reading.columns for reading in readings if reading.columns][:100],
         RowStatistics.of([reading.conversation for reading in readings]),
+        Counter(name for reading in readings for name in reading.unused),
     )
 
 
-def _originals(digests: Any) -> Any:
-    """Return for each row the first row with the same digest (int64); -1 for the first row itself and for digest 0."""
+def _try_calls(template: ChatTemplate, readings: list[ParsedRow]) -> None:
+    """Count the rows whose tool calls the chat template cannot write."""
+    for reading in readings:
+        sound = reading.conversation.calls and not (reading.faults["order_errors"] or reading.faults["unknown_roles"])
+        if sound and (fault := call_fault(template, reading.conversation)):
+            reading.add_fault("bad_tool_calls", fault)
+
+
+def _originals(digests: Any, eval_rows: int) -> Any:
+    """Return for each row the first row with the same digest (int64); -1 for the first row itself and for digest 0.
+
+    The last rows, which are evaluated on, count as first: a training row that equals one of them is its copy.
+    """
     import numpy as np
 
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    found = first[inverse]
+    order = np.roll(np.arange(len(digests)), eval_rows)
+    _, first, inverse = np.unique(digests[order], return_index=True, return_inverse=True)
+    found = np.empty(len(digests), np.int64)
+    found[order] = order[first[inverse]]
     return np.where((found == np.arange(len(digests))) | (digests == 0), -1, found)
 
 

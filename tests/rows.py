@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from include.data.sharegpt import Conversation, conversations_in
+from include.chat.tokenized import load_rows
+from include.data.conversation import Conversation, conversations_in
 from include.data.tables import read_table
 from tests.conftest import conversation
 
@@ -26,6 +27,11 @@ def messages(standardized: Any) -> dict[int, Conversation]:
         table = read_table(file)
         found.update(zip(table["row"].to_pylist(), conversations_in(table), strict=True))
     return found
+
+
+def prepared_rows(prepared: Any) -> list[dict[str, Any]]:
+    """Return the rows that `template` wrote: those for training, then those that are held out."""
+    return [row for side in ("train", "holdout") for row in load_rows(prepared.files(side))]
 
 
 def listed(validated: Any, name: str) -> dict[int, dict[str, Any]]:

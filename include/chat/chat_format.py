@@ -14,7 +14,7 @@ from include.chat.encoder import Encoder, TokenizersEncoder, fast_encoder
 from include.chat.template import ChatTemplate, template_source
 from include.chat.tokenized import Encoded
 from include.chat.tokenizer import ChatTokenizer
-from include.data.sharegpt import Conversation, Message
+from include.data.conversation import Conversation, Message
 from include.errors import BadRecipe
 
 
@@ -101,6 +101,8 @@ class ChatFormat:
     def encode(self, conversations: list[Conversation]) -> Encoded:
         """Return the token ids and the loss masks of conversations: assistant turns and the tokens that end them.
 
+        The loss counts no token of a conversation's masked turns.
+
         Raises:
             BadData: the template does not accept a conversation's order of roles.
             BadRecipe: the template changes contents, or writes no end of an assistant turn.
@@ -127,6 +129,10 @@ class ChatFormat:
         """Return the special tokens among ids, and texts that have the form of special tokens, each once."""
         return self.tokenizer.special_in(ids)
 
+    def parsed_tokens_in(self, text: str) -> list[str]:
+        """Return the special tokens in a turn's text that become ids; empty unless special tokens are parsed."""
+        return self._conversations.parsed_tokens_in(text)
+
     def id_of(self, name: str) -> int | None:
         """Return the id of the tokenizer's `bos_token`, `eos_token` or `pad_token`, or None."""
         return self.tokenizer.id_of(name)
@@ -136,6 +142,12 @@ class ChatFormat:
         """Return the ids that end an answer: the template's end of turn and the tokenizer's end of text, sorted."""
         ends = [piece.token for piece in self.template.pieces(("user", "assistant")) if piece.ends_turn]
         return sorted({id for id in (*ends, self.id_of("eos_token")) if id is not None})
+
+    @property
+    def written_tokens(self) -> dict[str, int]:
+        """Return the ids of the special tokens that the template writes, and of the end of text, by their texts."""
+        ids = {piece.token for piece in self.template.pieces(("user", "assistant")) if piece.token is not None}
+        return {text: id for text, id in self.tokenizer.special_ids.items() if id in {*ids, self.id_of("eos_token")}}
 
     @property
     def bos_count(self) -> int:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from include.chat.encoder import Encoder, Spans, range_indices
-from include.chat.template import CONTENT_TRANSFORMS, ChatTemplate, Piece
+from include.chat.template import CONTENT_TRANSFORMS, Calls, ChatTemplate, Piece
 from include.chat.tokenized import Encoded
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 
 MAX_CACHED_LAYOUTS = 10_000  # rows with many different lists of tools have as many layouts
 
@@ -55,7 +56,8 @@ class ConversationEncoder:
         self.text_encoder = text_encoder
         self.template, self._parsed_tokens = template, parsed_tokens
         self._parsed = re.compile("(" + "|".join(map(re.escape, parsed_tokens)) + ")") if parsed_tokens else None
-        self._layouts: dict[tuple[tuple[str, ...], str | None, bool], Layout] = {}
+        self._pieces: dict[tuple[tuple[str, ...], str | None, bool, Calls], list[Piece]] = {}
+        self._layouts: dict[tuple[tuple[str, ...], str | None, bool, Calls, tuple[int, ...]], Layout] = {}
 
     def use(self, text_encoder: Encoder) -> None:
         """Change the encoder of the texts."""
@@ -73,7 +75,7 @@ class ConversationEncoder:
         """
         parts = _Parts()
         for conversation in conversations:
-            for entry in self._layout(conversation.roles, conversation.tools, generation_prompt):
+            for entry in self._layout(conversation, generation_prompt):
                 if isinstance(entry, FixedSegment):
                     parts.add_fixed(entry)
                 else:
@@ -100,12 +102,21 @@ class ConversationEncoder:
         if text:
             parts.add_text(text, spans)
 
-    def _layout(self, roles: tuple[str, ...], tools: str | None, generation_prompt: bool) -> Layout:
-        key = (roles, tools, generation_prompt)
+    def parsed_tokens_in(self, text: str) -> list[str]:
+        """Return the special tokens that are parsed in a text, in their order."""
+        return self._parsed.findall(text) if self._parsed else []
+
+    def _layout(self, conversation: Conversation, generation_prompt: bool) -> Layout:
+        calls = calls_of(conversation) if conversation.calls else ()
+        rendered = (conversation.roles, conversation.tools, generation_prompt, calls)
+        key = (*rendered, conversation.masked)
         if key not in self._layouts:
-            if len(self._layouts) > MAX_CACHED_LAYOUTS:
-                self._layouts.clear()
-            self._layouts[key] = self._build_layout(self.template.pieces(*key))
+            for cached in (self._layouts, self._pieces):
+                if len(cached) > MAX_CACHED_LAYOUTS:
+                    cached.clear()
+            if rendered not in self._pieces:
+                self._pieces[rendered] = self.template.pieces(*rendered)
+            self._layouts[key] = self._build_layout(_with_masks(self._pieces[rendered], conversation.masked))
         return self._layouts[key]
 
     def _build_layout(self, pieces: list[Piece]) -> Layout:
@@ -142,6 +153,22 @@ class ConversationEncoder:
             add_fixed(FixedSegment((piece.token,), (piece.in_loss,)))
         add_between()
         return layout
+
+
+def _with_masks(pieces: list[Piece], masked: tuple[int, ...]) -> list[Piece]:
+    """Take the masked turns' contents, and the tokens that end these turns, out of the loss."""
+    if not masked:
+        return pieces
+    found, turn = [], None
+    for piece in pieces:
+        turn = next((of for of in (piece.turn, piece.calls_of) if of is not None), turn)
+        found.append(replace(piece, in_loss=False) if turn in masked else piece)
+    return found
+
+
+def calls_of(conversation: Conversation) -> Calls:
+    """Return the tool calls of a conversation as `ChatTemplate.pieces` takes them."""
+    return tuple((turn, made, bool(conversation.contents[turn])) for turn, made in conversation.calls)
 
 
 def _content(piece: Piece, conversation: Conversation) -> str:

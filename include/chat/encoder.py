@@ -1,9 +1,10 @@
 """Texts to token ids: with gigatoken where it agrees with the tokenizer, else with the tokenizer itself.
 
 gigatoken encodes byte-level vocabularies many times faster than Hugging Face's tokenizers. The two can differ in how
-they classify a character, because their Unicode tables are of different years. Therefore each character of the data is
-compared in a few contexts before a text that contains it goes to gigatoken. In addition,
-`include.chat.verification.verify_encoding` compares whole rows at every run.
+they classify a character, because their Unicode tables are of different years. Therefore a text with a character that
+the tokenizer's tables do not have goes to the tokenizer, and each other character of the data is compared in a few
+contexts before a text that contains it goes to gigatoken. In addition, `include.chat.verification.verify_encoding`
+compares whole rows at every run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from include.data.parallel import no_collection
 Spans = list[tuple[int, int]]  # begin and end in characters of a text; the end is not included
 CODE_POINTS = 0x110000  # of Unicode
 # contexts in which a different class of the character {0} gives different tokens
-CONTEXTS = ("{0}", "a{0}b", " {0}", "1{0}2", "{0}{0}", ".{0}\n", " {0} x", "'{0}")
+CONTEXTS = ("{0}", "a{0}b", " {0}", "1{0}2", "{0}{0}", ".{0}\n", " {0} x", "'{0}", "{0}'s", "x{0}'re")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class GigatokenEncoder:
         return self._encode(texts, spans)
 
     def differs_on(self, text: str) -> bool:
-        """Return whether the text has a compared character on which gigatoken differs from the tokenizer."""
+        """Return whether the text has a compared character on which gigatoken can differ from the tokenizer."""
         return bool(self._differs[_code_points(text)].any())
 
     def _encode(self, texts: list[str], spans: list[Spans]) -> Tokens:
@@ -156,7 +157,9 @@ class GigatokenEncoder:
         return Tokens(ids, np.concatenate([[0], lengths.cumsum()]), mask)
 
     def _compare(self, characters: np.ndarray) -> None:
-        """Find the characters on which gigatoken and the tokenizer differ in one of `CONTEXTS`."""
+        """Find the characters that the tokenizer does not know, or on which the two differ in one of `CONTEXTS`."""
+        # no few contexts show every difference of a character that is unassigned for one and a letter for the other
+        self._differs[characters] = ~np.isin(characters, _code_points(_assigned("".join(map(chr, characters)))))
         texts = [context.format(chr(c)) for c in characters for context in CONTEXTS]
         no_spans: list[Spans] = [[]] * len(texts)
         fast, exact = self._encode(texts, no_spans), self._tokenizer_encoder.encode(texts, no_spans)
@@ -165,6 +168,13 @@ class GigatokenEncoder:
             if not np.array_equal(fast_ids, exact_ids):
                 self._differs[characters[i // len(CONTEXTS)]] = True
         self._compared[characters] = True
+
+
+def _assigned(text: str) -> str:
+    """Return the characters of a text that the Unicode tables of `tokenizers` know."""
+    from tokenizers import Regex, pre_tokenizers
+
+    return "".join(part for part, _ in pre_tokenizers.Split(Regex(r"\p{Cn}"), "removed").pre_tokenize_str(text))
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from include.chat.tokenizer import CONTROL_TOKEN, tokenizer_config
-from include.data.sharegpt import Message
+from include.data.conversation import Message
 from include.errors import BadData, BadRecipe, NotFound
 from include.paths import PROJECT
 
@@ -43,17 +43,23 @@ class Piece:
         token: the id of the special token, or None.
         text: the template's own text; "" for a special token and for a content.
         turn: the index of the turn whose content this is, or None.
+        calls_of: the index of the turn whose tool calls this is a part of, or None.
         transform: the change to the content, a key of `CONTENT_TRANSFORMS`.
-        in_loss: whether the loss counts the piece: an assistant turn's content, or the token that ends the turn.
+        in_loss: whether the loss counts the piece: an assistant turn's content and tool calls, and the token that ends
+            the turn.
         ends_turn: whether this token ends an assistant turn.
     """
 
     token: int | None = None
     text: str = ""
     turn: int | None = None
+    calls_of: int | None = None
     transform: str = "unchanged"
     in_loss: bool = False
     ends_turn: bool = False
+
+
+Calls = tuple[tuple[int, str, bool], ...]  # the turn, its tool calls as JSON, whether the turn has a text, too
 
 
 class ChatTemplate:
@@ -106,32 +112,35 @@ class ChatTemplate:
         text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         return sorted({token for token in re.findall(CONTROL_TOKEN, text) if token not in self._special_ids})
 
-    def pieces(self, roles: tuple[str, ...], tools: str | None = None, generation_prompt: bool = False) -> list[Piece]:
+    def pieces(
+        self, roles: tuple[str, ...], tools: str | None = None, generation_prompt: bool = False, calls: Calls = ()
+    ) -> list[Piece]:
         """Return the template's pieces for one order of roles, in the order of the rendered text.
 
+        Args:
+            calls: the tool calls of turns.
+
         Raises:
-            BadData: the template does not accept the order of roles, or does not write each turn once and in order.
+            BadData: the template does not accept the order of roles, or does not write each turn once and in order, or
+                does not write the tool calls in the place of an answer.
             BadRecipe: the template changes contents in another way than `CONTENT_TRANSFORMS`, or writes no token at
                 the end of an assistant turn.
         """
         rendered, transforms = self._render_placeholders(roles, tools, generation_prompt)
-        placeholders = [PLACEHOLDER.format(i) for i in range(len(roles))]
-        pieces: list[Piece] = []
-        after_assistant = False
-        any_placeholder = PLACEHOLDER.format(r"\d+")
-        for part in re.split(f"({any_placeholder})", rendered):
-            if part in placeholders:
-                turn = placeholders.index(part)
-                after_assistant = roles[turn] == "assistant"
-                pieces.append(Piece(turn=turn, transform=transforms[roles[turn]], in_loss=after_assistant))
-                continue
-            pieces += self._template_text(part, after_assistant)
-            after_assistant = False
-        if [piece.turn for piece in pieces if piece.turn is not None] != list(range(len(roles))):
-            raise BadData(
-                f"the chat template {self.name} does not write the turns {', '.join(roles)} once each and in order",
-                "Choose another chat_template, or correct the rows",
-            )
+        texts = self._split(rendered, roles, range(len(roles)))
+        called: dict[int, str] = {}
+        if calls:
+            texts, called = self._split_calls(texts, roles, tools, generation_prompt, calls)
+        silent = {turn for turn, _, has_text in calls if not has_text}
+        pieces = self._template_text(texts[0], False)
+        for turn, role in enumerate(roles):
+            answers = role == "assistant"
+            if turn not in silent:
+                pieces.append(Piece(turn=turn, transform=transforms[role], in_loss=answers))
+            if turn in called:
+                made = self._template_text(called[turn], False)
+                pieces += [replace(piece, calls_of=turn, in_loss=True) for piece in made]
+            pieces += self._template_text(texts[turn + 1], answers)
         if sum(piece.ends_turn for piece in pieces) < roles.count("assistant"):
             raise BadRecipe(
                 f"field 'chat_template': {self.name} writes no token at the end of an assistant turn; a model trained "
@@ -139,6 +148,52 @@ class ChatTemplate:
                 "Choose another chat_template",
             )
         return pieces
+
+    def _split(self, rendered: str, roles: tuple[str, ...], turns: Sequence[int]) -> list[str]:
+        """Return the texts before, between and after the placeholders of turns, which must be there in this order."""
+        parts = re.split("(" + PLACEHOLDER.format(r"\d+") + ")", rendered)
+        if parts[1::2] != [PLACEHOLDER.format(turn) for turn in turns]:
+            raise BadData(
+                f"the chat template {self.name} does not write the turns {', '.join(roles)} once each and in order",
+                "Choose another chat_template, or correct the rows",
+            )
+        return parts[::2]
+
+    def _split_calls(
+        self, texts: list[str], roles: tuple[str, ...], tools: str | None, generation_prompt: bool, calls: Calls
+    ) -> tuple[list[str], dict[int, str]]:
+        """Find the tool calls in the rendered conversation: what the template writes in the place of an answer.
+
+        Args:
+            texts: the template's texts around the contents of the same roles without tool calls.
+
+        Returns:
+            The texts around contents and calls, and the text of the calls by turn.
+        """
+        rendered, _ = self._render_placeholders(roles, tools, generation_prompt, calls)
+        silent = {turn for turn, _, has_text in calls if not has_text}
+        written = [turn for turn in range(len(roles)) if turn not in silent]
+        around = dict(zip([-1, *written], self._split(rendered, roles, written), strict=True))  # by the turn before
+        found, called = list(texts), {}
+        for turn, _, has_text in calls:
+            text, header, footer = (
+                around[turn if has_text else turn - 1],
+                "" if has_text else texts[turn],
+                texts[turn + 1],
+            )
+            # some templates write a space before an answer, and none before a call
+            header = header if text.startswith(header) else header.rstrip(" ")
+            called[turn] = text[len(header) : len(text) - len(footer)]
+            if not has_text:
+                found[turn] = header
+        contents = ["" if turn in silent else PLACEHOLDER.format(turn) for turn in range(len(roles))]
+        parts = [f"{content}{called.get(turn, '')}{found[turn + 1]}" for turn, content in enumerate(contents)]
+        if not all(called.values()) or rendered != found[0] + "".join(parts):
+            raise BadData(
+                f"the chat template {self.name} does not write the tool calls in the place of an answer",
+                "Choose another chat_template, or correct the rows",
+            )
+        return found, called
 
     def _template_text(self, text: str, after_assistant: bool) -> list[Piece]:
         """Split the template's own text at special tokens. The first one after an assistant's content ends its turn."""
@@ -155,7 +210,7 @@ class ChatTemplate:
         return pieces
 
     def _render_placeholders(
-        self, roles: tuple[str, ...], tools: str | None, generation_prompt: bool
+        self, roles: tuple[str, ...], tools: str | None, generation_prompt: bool, calls: Calls = ()
     ) -> tuple[str, dict[str, str]]:
         """Render with a placeholder as each content, and find out how the template changes each role's contents.
 
@@ -166,15 +221,27 @@ class ChatTemplate:
 
         def probe(form: str) -> str:
             contents = [form.replace("{}", PLACEHOLDER.format(i)) for i in range(len(roles))]
-            messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+            messages: list[Message] = [
+                {"role": role, "content": content} for role, content in zip(roles, contents, strict=True)
+            ]
+            for turn, made, has_text in calls:
+                messages[turn].update({} if has_text else {"content": ""}, tool_calls=orjson.loads(made))
             return self.render(messages, generation_prompt, tools)
 
         rendered, padded = probe("{}"), probe(PADDED_PROBE)
         transforms: dict[str, str] = {}
+        silent = {turn for turn, _, has_text in calls if not has_text}
         for i, role in enumerate(roles):
+            if i in silent:
+                transforms.setdefault(role, "")
+                continue
             content = PADDED_PROBE.replace("{}", PLACEHOLDER.format(i))
             transforms[role] = next((n for n, change in CONTENT_TRANSFORMS.items() if change(content) in padded), "")
-        written = [(PLACEHOLDER.format(i), transforms[role]) for i, role in enumerate(roles) if transforms[role]]
+        written = [
+            (PLACEHOLDER.format(i), transforms[role])
+            for i, role in enumerate(roles)
+            if transforms[role] and i not in silent
+        ]
         for placeholder, transform in written:
             rendered = rendered.replace(CONTENT_TRANSFORMS[transform](placeholder), placeholder)
         for form in (PADDED_PROBE, THINKING_PROBE):
@@ -225,3 +292,12 @@ def renders_tools(source: str) -> bool:
     """
     names_tools, names_role = re.search(r"\btools\b", source), re.search(r"""['"](tool|ipython)['"]""", source)
     return names_tools is not None and names_role is not None
+
+
+def renders_calls(source: str) -> bool:
+    """Return whether a template writes tools, their answers and the `tool_calls` of turns.
+
+    Args:
+        source: the jinja source.
+    """
+    return renders_tools(source) and "tool_calls" in source

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+SUMMED = ("rows", "conversations", "tokens", "trained")
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
 
@@ -77,6 +78,9 @@ def batch(encoded: Encoded, rows: Any, chosen: Any) -> Any:
 def pair_batch(chosen: Encoded, rejected: Encoded, rows: Any, used: Any) -> Any:
     """Return an Arrow record batch of the used preference rows: `row`, `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
+    On both sides, prompt and answer together are the conversation's tokens up to the end of the answer. Where a token
+    covers the end of the header and the begin of an answer, the pair is cut before that token (see `prompt_tokens`).
+
     Args:
         chosen: the conversations with the chosen answer, which is the last segment of tokens in the loss.
         rejected: the same conversations with the rejected answer.
@@ -87,14 +91,39 @@ def pair_batch(chosen: Encoded, rejected: Encoded, rows: Any, used: Any) -> Any:
 
     columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     for i in used:
+        begin = prompt_tokens(chosen, rejected, i)
         for name, encoded in (("chosen_ids", chosen), ("rejected_ids", rejected)):
             ids = encoded.ids[encoded.starts[i] : encoded.ends[i]]
-            begin, end = answer_span(encoded, i)
-            columns[name].append(ids[begin:end])
-            if name == "chosen_ids":
-                columns["prompt_ids"].append(ids[:begin])
+            columns[name].append(ids[begin : answer_span(encoded, i)[1]])
+        columns["prompt_ids"].append(ids[:begin])
     lists = {name: pa.array(values, pa.list_(pa.int32())) for name, values in columns.items()}
     return pa.RecordBatch.from_pydict({"row": pa.array(rows[np.asarray(used, int)]), **lists})
+
+
+def prompt_tokens(chosen: Encoded, rejected: Encoded, i: int) -> int:
+    """Return the number of tokens that the two conversations of a pair have in common before either answer begins."""
+    before = min(answer_span(encoded, i)[0] for encoded in (chosen, rejected))
+    one, other = (encoded.ids[encoded.starts[i] : encoded.starts[i] + before] for encoded in (chosen, rejected))
+    differ = np.flatnonzero(one != other)
+    return int(differ[0]) if len(differ) else before
+
+
+def sample(table: Any, most: int) -> np.ndarray:
+    """Return the indices of at most so many rows, ascending (int64): all, or those whose ids have the lowest digests.
+
+    The sample is random with respect to everything but a row's content, and other rows hardly change it.
+
+    Args:
+        table: an Arrow table with columns of token ids, whose names end in `_ids`.
+    """
+    if len(table) <= most:
+        return np.arange(len(table))
+    columns = [table[name] for name in table.column_names if name.endswith("_ids")]
+    digests = [
+        hashlib.sha256(b"|".join(ids.values.to_numpy().tobytes() for ids in row)).digest()
+        for row in zip(*columns, strict=True)
+    ]
+    return np.sort(sorted(range(len(table)), key=digests.__getitem__)[:most])
 
 
 def answer_span(encoded: Encoded, i: int) -> tuple[int, int]:
@@ -114,15 +143,17 @@ def write_rows(path: Path, batches: list[Any]) -> dict[str, Any]:
     """Write record batches as one Arrow stream; without any row, write no file.
 
     Returns:
-        The number of rows, of tokens and of tokens in the loss (`trained`), and the sha256 of all ids and labels.
+        The number of rows, of conversations (a split one has several rows), of tokens and of tokens in the loss
+        (`trained`), and the sha256 of all ids and labels.
     """
     import pyarrow as pa
 
-    metadata: dict[str, Any] = {"rows": 0, "tokens": 0, "trained": 0, "sha256": ""}
+    metadata: dict[str, Any] = {"rows": 0, "conversations": 0, "tokens": 0, "trained": 0, "sha256": ""}
     batches = [batch for batch in batches if len(batch)]
     if not batches:
         return metadata
     digest = hashlib.sha256()
+    metadata["conversations"] = len({row for batch in batches for row in batch["row"].to_pylist()})
     with pa.ipc.new_stream(str(path), batches[0].schema) as writer:
         for batch in batches:
             lists = {name: batch[name].flatten().to_numpy() for name in batch.schema.names[1:]}
@@ -144,7 +175,7 @@ def sum_up(files: list[dict[str, Any]]) -> dict[str, Any]:
 
     `ids_sha256` is the sha256 of the files' digests, in their order.
     """
-    sums: dict[str, Any] = {name: sum(file[name] for file in files) for name in ("rows", "tokens", "trained")}
+    sums: dict[str, Any] = {name: sum(file[name] for file in files) for name in SUMMED}
     digests = "".join(file["sha256"] for file in files)
     return {**sums, "ids_sha256": hashlib.sha256(digests.encode()).hexdigest()}
 

@@ -49,7 +49,7 @@ class ChatTokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.special_ids = {str(token.content): id for id, token in self.backend.get_added_tokens_decoder().items()}
-        self.named_tokens = _named_tokens(folder)
+        self.named_tokens = named_tokens(folder)
         if self.id_of("pad_token") is None:
             reserved = next((token for token in self.special_ids if "finetune_right_pad" in token), None)
             self.named_tokens["pad_token"] = reserved or self.named_tokens["eos_token"]
@@ -126,8 +126,11 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
     return orjson.loads(file.read_bytes()) if file.is_file() else {}
 
 
-def _named_tokens(folder: Path) -> dict[str, Any]:
-    """Read the texts of the named tokens. `tokenizer_config.json` takes precedence over `special_tokens_map.json`."""
+def named_tokens(folder: Path) -> dict[str, Any]:
+    """Return the texts of `bos_token`, `eos_token` and so on, by these names.
+
+    `tokenizer_config.json` takes precedence over `special_tokens_map.json`.
+    """
     older = folder / "special_tokens_map.json"
     settings = {**(orjson.loads(older.read_bytes()) if older.is_file() else {}), **tokenizer_config(folder)}
     found = {name: settings[name] for name in NAMED_TOKENS if settings.get(name)}

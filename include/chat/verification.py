@@ -9,9 +9,10 @@ import numpy as np
 
 from include.chat.chat_format import ChatFormat
 from include.chat.encoder import TokenizersEncoder
-from include.chat.tokenized import IGNORED, Encoded, answer_span
+from include.chat.splitting import trained_turns
+from include.chat.tokenized import IGNORED, Encoded, answer_span, prompt_tokens
 from include.chat.tokenizer import CONTROL_TOKEN
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 from include.errors import BadRecipe
 
 
@@ -54,13 +55,12 @@ def verify_loss_masks(chat: ChatFormat, conversations: list[Conversation], encod
         encoded: the conversations' ids and loss masks.
 
     Raises:
-        BadRecipe: the tokens in the loss do not contain all answers, in their order.
+        BadRecipe: the tokens in the loss do not contain all answers that are not masked, in their order.
     """
     for conversation, (_, labels) in zip(conversations, encoded.rows(), strict=True):
         text, position = chat.decode([label for label in labels if label != IGNORED]), 0
-        for role, content in zip(conversation.roles, conversation.contents, strict=True):
-            if role != "assistant":
-                continue
+        for turn in trained_turns(conversation):
+            content = conversation.contents[turn]
             answer = content.strip()
             position = text.find(answer, position)
             if position < 0:
@@ -80,9 +80,14 @@ def count_prefix_mismatches(chat: ChatFormat, conversations: list[Conversation])
     differ. The loss does not show it, and the answers of the trained model can be bad.
 
     Args:
-        conversations: rows; those with tools and those that do not end with a user turn and an answer are skipped.
+        conversations: rows; those with tools and those that do not end with a user turn and an answer that is trained
+            on are skipped.
     """
-    compared = [c for c in conversations if c.tools is None and c.roles[-2:] == ("user", "assistant")]
+    compared = [
+        c
+        for c in conversations
+        if c.tools is None and c.roles[-2:] == ("user", "assistant") and len(c.roles) - 1 not in c.masked
+    ]
     prompts = chat.encode_prompts([Conversation.of(c.messages[:-1]) for c in compared])
     count = 0
     for (ids, labels), (prompt, _) in zip(chat.encode(compared).rows(), prompts.rows(), strict=True):
@@ -102,9 +107,9 @@ def token_contract(
     Returns:
         int32 arrays with one entry per conversation: `tokens`; `tokens_over` (1: longer than `max_seq_length`);
         `untrained` (1: no token is in the loss); `bos_errors` (difference between the number of beginning-of-text
-        tokens and `chat.bos_count`); `unended_turns` (assistant turns less segments that end with a stop token; 0 if
+        tokens and `chat.bos_count`); `unended_turns` (trained turns less segments that end with a stop token; 0 if
         the vocabulary lacks tokens of the template); `mask_errors` (difference between the number of segments in the
-        loss and the number of assistant turns).
+        loss and the number of trained turns: assistant turns that are not masked).
     """
 
     def count(positions: np.ndarray) -> np.ndarray:
@@ -119,7 +124,7 @@ def token_contract(
     segments = count(segment_ends)
     ended = count(segment_ends[np.isin(encoded.ids[segment_ends], chat.stop_tokens)])
     answers = {roles: roles.count("assistant") for roles in {c.roles for c in conversations}}
-    turns = np.array([answers[c.roles] for c in conversations], np.int32)
+    turns = np.array([answers[c.roles] - len(c.masked) for c in conversations], np.int32)
     bos = chat.id_of("bos_token")
     return {
         "tokens": tokens,
@@ -147,18 +152,15 @@ def pair_contract(
 
     Returns:
         The arrays of `token_contract`, the larger value of the two conversations in each; and `prompt_errors` (1: the
-        tokens before the two answers differ).
+        tokens before the two answers differ, so that the pair is cut before them, see `pair_batch`).
     """
     contracts = [token_contract(chat, encoded, conversations, max_seq_length) for encoded in (chosen, rejected)]
     larger = {name: np.maximum(contracts[0][name], contracts[1][name]) for name in contracts[0]}
-    differ = [_prompt(chosen, i) != _prompt(rejected, i) for i in range(len(conversations))]
+    differ = [
+        prompt_tokens(chosen, rejected, i) < max(answer_span(chosen, i)[0], answer_span(rejected, i)[0])
+        for i in range(len(conversations))
+    ]
     return {**larger, "prompt_errors": np.array(differ, np.int32)}
-
-
-def _prompt(encoded: Encoded, i: int) -> list[int]:
-    """Return the ids before the last segment in the loss."""
-    start = encoded.starts[i]
-    return encoded.ids[start : start + answer_span(encoded, i)[0]].tolist()
 
 
 def _first_difference(encoded: Encoded, expected: list[list[int]]) -> int | None:

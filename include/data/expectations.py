@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from include.data.parallel import forked, no_collection
-from include.data.sharegpt import LONG_TURN
+from include.data.turns import LONG_TURN
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,10 +49,21 @@ RAW_ROWS = (
     Rule("unknown_roles", "a turn has an unknown role"),
     Rule("tool_turns", "a turn has a tool role, which the chat template does not render"),
     Rule("tool_lists", "the row lists tools, which the chat template does not render"),
-    Rule("bad_tool_lists", "the tools column is not a list of objects"),
-    Rule("tool_calls", "a turn calls tools under tool_calls; write the call as the text of a function_call turn"),
+    Rule("bad_tool_lists", "the tools are not one list of objects in the column tools or functions"),
+    Rule("tool_calls", "a turn calls tools, which the chat template does not render"),
+    Rule("bad_tool_calls", "the chat template cannot render the tool calls of a turn"),
+    Rule("media", "the row has an image, audio or video; only texts can be trained on"),
+    Rule("labels", "label says whether the answer was liked; set a method that takes it, or remove the column"),
+    Rule("row_weights", "the row has a weight of its own, which training does not follow; remove the column"),
+    Rule(
+        "reasoning", "reasoning stands beside the text, and the chat template does not get it; write it into the text"
+    ),
+    Rule("system_conflicts", "the row has two different system texts"),
+    Rule("bad_history", "the history column is not a list of pairs of a question and an answer"),
     Rule("non_text_values", "a turn's value is missing or is not a text"),
     Rule("empty_values", "a turn's text is empty"),
+    Rule("bad_train_flags", "a turn's train, training, loss or weight cannot be followed"),
+    Rule("all_masked", "every answer is masked (train: false or weight: 0), so that there is nothing to learn"),
     Rule("no_assistant", "no assistant turn to learn from"),
     Rule("first_speaker", "the first turn is neither the system's nor the user's"),
     Rule("last_speaker", "the last turn is not the assistant's"),
@@ -62,13 +73,16 @@ RAW_ROWS = (
     Rule("broken_characters", "the text has replacement characters (U+FFFD), which come from wrong decoding", "info"),
     Rule("control_characters", "the text has control characters", "info"),
     Rule("long_turns", f"a turn has more than {LONG_TURN:,} characters", "info"),
-    Rule("unknown_keys", "a turn has keys besides speaker and text; they are not used", "info"),
+    Rule("masked_turns", "an answer is masked (train: false or weight: 0); it is context only", "info"),
+    Rule("unknown_keys", "a turn has keys that are not used", "info"),
+    Rule("unused_columns", "the row has columns that are not used", "info"),
 )
 PAIRS = (  # in addition, for preference rows
     Rule("unpaired_answers", "chosen and rejected are not one answer each to the same prompt"),
     Rule("same_answers", "the chosen and the rejected answer are the same"),
 )
 TOOL_RULES = ("tool_turns", "tool_lists")  # they apply only if the chat template does not render tools
+CALL_RULES = ("tool_calls",)  # they apply only if the chat template does not render tool calls
 
 PREPARED_ROWS = (
     Rule("tokens_over", "the conversation is longer than max_seq_length: on_too_long decides", "warning"),
@@ -83,7 +97,9 @@ PREPARED_ROWS = (
     Rule("kept_over", "the part of the conversation that is kept is longer than max_seq_length", limit=0),
     Rule("cut", "the conversation is truncated, but on_too_long is not truncate", limit=0),
 )
-PREPARED_PAIRS = (Rule("prompt_errors", "the tokens before the two answers differ", limit=0),)
+PREPARED_PAIRS = (
+    Rule("prompt_errors", "an answer shares a token with its header: the pair is cut before that token", "info"),
+)
 DATA_CHECKS = tuple(rule.column for rule in (*RAW_ROWS, *PAIRS, *PREPARED_ROWS, *PREPARED_PAIRS))
 
 

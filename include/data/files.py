@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import fsspec
 import orjson
 
-from include.data.json_rows import NoRows, json_rows
+from include.data.json_rows import NoRows, NoSplit, json_rows
 from include.errors import BadData, NoPermission, NoSpace, NotFound, RetuneError, Unreachable
 from include.paths import var
 from include.storage.hub import hub_errors
@@ -41,6 +41,7 @@ BEGINNINGS = {  # what a file may be in place of rows, and the remedy
     b"version https://git-lfs": ("is a pointer of Git LFS", "Fetch its content: git lfs pull"),
     b"PK\x03\x04": ("is a zip archive", "Unpack it, and name the files in it"),
 }
+SPLIT_FIELDS = {"dataset": "dataset_split", "eval_dataset": "eval_split", "eval_split": "eval_split"}
 
 
 def file_type(name: str) -> str | None:
@@ -92,6 +93,12 @@ def file_errors(name: str, field: str = "dataset") -> Iterator[None]:
         ) from error
     except PermissionError as error:
         raise NoPermission(f"{where} cannot be read", "Correct its permissions") from error
+    except NoSplit as error:
+        split = SPLIT_FIELDS.get(field)
+        do = f"Set {split} to the name of one of its lists" if split else "Save the list of rows as a file of its own"
+        if field == "eval_split":
+            do += ", or name another file in eval_dataset"
+        raise BadData(f"{where} cannot be read: it {error}", do) from None
     except NoRows as error:
         raise BadData(f"{where} cannot be read: it {error}", error.remedy) from None
     except ValueError as error:
@@ -117,12 +124,12 @@ def _damaged(where: str, error: Exception) -> BadData:
     return BadData(f"{where} cannot be read: {message}", "The file is truncated or damaged: replace it")
 
 
-def file_rows(name: str, split: str, note: Callable[[str], None]) -> Iterator[bytes]:
+def file_rows(name: str, split: str, note: Callable[[str], None], named_split: bool = False) -> Iterator[bytes]:
     """Yield every row of a file as one JSON document. Rows that are not JSON are yielded as they are.
 
     Args:
         name: absolute path or URL.
-        split, note: see `json_rows`.
+        split, note, named_split: see `json_rows`.
 
     Raises:
         NotFound: the name has no known type.
@@ -131,6 +138,8 @@ def file_rows(name: str, split: str, note: Callable[[str], None]) -> Iterator[by
     kind = file_type(name)
     if kind is None:
         raise NotFound(f"{name} has no known file type", f"Name a file that ends in {', '.join(FORMATS)}")
+    if named_split and not kind.startswith(".json"):
+        raise NoSplit(f"has one list of rows, and so no split '{split}'")
     with ExitStack() as stack:
         file: Any = stack.enter_context(_open(name, seek=kind == ".parquet"))
         _check_beginning(file)
@@ -145,7 +154,7 @@ def file_rows(name: str, split: str, note: Callable[[str], None]) -> Iterator[by
         if kind.startswith(".csv"):
             yield from _csv_rows(file)
         else:
-            yield from json_rows(file, split, note, lines=kind.startswith(".jsonl"))
+            yield from json_rows(file, split, note, kind.startswith(".jsonl"), named_split)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from include.data.files import ROWS_PER_GROUP, file_errors, file_rows, file_type, plain_value
+from include.data.files import ROWS_PER_GROUP, SPLIT_FIELDS, file_errors, file_rows, file_type, plain_value
 from include.data.listing import NOT_ROWS, joined
 from include.errors import BadData, NoPermission, NoSpace, NotFound, PermanentError, RetuneError
 from include.paths import var
@@ -26,39 +26,45 @@ COMMON_FIELDS = {"name", "version", "data_dir", "data_files", "description", "fe
 
 
 def hub_rows(
-    name: str, config: str | None, split: str, revision: str | None, note: Callable[[str], None]
+    name: str,
+    config: str | None,
+    split: str,
+    revision: str | None,
+    note: Callable[[str], None],
+    field: str = "dataset",
 ) -> Iterator[bytes]:
     """Yield every row of a Hub dataset as one JSON document.
 
     Args:
         revision: the pinned commit.
         note: is told which files of the dataset are not read, and what `file_rows` has to say about a file.
+        field: the recipe field that names the dataset, for messages.
 
     Raises:
         NotFound: the dataset, configuration or split does not exist, or the dataset has no data files.
         BadData: the dataset has a loading script, or a file cannot be read.
         NoPermission, Unreachable, PermanentError: see `hub_errors`.
     """
-    with _dataset_errors(name):
-        files = _data_files(name, config, split, revision)
+    with _dataset_errors(name, field):
+        files = _data_files(name, config, split, revision, field)
         others = _other_files(name, revision, files)
     if others:
         note(f"not read, of the same dataset: {joined(others)}")
     if files is None:
-        yield from _loaded_rows(name, config, split, revision)
+        yield from _loaded_rows(name, config, split, revision, field)
         return
     for file in files:
-        with hub_errors(f"the file {file} of the dataset {name}", "dataset"):
+        with hub_errors(f"the file {file} of the dataset {name}", field):
             path = hub_api().hf_hub_download(name, file, repo_type="dataset", revision=revision)
 
         def note_file(text: str, file: str = file) -> None:
             note(f"{file}: {text}" if len(files) > 1 else text)
 
-        with file_errors(f"{name}/{file}"):
+        with file_errors(f"{name}/{file}", field):
             yield from file_rows(os.path.abspath(path), split, note_file)
 
 
-def _data_files(name: str, config: str | None, split: str, revision: str | None) -> list[str] | None:
+def _data_files(name: str, config: str | None, split: str, revision: str | None, field: str) -> list[str] | None:
     """Return the paths of the split's data files in the dataset; None if `datasets` must read the rows itself."""
     from datasets import load_dataset_builder
 
@@ -72,7 +78,8 @@ def _data_files(name: str, config: str | None, split: str, revision: str | None)
     by_split = {str(key): list(map(str, urls)) for key, urls in (settings.data_files or {}).items()}
     if by_split and split not in by_split and split.replace("_", "").isalnum():
         raise NotFound(
-            f"field 'dataset_split': the dataset {name} has no split '{split}'", f"Choose one of: {', '.join(by_split)}"
+            f"field '{SPLIT_FIELDS[field]}': the dataset {name} has no split '{split}'",
+            f"Choose one of: {', '.join(by_split)}",
         )
     urls, prefix = by_split.get(split, []), f"hf://datasets/{name}@{revision}/"
     if own_options or not urls or not all(url.startswith(prefix) and file_type(url) for url in urls):
@@ -88,11 +95,11 @@ def _other_files(name: str, revision: str | None, files: list[str] | None) -> li
     return sorted(file for file in set(known) - set(files) if file.rsplit("/", 1)[-1] not in NOT_ROWS)
 
 
-def _loaded_rows(name: str, config: str | None, split: str, revision: str | None) -> Iterator[bytes]:
+def _loaded_rows(name: str, config: str | None, split: str, revision: str | None, field: str) -> Iterator[bytes]:
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
-    with _dataset_errors(name):
+    with _dataset_errors(name, field):
         rows: Any = load_dataset(name, config, split=split, revision=revision, cache_dir=_cache(revision))
     # as Arrow tables: images and sounds are not decoded
     for table in rows.with_format("arrow").iter(ROWS_PER_GROUP):
@@ -105,20 +112,20 @@ def _cache(revision: str | None) -> str:
 
 
 @contextmanager
-def _dataset_errors(name: str) -> Iterator[None]:
+def _dataset_errors(name: str, field: str) -> Iterator[None]:
     """Translate the errors of `datasets`; those of the Hub's client among their causes are translated as such."""
-    with hub_errors(f"the dataset {name}", "dataset"):
+    with hub_errors(f"the dataset {name}", field):
         try:
             yield
         except RetuneError:
             raise
         except Exception as error:
-            if translated := _translate(error, name):
+            if translated := _translate(error, name, field):
                 raise translated from error
             raise
 
 
-def _translate(error: Exception, name: str) -> RetuneError | None:
+def _translate(error: Exception, name: str, field: str) -> RetuneError | None:
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import (
         DataFilesNotFoundError,
@@ -127,7 +134,7 @@ def _translate(error: Exception, name: str) -> RetuneError | None:
         DatasetsError,
     )
 
-    where, message = f"field 'dataset': the dataset {name}", " ".join(str(error).split())
+    where, message = f"field '{field}': the dataset {name}", " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "scripts are no longer supported" in message:
         return BadData(
             f"{where} has a loading script, which the library datasets no longer runs",
@@ -155,8 +162,9 @@ def _translate(error: Exception, name: str) -> RetuneError | None:
     if isinstance(error, (DatasetsError, ImportError)):
         return PermanentError(f"{where} cannot be read: {message}", "Correct the dataset, or name another one")
     if isinstance(error, ValueError) and "format for all splits" in message:
-        return BadData(f"{where}: {message}", f"Name its files, for example dataset: hf://datasets/{name}/*.jsonl")
+        return BadData(f"{where}: {message}", f"Name its files, for example {field}: hf://datasets/{name}/*.jsonl")
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         # unknown configuration or split; the message lists the known ones
-        return NotFound(f"{where}: {message}", "Set dataset_config and dataset_split")
+        settings = "dataset_config and dataset_split" if field == "dataset" else SPLIT_FIELDS[field]
+        return NotFound(f"{where}: {message}", f"Set {settings}")
     return None

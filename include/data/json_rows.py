@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from include.data.sharegpt import CONVERSATION_COLUMNS
+from include.data.columns import CONVERSATION_COLUMNS
 
 CHUNK = 1 << 20  # characters
 MAX_LINE = 8 << 20  # bytes; a longer first line is not looked at as a line
@@ -41,7 +41,16 @@ class NoRows(ValueError):
         self.remedy = remedy
 
 
-def json_rows(file: BinaryIO, split: str, note: Callable[[str], None], lines: bool) -> Iterator[bytes]:
+class NoSplit(NoRows):
+    """A file without the list of rows that is asked for. Which recipe field asks for it, the caller knows."""
+
+    def __init__(self, what: str):
+        super().__init__(what, "Name a list of rows that the file has")
+
+
+def json_rows(
+    file: BinaryIO, split: str, note: Callable[[str], None], lines: bool, named_split: bool = False
+) -> Iterator[bytes]:
     """Yield the rows of a JSON file as JSON documents.
 
     Args:
@@ -50,9 +59,10 @@ def json_rows(file: BinaryIO, split: str, note: Callable[[str], None], lines: bo
         note: is told which part of an object was taken, and how many rows had `NaN`.
         lines: whether the file's name says JSON lines. A first line that is not JSON is then a bad row, unless it looks
             like the beginning of a longer text.
+        named_split: whether the file must be an object with a list `split`.
 
     Raises:
-        NoRows: the file is an object with several lists of rows, and none is `split`.
+        NoSplit: the file is an object with several lists of rows, and none is `split`; or no list is, and one must be.
         ValueError: the text ends inside an array or object.
     """
     head = file.readline(MAX_LINE).removeprefix(codecs.BOM_UTF8)
@@ -62,8 +72,11 @@ def json_rows(file: BinaryIO, split: str, note: Callable[[str], None], lines: bo
     while following.endswith(b"\n") and not following.strip():
         following = file.readline()
     one_text = not following.strip() or (not _is_json(head) and (_goes_on(head) or not (lines or _is_json(following))))
+    if named_split and not (one_text and head.lstrip()[:1] == b"{"):
+        raise NoSplit(f"has no lists of rows with names, and so no split '{split}'")
     if one_text and head.lstrip()[:1] in (b"[", b"{"):
-        rows = _documents(_Text(chain([head, following], iter(lambda: file.read(CHUNK), b""))), split, note)
+        text = _Text(chain([head, following], iter(lambda: file.read(CHUNK), b"")))
+        rows = _documents(text, split, note, named_split)
     else:
         rows = (line.strip() for line in chain([head, following], file) if line.strip())
     count = 0
@@ -220,7 +233,7 @@ def _end_of_damaged(text: str, start: int) -> int | None:
     return None
 
 
-def _documents(text: _Text, split: str, note: Callable[[str], None]) -> Iterator[bytes]:
+def _documents(text: _Text, split: str, note: Callable[[str], None], named_split: bool) -> Iterator[bytes]:
     """Yield the rows of arrays and objects that stand one after the other."""
     first = True
     while opening := text.peek():
@@ -234,7 +247,7 @@ def _documents(text: _Text, split: str, note: Callable[[str], None]) -> Iterator
         elif opening == "{":
             members = list(text.members())
             if first and not text.peek():
-                yield from _rows_of_object(members, split, note)
+                yield from _rows_of_object(members, split, note, named_split)
             else:
                 yield _compact(_object(members))
         else:
@@ -251,12 +264,15 @@ def _until_json(elements: Iterator[str]) -> Iterator[str]:
 
 
 def _rows_of_object(
-    members: list[tuple[str, str | list[str]]], split: str, note: Callable[[str], None]
+    members: list[tuple[str, str | list[str]]], split: str, note: Callable[[str], None], named_split: bool
 ) -> Iterator[bytes]:
     """Yield the rows of a file that is one object: one of its lists, its values, or the object itself."""
     conversations = [key for key, value in members if _is_conversation(value)]
     lists = {key: value for key, value in members if isinstance(value, list) and _has_rows(value)}
     trainable = [key for key, rows in lists.items() if any(_is_row(_parsed(row)) for row in rows[:10])]
+    if named_split and split not in lists:
+        has = f"; its lists of rows are: {', '.join(lists)}" if lists else ""
+        raise NoSplit(f"has no list of rows with the name '{split}'{has}")
     known = set(conversations) >= PAIR_COLUMNS or not set(conversations).isdisjoint(CONVERSATION_COLUMNS)
     if trainable or (lists and not conversations):
         name = _choose(lists, trainable, split)
@@ -278,10 +294,7 @@ def _choose(lists: dict[str, list[str]], trainable: list[str], split: str) -> st
         return split
     if len(candidates := trainable or list(lists)) == 1:
         return candidates[0]
-    raise NoRows(
-        f"has several lists of rows, {', '.join(candidates)}, and none has the name '{split}'",
-        "Set dataset_split to the name of one of them",
-    )
+    raise NoSplit(f"has several lists of rows, {', '.join(candidates)}, and none has the name '{split}'")
 
 
 def _has_rows(elements: list[str]) -> bool:

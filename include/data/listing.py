@@ -30,11 +30,13 @@ class Files:
             empty for a file on a disk.
         others: names of files and folders beside them that are not read.
         single: the dataset is one file, and not a folder, pattern or list.
+        field: the recipe field that names them, for messages.
     """
 
     infos: dict[str, dict[str, Any]]
     others: tuple[str, ...]
     single: bool
+    field: str
 
     def describe(self) -> Iterator[str]:
         """Yield sentences about what is read and what is not, if there is something to say."""
@@ -51,7 +53,7 @@ class Files:
         """
         revisions = []
         for name, info in self.infos.items():
-            with file_errors(name):
+            with file_errors(name, self.field):
                 revisions.append([name, _revision(name, info)])
         return str(revisions[0][1]) if self.single else fingerprint(revisions)
 
@@ -67,11 +69,12 @@ def joined(names: list[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + more
 
 
-def find_files(paths: Iterable[str]) -> Files:
+def find_files(paths: Iterable[str], field: str) -> Files:
     """Return the files of a dataset. Those of a folder or pattern are in the order of their names.
 
     Args:
         paths: absolute paths or URLs of files, folders and patterns (`*`, `?`, `[...]`; `**` for folders below).
+        field: the recipe field that names them, for messages.
 
     Raises:
         NotFound: a path is no file of a known type, a folder has no such file, or no file matches a pattern.
@@ -82,20 +85,20 @@ def find_files(paths: Iterable[str]) -> Files:
     others: list[str] = []
     single = len(paths) == 1
     for path in paths:
-        with file_errors(path):
+        with file_errors(path, field):
             found = {path: {}} if path.startswith(WEB) else _remote(path) if "://" in path else _local(path)
         if list(found) == [path]:
             if file_type(path) is None:
-                raise _unknown_type(path)
+                raise _unknown_type(path, field)
             infos.update(found)
             continue
         single = False
         rows, rest = _split(found)
         if not rows:
-            raise _no_rows(path, rest, any(info.get("type") == "directory" for info in found.values()))
+            raise _no_rows(path, rest, any(info.get("type") == "directory" for info in found.values()), field)
         infos.update(rows)
         others += rest
-    return Files(infos, tuple(dict.fromkeys(others)), single)
+    return Files(infos, tuple(dict.fromkeys(others)), single, field)
 
 
 def _split(found: dict[str, dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -110,23 +113,23 @@ def _split(found: dict[str, dict[str, Any]]) -> tuple[dict[str, dict[str, Any]],
     return rows, rest
 
 
-def _no_rows(path: str, rest: list[str], folders: bool) -> NotFound:
+def _no_rows(path: str, rest: list[str], folders: bool, field: str) -> NotFound:
     what = "matches" if MAGIC & set(path) else "has"
     below = f"; {path.rstrip('/')}/**/* are the files of the folders below" if folders else ""
     return NotFound(
-        f"field 'dataset': {path} {what} no file of a known type" + (f"; it has: {names_of(rest)}" if rest else ""),
+        f"field '{field}': {path} {what} no file of a known type" + (f"; it has: {names_of(rest)}" if rest else ""),
         f"Name files that end in {', '.join(FORMATS)}{below}",
     )
 
 
-def _unknown_type(path: str) -> NotFound:
+def _unknown_type(path: str, field: str) -> NotFound:
     if path.startswith(WEB):
         return NotFound(
-            f"field 'dataset': the address {path} does not end like a file of a known type",
+            f"field '{field}': the address {path} does not end like a file of a known type",
             f"Name a file that ends in {', '.join(FORMATS)}; folders at http addresses cannot be listed",
         )
     return NotFound(
-        f"field 'dataset': '{path}' is neither a Hub id (owner/name) nor a file of a known type",
+        f"field '{field}': '{path}' is neither a Hub id (owner/name) nor a file of a known type",
         f"Name a file that ends in {', '.join(FORMATS)}, a folder of such files, or a pattern such as data/*.jsonl",
     )
 

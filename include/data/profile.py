@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 
 TOP = 10  # duplicated rows to list
 # one Unicode block per script other than Latin: a cheap estimate of the languages in the data

@@ -7,24 +7,20 @@ of such files, and patterns. A revision is a commit sha on the Hub, and a digest
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-
-import fsspec
-import orjson
 
 from include.data.files import FORMATS, ROWS_PER_GROUP, file_errors, file_rows
 from include.data.hub_dataset import hub_rows
 from include.data.listing import find_files
-from include.data.sharegpt import parse_row
 from include.errors import BadRecipe, Conflict
 from include.paths import PROJECT
 from include.storage.hub import hub_api, hub_errors
 
 __all__ = [
     "FORMATS", "ROWS_PER_GROUP", "DatasetRef", "absolute_dataset", "absolute_path", "absolute_source", "dataset_label",
-    "is_hub_id", "pin_dataset", "read_prompts", "read_rows", "short_name",
+    "file_errors", "is_hub_id", "pin_dataset", "read_rows", "short_name",
 ]  # fmt: skip
 
 
@@ -38,12 +34,17 @@ class DatasetRef:
         config, split: configuration and split of a Hub dataset. Of a JSON file with several lists of rows, the one with
             the name of the split is read.
         revision: branch, tag or commit of a Hub dataset; None: the newest commit.
+        field: the recipe field that names the dataset, for messages.
+        named_split: whether files must have a list with the name of the split. Otherwise files without any such lists
+            are read, too.
     """
 
     name: str | list[str]
     config: str | None = None
     split: str = "train"
     revision: str | None = None
+    field: str = "dataset"
+    named_split: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,10 +61,15 @@ class DatasetRef:
         hub_ids = [name for name in self.names if is_hub_id(name)]
         if hub_ids and len(self.names) > 1:
             raise BadRecipe(
-                f"field 'dataset': the list has '{hub_ids[0]}', which is neither a file nor a folder that exists",
+                f"field '{self.field}': the list has '{hub_ids[0]}', which is neither a file nor a folder that exists",
                 "A list has files, folders and patterns; name a Hub dataset alone",
             )
         return hub_ids[0] if hub_ids else None
+
+    @property
+    def has_splits(self) -> bool:
+        """Return whether the split says which rows are read."""
+        return self.named_split or self.hub_id is not None
 
 
 def is_hub_id(name: str) -> bool:
@@ -121,13 +127,13 @@ def pin_dataset(dataset: DatasetRef, expected: str | None = None) -> str:
         BadRecipe: a list names a Hub dataset.
     """
     if hub_id := dataset.hub_id:
-        with hub_errors(f"the dataset {hub_id}", "dataset"):
+        with hub_errors(f"the dataset {hub_id}", dataset.field):
             return str(hub_api().dataset_info(hub_id, revision=expected or dataset.revision).sha)
-    revision = find_files(map(absolute_path, dataset.names)).revision()
+    revision = find_files(map(absolute_path, dataset.names), dataset.field).revision()
     if expected and revision != expected:
         name = dataset_label(dataset.name)
         raise Conflict(
-            f"field 'dataset': {name} has changed: its revision was {expected[:8]} and is now {revision[:8]}",
+            f"field '{dataset.field}': {name} has changed: its revision was {expected[:8]} and is now {revision[:8]}",
             "Run again: a run reads one revision from start to end",
         )
     return revision
@@ -146,9 +152,9 @@ def read_rows(dataset: DatasetRef, note: Callable[[str], None]) -> Generator[byt
         NotFound, NoPermission, Unreachable, BadData, BadRecipe: see `pin_dataset`.
     """
     if hub_id := dataset.hub_id:
-        yield from hub_rows(hub_id, dataset.config, dataset.split, dataset.revision, note)
+        yield from hub_rows(hub_id, dataset.config, dataset.split, dataset.revision, note, dataset.field)
         return
-    files = find_files(map(absolute_path, dataset.names))
+    files = find_files(map(absolute_path, dataset.names), dataset.field)
     for sentence in files.describe():
         note(sentence)
     for name in files.infos:
@@ -156,34 +162,5 @@ def read_rows(dataset: DatasetRef, note: Callable[[str], None]) -> Generator[byt
         def note_file(text: str, name: str = name) -> None:
             note(text if files.single else f"{name.rsplit('/', 1)[-1]}: {text}")
 
-        with file_errors(name):
-            yield from file_rows(name, dataset.split, note_file)
-
-
-def _file_rows(name: str) -> Iterator[bytes]:
-    return file_rows(absolute_path(name), "train", lambda _: None)
-
-
-def read_prompts(name: str) -> list[str]:
-    """Return the prompts of a benchmark file.
-
-    They are the lines of a .txt file. Of other files, each row gives its first user turn if the row is a conversation,
-    and otherwise its first text column.
-
-    Raises:
-        NotFound, NoPermission, Unreachable, BadData: see `pin_dataset`.
-    """
-    with file_errors(name, "decontaminate_against"):
-        if name.endswith(".txt"):
-            with fsspec.open(absolute_path(name), "rt", encoding="utf-8") as file:
-                return [line.strip() for line in file if line.strip()]
-        return [text for raw in _file_rows(name) if (text := _prompt(raw))]
-
-
-def _prompt(raw: bytes) -> str:
-    conversation = parse_row(raw).conversation
-    if "user" in conversation.roles:
-        return conversation.contents[conversation.roles.index("user")]
-    row = orjson.loads(raw)
-    values = row.values() if isinstance(row, dict) else [row]
-    return next((value for value in values if isinstance(value, str) and value.strip()), "")
+        with file_errors(name, dataset.field):
+            yield from file_rows(name, dataset.split, note_file, dataset.named_split)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from include.chat.tokenized import load_rows
+from include.chat.tokenized import load_rows, sample
 from include.chat.tokenizer import copy_tokenizer
 from include.engine.arguments import training_config
 from include.engine.attention import use_varlen
@@ -132,7 +132,7 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
     recipe, callbacks, holdout = job.recipe, [callback], None
     if config.eval_strategy != "no":
         holdout = load_rows(job.holdout)
-        holdout = holdout.select(range(min(recipe.max_holdout_rows, len(holdout))))
+        holdout = holdout.select(sample(holdout.data, recipe.max_holdout_rows))
     if recipe.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
     if recipe.packing:

@@ -18,7 +18,7 @@ class Comparison:
     """The candidate compared with another model on the same rows. Losses in nats per token; lower is better.
 
     Attributes:
-        candidate, other: mean over rows of each row's mean loss over its trained tokens.
+        candidate, other: mean over conversations of each one's mean loss over its trained tokens.
         difference: `candidate` minus `other`; negative if the candidate is better.
         low, high: ends of the confidence interval of `difference`.
     """
@@ -55,11 +55,30 @@ class Verdict:
         return asdict(self)
 
 
+def by_conversation(row: list[int], tokens: list[int], losses: list[float]) -> list[float]:
+    """Return one loss for each conversation: the mean over all trained tokens of its pieces, in nats per token.
+
+    The pieces of a split conversation are not independent, so that an interval over pieces would be too narrow.
+
+    Args:
+        row: of each piece the row number of its conversation. The result is in the order in which these first occur.
+        tokens: of each piece the number of its trained tokens.
+        losses: of each piece the mean loss over these tokens.
+    """
+    sums: dict[int, tuple[float, int]] = {}
+    for number, count, loss in zip(row, tokens, losses, strict=True):
+        total, counted = sums.get(number, (0.0, 0))
+        sums[number] = total + loss * count, counted + count
+    alone = len(sums) == len(losses)  # then nothing is rounded
+    return list(losses) if alone else [total / counted for total, counted in sums.values()]
+
+
 def compare(candidate: list[float], other: list[float], confidence: float) -> Comparison:
     """Compare two models by a paired bootstrap of the mean difference over rows, with percentile intervals.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. Rows are resampled, because rows
-    were sampled for the holdout. Every row has the same weight, however many tokens it has.
+    were sampled for the holdout. Every row has the same weight, however many tokens it has. A row is a whole
+    conversation: see `by_conversation` for those that were split.
 
     Args:
         candidate, other: mean loss of each row in nats per token; the same rows in the same order.
@@ -102,7 +121,8 @@ def judge(
       prompts. Otherwise a failure of this control is a note.
 
     Args:
-        losses: mean loss of each holdout row in nats per token, for `base`, `candidate` and, if there is one, `live`.
+        losses: mean loss of each holdout conversation in nats per token, for `base`, `candidate` and, if there is one,
+            `live`.
         failed_checks: failures of the smoke test's required checks, as sentences.
         confidence: confidence of the intervals, between 0 and 1.
         margin: the increase of the live adapter's loss that is accepted; `gate_margin` of the recipe.

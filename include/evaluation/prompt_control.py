@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from include.chat.tokenized import IGNORED, load_table, write_rows
+from include.chat.tokenized import IGNORED, load_table, sample, write_rows
 
 SHUFFLED_ROWS = 100  # enough for a narrow interval, in a fifth of the time that 500 rows take
 
@@ -17,7 +17,7 @@ SHUFFLED_ROWS = 100  # enough for a narrow interval, in a fifth of the time that
 def write_with_shuffled_prompts(
     holdout: Iterable[Path], out: Path, max_rows: int, max_tokens: int
 ) -> tuple[int, list[int]]:
-    """Write holdout rows to the file `out`, and after them copies of the first rows with shuffled prompts.
+    """Write holdout rows to the file `out`, and after them copies of some of them with shuffled prompts.
 
     A copy has the prompt (all tokens before the first answer) of another row: the row with the nearest prompt length
     whose prompt and answer both differ. A row without such another row has no copy. Preference pairs have no copies:
@@ -25,7 +25,8 @@ def write_with_shuffled_prompts(
 
     Args:
         holdout: Arrow streams (`row`, `input_ids`, `labels`).
-        max_rows: write this many holdout rows at most, and copies of the first `SHUFFLED_ROWS` of them at most.
+        max_rows: write this many holdout rows at most, and copies of `SHUFFLED_ROWS` of them at most. Of more rows a
+            random sample is taken (see `sample`).
         max_tokens: maximum length of a copy in tokens.
 
     Returns:
@@ -33,23 +34,27 @@ def write_with_shuffled_prompts(
     """
     import pyarrow as pa
 
-    table = load_table(holdout).slice(0, max_rows)
-    rows = table.to_pylist()
-    shuffled = list(_with_shuffled_prompts(rows, max_tokens)) if "labels" in table.column_names else []
+    table = load_table(holdout)
+    table = table.take(sample(table, max_rows))
+    rows, chosen = table.to_pylist(), sample(table, SHUFFLED_ROWS).tolist()
+    shuffled = list(_with_shuffled_prompts(rows, chosen, max_tokens)) if "labels" in table.column_names else []
     copies = pa.Table.from_pylist([copy for _, copy in shuffled], table.schema)
     write_rows(out, [*table.to_batches(), *copies.to_batches()])
     return len(rows), [position for position, _ in shuffled]
 
 
-def _with_shuffled_prompts(rows: list[dict[str, Any]], max_tokens: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield position and copy of each of the first rows for which another row has a suitable prompt."""
+def _with_shuffled_prompts(
+    rows: list[dict[str, Any]], chosen: list[int], max_tokens: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield position and copy of each of the chosen rows for which another row has a suitable prompt."""
     halves = []  # prompt, and the rest from the first answer on
     for row in rows:
         begin = next((i for i, label in enumerate(row["labels"]) if label != IGNORED), len(row["labels"]))
         halves.append((row["input_ids"][:begin], row["input_ids"][begin:]))
     by_length = sorted(range(len(rows)), key=lambda position: (len(halves[position][0]), position))
     rank = {position: place for place, position in enumerate(by_length)}
-    for position, row in enumerate(rows[:SHUFFLED_ROWS]):
+    for position in chosen:
+        row = rows[position]
         prompt, rest = halves[position]
         for other in sorted(by_length, key=lambda other: abs(rank[other] - rank[position])):
             other_prompt, other_rest = halves[other]

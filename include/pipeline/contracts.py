@@ -73,9 +73,13 @@ class Profile(Contract):
 
 
 class TokenCounts(Contract):
-    """Rows, tokens and trained tokens of one side (training or holdout), and the sha256 of its ids and labels."""
+    """Rows, tokens and trained tokens of one side (training or holdout), and the sha256 of its ids and labels.
+
+    A conversation that `on_too_long: split` splits is several rows.
+    """
 
     rows: int
+    conversations: int
     tokens: int
     trained: int
     ids_sha256: str
@@ -144,17 +148,24 @@ class PretrainOutput(Contract, stage="pretrain"):
 
 
 class DownloadOutput(Contract, stage="download"):
-    """The rows as they came: `row` (int64, from 0) and `content` (one JSON document, bytes)."""
+    """The rows as they came: `row` (int64, from 0) and `content` (one JSON document, bytes).
+
+    The last `eval_rows` of the `rows` come from the evaluation dataset.
+    """
 
     ROWS: ClassVar = "rows.parquet"
 
     rows: int
+    eval_rows: int
     sha256: str
     notes: list[str] = []  # which files and which parts of them were read, and which were not
 
 
 class ValidateOutput(Contract, stage="validate"):
-    """Rows as conversations, the numbers of the good ones, and every refused or repaired row with its reasons."""
+    """Rows as conversations, the numbers of the good ones, and every refused or repaired row with its reasons.
+
+    `unused` counts columns, keys of turns and keys of parts that are not used, most frequent first.
+    """
 
     READINGS: ClassVar = "readings"
     GOOD: ClassVar = "good.parquet"
@@ -168,6 +179,7 @@ class ValidateOutput(Contract, stage="validate"):
     copies: int
     repairs: dict[str, int]
     reasons: dict[str, int]
+    unused: dict[str, int]
     checks: list[CheckResult]
     docs: str
     tools_rendered: bool
@@ -175,10 +187,13 @@ class ValidateOutput(Contract, stage="validate"):
 
 
 class StandardizeOutput(Contract, stage="standardize"):
-    """The conversations that are used, for training or holdout, and pairs of near-duplicates. Numbers count rows."""
+    """The conversations that are used, for training or holdout, pairs of near-duplicates, and the rows left out with
+    their reasons. Numbers count rows; `left_out_reasons` counts each row by its first reason.
+    """
 
     MESSAGES: ClassVar = "messages"
     NEAR_DUPLICATES: ClassVar = "near_duplicates.jsonl"
+    LEFT_OUT: ClassVar = "left_out.jsonl"
 
     train: int
     holdout: int
@@ -186,25 +201,33 @@ class StandardizeOutput(Contract, stage="standardize"):
     leaking: int
     contaminated: int
     dropped: int
+    left_out_reasons: dict[str, int]
 
 
 class TemplateOutput(Contract, stage="template"):
-    """Token ids and loss masks of both sides, the tokenizer with the chat template, ten rows as text."""
+    """Token ids and loss masks of both sides, the tokenizer with the chat template, ten rows as text, and the rows that
+    do not train, or only in part, with their reasons. `left_out_reasons` counts each row by its first reason.
+    """
 
     TRAIN: ClassVar = "train"
     HOLDOUT: ClassVar = "holdout"
     TOKENIZER: ClassVar = "tokenizer"
     SAMPLES: ClassVar = "samples.txt"
+    LEFT_OUT: ClassVar = "left_out.jsonl"
     DOCS: ClassVar = "data_docs"
 
     train: TokenCounts
     holdout: TokenCounts
     too_long: int
     left_out: int
+    left_out_reasons: dict[str, int]
     proved_rows: int
     prefix_mismatches: int
     encoder: str
     missing_special_tokens: list[str]
+    untrained_special_tokens: list[str]
+    base_embeddings: int | None
+    base_positions: int | None
     stop_tokens: list[int]
     template_sha256: str
     lengths: dict[str, int]
@@ -235,7 +258,10 @@ class SmokeTestOutput(Contract, stage="smoke_test"):
 
 
 class EvaluateOutput(Contract, stage="evaluate"):
-    """Holdout losses of base, candidate and live adapter (nats per token), and the gate's verdict."""
+    """Holdout losses of base, candidate and live adapter (nats per token), and the gate's verdict.
+
+    `losses.json` has the loss of each prepared row; `holdout_rows` counts whole conversations.
+    """
 
     LOSSES: ClassVar = "losses.json"
 

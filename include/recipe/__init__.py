@@ -1,7 +1,7 @@
 """Recipes: one file describes one model. Fields by topic, rules across fields, loading, trigger form, sweep."""
 
-from include.recipe.data import Data, dataset_ref
-from include.recipe.evaluation import AnswerCheck, Gate, Prompt, SmokeTest
+from include.recipe.data import Data, dataset_ref, eval_ref
+from include.recipe.evaluation import AnswerCheck, Gate, Prompt, SmokeTest, corrected_confidence
 from include.recipe.form import form
 from include.recipe.loading import find_recipe, load_all, load_recipe, parse_overrides, validate_recipe
 from include.recipe.model import Model
@@ -30,7 +30,9 @@ __all__ = [
     "RecipeView",
     "SmokeTest",
     "Training",
+    "corrected_confidence",
     "dataset_ref",
+    "eval_ref",
     "find_recipe",
     "form",
     "load_all",

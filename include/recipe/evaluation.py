@@ -137,3 +137,12 @@ class Gate(BaseModel):
         "lower after their own prompt than after another row's. If questions and answers are shuffled, the loss still "
         "falls; only this check and prompts with `expect` detect it. Off (default): reported only.",
     )
+
+
+def corrected_confidence(gate_confidence: float, candidates: int) -> float:
+    """Return the confidence at which each of several candidates is tested, by a Bonferroni correction.
+
+    The best of several candidates on the same holdout rows can be the best by chance. The correction keeps the
+    probability that chance lets any of them through at 1 - `gate_confidence`.
+    """
+    return round(1 - (1 - gate_confidence) / candidates, 6)

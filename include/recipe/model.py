@@ -45,6 +45,12 @@ class Model(BaseModel):
         "each becomes several conversations, split between exchanges, each with the system message. `truncate`: only "
         "the first max_seq_length tokens are used. The report has their number.",
     )
+    train_on: Literal["all", "last"] = Field(
+        "all",
+        description="The answers of a conversation that are trained on. `all`: every assistant turn. `last`: only the "
+        "last one; earlier turns are context. In both cases an assistant turn with `train: false`, `loss: false` or "
+        "`weight: 0` is context only. With method dpo, only the chosen and the rejected answer are trained on.",
+    )
     load_in_4bit: bool = Field(
         True, description="Load the base in 4 bits (NF4 with double quantization), which makes the training QLoRA."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from include.recipe.data import Data
 from include.recipe.fields import RecipeFields
 from include.recipe.training import MOST_CANDIDATES, Lora, Training
 
@@ -33,7 +34,18 @@ def check_rules(recipe: RecipeFields) -> None:
         raise ValueError("method is dpo: its pairs cannot be packed, and on_too_long must be drop")
     if recipe.engine == "unsloth" and (recipe.method == "dpo" or recipe.full_finetuning or recipe.num_processes > 1):
         raise ValueError("engine is unsloth, which trains only an adapter, by sft, on one GPU: set engine to auto")
+    _check_evaluation(recipe)
     _check_sweep(recipe)
+
+
+def _check_evaluation(recipe: RecipeFields) -> None:
+    if recipe.eval_revision and not recipe.eval_dataset:
+        raise ValueError("eval_revision is a revision of eval_dataset, which is empty: set it, or use dataset_revision")
+    own = Data.model_fields["holdout_share"].default
+    if (recipe.eval_dataset or recipe.eval_split) and recipe.holdout_share not in (0, own):
+        raise ValueError(
+            "holdout_share is set together with eval_dataset or eval_split, whose rows are the holdout: leave out one"
+        )
 
 
 def _check_sweep(recipe: RecipeFields) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from include.data.expectations import DATA_CHECKS
 from include.recipe.data import Data
-from include.recipe.evaluation import Gate, SmokeTest
+from include.recipe.evaluation import Gate, SmokeTest, corrected_confidence
 from include.recipe.fields import RecipeFields
 from include.recipe.model import Model
 from include.recipe.operations import Operations
@@ -67,14 +67,13 @@ class Recipe(RecipeFields):
     def candidates(self) -> dict[str, Recipe]:
         """Return one recipe without a sweep for each combination of the sweep's values, by a label of these values.
 
-        The best of several candidates on the same holdout rows can be the best by chance. A Bonferroni correction of
-        `gate_confidence` keeps the probability that chance lets any of them through at 1 - `gate_confidence`.
+        Each has the corrected `gate_confidence` (see `corrected_confidence`).
 
         Raises:
             ValidationError: a value is wrong for its field.
         """
         combinations = list(itertools.product(*self.sweep.values()))
-        confidence = round(1 - (1 - self.gate_confidence) / len(combinations), 6)
+        confidence = corrected_confidence(self.gate_confidence, len(combinations))
         own = self.model_dump(mode="json") | {"sweep": {}, "gate_confidence": confidence}
         recipes = [Recipe.model_validate(own | dict(zip(self.sweep, values, strict=True))) for values in combinations]
         return {

@@ -68,14 +68,16 @@ def _metadata(manifest: dict[str, Any]) -> Any:
 
     recipe, dataset, base = manifest["recipe"], manifest["dataset"], manifest["base"]
     on_hub = is_hub_id(dataset["name"])
+    evaluated = manifest.get("evaluation_dataset") or dataset
+    evaluated_on, evaluated_on_hub = recipe.get("eval_dataset") or recipe["dataset"], is_hub_id(evaluated["name"])
     smoke_test, loss = manifest["smoke_test"], manifest["evaluation"]["verdict"]["against_base"]["candidate"]
 
     def result(metric: str, name: str, value: float) -> Any:
         return EvalResult(
             task_type="text-generation",
-            dataset_type=dataset["name"] if on_hub else "sharegpt",
-            dataset_name=f"{short_name(recipe['dataset']).rsplit('/', 1)[-1]} (held out)",
-            dataset_revision=dataset["revision"] if on_hub else None,
+            dataset_type=evaluated["name"] if evaluated_on_hub else "sharegpt",
+            dataset_name=f"{short_name(evaluated_on).rsplit('/', 1)[-1]} (held out)",
+            dataset_revision=evaluated["revision"] if evaluated_on_hub else None,
             metric_type=metric,
             metric_name=name,
             metric_value=value,

@@ -33,6 +33,14 @@ def hub_api() -> Any:
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
+def hub_file_system() -> Any:
+    """Return huggingface_hub's file system, for parts of large files; paths are `owner/name@revision/file`."""
+    from huggingface_hub import HfFileSystem
+
+    _set_timeout()
+    return HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT") or None)
+
+
 @functools.cache
 def _set_timeout() -> None:
     import httpx

@@ -71,15 +71,18 @@ def test_each_rule_of_the_token_contract_counts_the_rows_with_its_fault(
     assert found == {"bos_errors": 3, "unended_turns": 5, "mask_errors": 7}
 
 
-def test_preference_rows_whose_prompts_get_different_tokens_are_counted(
-    write_rows: Callable, small_recipe: Callable, pipeline: Callable
+def test_preference_rows_whose_answers_share_a_token_with_the_header_are_counted(
+    write_rows: Callable, small_recipe: Callable, pipeline: Callable, artifact: Callable
 ) -> None:
     pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "Who knows?"} for i in range(40)]
     # the tokenizer encodes the header's line breaks otherwise where the answer begins with another one
     joined = [{"prompt": f"And {i}?", "chosen": f"\nIt is {i}.", "rejected": "Who knows?"} for i in range(2)]
-    recipe = small_recipe(method="dpo", dataset=write_rows([*pairs, *joined]))
-    with pytest.raises(BadData, match="the tokens before the two answers differ .2 rows, the first is row 40;"):
-        pipeline(recipe, "template")
+    rows = write_rows([*pairs, *joined])
+    made = artifact(pipeline(small_recipe(method="dpo", dataset=rows), "template"))
+    assert {check.check: check.rows for check in made.metadata.checks if check.rows} == {"prompt_errors": 2}
+    assert made.metadata.train.rows + made.metadata.holdout.rows == 42
+    with pytest.raises(BadData, match="an answer shares a token with its header: .*2 rows, the first is row 40;"):
+        pipeline(small_recipe(method="dpo", dataset=rows, check_limits={"prompt_errors": 0}), "template")
 
 
 def test_a_tokenizer_with_other_ids_for_a_whole_text_stops_the_run(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from include.chat.tokenized import load_rows
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 from include.errors import BadData
 from tests.conftest import conversation
 from tests.rows import ROWS, lines

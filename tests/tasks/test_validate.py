@@ -11,14 +11,24 @@ import pytest
 
 from include.chat.tokenized import load_rows
 from include.errors import BadData
-from include.pipeline.contracts import CopiedRow
+from include.pipeline.contracts import CONTRACTS, CopiedRow
+from include.reporting.pages import report_page
 from tests.conftest import conversation
+from tests.include.reporting.test_pages import summary
 from tests.rows import ROWS, lines, listed, messages
 
 
 def row(*turns: tuple[Any, Any], **more: Any) -> bytes:
     """Return a ShareGPT row of (speaker, text) turns."""
     return json.dumps({"conversations": [{"from": speaker, "value": text} for speaker, text in turns], **more}).encode()
+
+
+def user(text: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
 
 
 ASKED, TOLD = ("human", "a?"), ("gpt", "b.")
@@ -45,14 +55,29 @@ REFUSED = {
     "no tool list": (row(ASKED, TOLD, tools="none"), "not a list of objects"),
     "tool_calls": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}]}',
-        "under tool_calls",
+        "turn 2: tool_calls: a tool call has no function with a name",
     ),
-    "None as value": (row(ASKED, ("gpt", None)), "the value of turn 1 is null"),
-    "a number as value": (row(ASKED, ("gpt", 7)), "the value of turn 1 is 7"),
-    "a list as value": (row(("human", ["a"]), TOLD), 'the value of turn 0 is ["a"]'),
+    "None as value": (row(ASKED, ("gpt", None)), "turn 2: the value is not a text (null)"),
+    "a number as value": (row(ASKED, ("gpt", 7)), "turn 2: the value is not a text (a number)"),
+    "a list as value": (row(("human", ["a"]), TOLD), "turn 1: the value is a list with a text in it"),
     "no value": (
         b'{"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]}',
-        "the value of turn 0 is null",
+        "turn 1: the value is not a text (null)",
+    ),
+    "a picture": (row(ASKED, TOLD, images=["0.jpg"]), "an image, audio or video"),
+    "a label": (row(ASKED, TOLD, label=False), "label says whether the answer was liked; set a method that takes it"),
+    "a weight": (row(ASKED, TOLD, sample_weight=0.5), "a weight of its own"),
+    "two system texts": (row(("system", "x"), ASKED, TOLD, system="y"), "two different system texts"),
+    "functions": (row(ASKED, TOLD, functions=[{"name": "f"}]), "lists tools, which the chat template does not render"),
+    "a call": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null, "function_call": '
+        b'{"name": "f", "arguments": "{}"}}]}',
+        "a turn calls tools, which the chat template does not render",
+    ),
+    "reasoning": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": '
+        b'"c"}]}',
+        "reasoning stands beside the text",
     ),
     "an empty value": (row(ASKED, ("gpt", "")), "text is empty"),
     "white space": (row(ASKED, ("gpt", " \n")), "text is empty"),
@@ -85,6 +110,22 @@ USED = {
     "more keys": (
         b'{"conversations": [{"from": "human", "value": "q", "id": 1}, {"from": "gpt", "value": "r"}]}', None, "q r"
     ),
+    "a system column": (row(("human", "a1"), TOLD, system_prompt="s1"), None, "s1 a1 b."),
+    "an empty system turn": (row(("system", ""), ("human", "a2"), TOLD), "empty system turn left out", "a2 b."),
+    "a developer": (row(("developer", "s3"), ("human", "a3"), TOLD), "role alias", "s3 a3 b."),
+    "text parts": (row(("human", [{"type": "text", "text": "a4"}]), TOLD), None, "a4 b."),
+    "two columns": (
+        b'{"conversations": [], "messages": [{"role": "user", "content": "a5"}, {"from": "gpt", "value": "d"}]}',
+        None, "a5 d",
+    ),
+    "Python's text": (
+        json.dumps({"conversations": "[{'from': 'human', 'value': 'a6'}, {'from': 'gpt', 'value': 'd'}]"}).encode(),
+        "conversation was Python's text of a list", "a6 d",
+    ),
+    "null keys": (
+        b'{"messages": [{"from": "human", "value": "a7", "role": null, "content": null}, '
+        b'{"from": null, "value": null, "role": "assistant", "content": "d"}]}', None, "a7 d",
+    ),
     "special tokens": (row(("human", "<|eot_id|>"), ("gpt", "s</s>")), None, "<|eot_id|> s</s>"),
     "NUL": (row(("human", "t\x00"), ("gpt", "u")), "NUL characters removed", "t u"),
     "U+FFFD": (row(("human", "v\ufffd"), ("gpt", "w")), None, "v\ufffd w"),
@@ -116,18 +157,19 @@ def test_every_kind_of_row_is_refused_repaired_or_used_and_listed(
         assert " ".join(kept[number].contents) == text, form
         assert repaired.get(number, {}).get("repairs") == (repair and [repair]), form
         assert number not in repaired or repaired[number]["content"] == raw.decode()
+    assert found.metadata.unused == {"turn key id": 1}
     counts = {check.check: check.rows for check in found.metadata.checks}
     assert [counts[n] for n in ("special_token_text", "broken_characters", "control_characters")] == [1, 1, 1]
     assert "sharegpt_rows" in (found.local() / "data_docs" / "index.html").read_text()
 
 
 def test_tool_turns_and_tool_lists_are_kept_where_the_template_renders_them(
-    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, material: Path
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, material: Path, llama_base: Path
 ) -> None:
     path = tmp_path / "a.jsonl"
     rows = json.loads((material / "datasets" / "glaive_toolcall_en_demo.json").read_text())
     path.write_bytes(lines(rows))
-    lineage = pipeline(small_recipe(dataset=str(path), max_seq_length=20_000), "template")
+    lineage = pipeline(small_recipe(dataset=str(path), base_model=str(llama_base), max_seq_length=20_000), "template")
     kept = messages(artifact(lineage, "standardize"))
     assert artifact(lineage, "validate").metadata.refused == 0
     assert sum("tool" in said.roles for said in kept.values()) > 100
@@ -137,6 +179,66 @@ def test_tool_turns_and_tool_lists_are_kept_where_the_template_renders_them(
     assert "Given the following functions" in (artifact(lineage).local() / "samples.txt").read_text()
     with pytest.raises(BadData, match="which the chat template does not render"):
         pipeline(small_recipe(dataset=str(path), chat_template="vicuna"), "validate")
+
+
+def test_rows_whose_tool_calls_the_template_cannot_write_are_refused(
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    call = {"function": {"name": "f", "arguments": '{"x": 1}'}}
+    called = [
+        {"content": None, "tool_calls": [call]},
+        {"content": None, "function_call": call["function"]},
+        {"content": "Wait.", "tool_calls": [call]},  # Llama's template leaves the text out
+        {"content": None, "tool_calls": [call, call]},  # Llama's template takes one call
+        {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": "<|eot_id|>"}}}]},
+    ]
+    rows = [
+        {"messages": [user(f"Q{i}"), {"role": "assistant", **turn}, {"role": "tool", "content": "7"}, assistant("b")],
+         "functions": [{"name": "f"}]}
+        for i, turn in enumerate(called)
+    ]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(ROWS) + lines(rows))
+    lineage = pipeline(small_recipe(dataset=str(path), max_refused_share=0.1), "standardize")
+    refused = listed(artifact(lineage, "validate"), "quarantine.jsonl")
+    reasons = {row: entry["reasons"] for row, entry in refused.items()}
+    assert list(reasons) == [42, 43, 44]
+    assert {found[0] for found in reasons.values()} == {"the chat template cannot render the tool calls of a turn"}
+    parts = ("does not write the turns user, assistant, tool, assistant once", "single tool-calls", "<|eot_id|>")
+    assert all(part in found[1] for part, found in zip(parts, reasons.values(), strict=True))
+    kept = messages(artifact(lineage))
+    made = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert kept[40].messages[1] == kept[41].messages[1] == {"role": "assistant", "content": "", "tool_calls": [made]}
+    assert kept[40].tools == '[{"name":"f"}]'
+
+
+def test_what_is_not_used_is_named_in_log_metadata_and_report(
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**row, "id": i, **({"note": "x"} if i % 2 else {"source": None})} for i, row in enumerate(ROWS)]
+    rows[3]["conversations"] = [{**turn, "name": "Anna"} for turn in rows[3]["conversations"]]
+    rows[4] |= {f"extra{i}": 1 for i in range(10)}
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(rows))
+    caplog.set_level("INFO", "airflow.task.retune")
+    found = artifact(pipeline(small_recipe(dataset=str(path)), "validate")).metadata
+    assert [*found.unused.items()][:4] == [
+        ("column id", 40), ("column note", 20), ("turn key name", 2), ("column extra0", 1)
+    ]  # fmt: skip
+    assert found.unused["turn key name"] == 2 and "column source" not in found.unused
+    (line,) = [message for message in caplog.messages if "not used:" in message]
+    assert "not used: column id (40), column note (20), turn key name (2), column extra0 (1)" in line and line.endswith(
+        ", and 3 more"
+    )
+    reached = {"validate": {"state": "done", "seconds": 1.0, "reused": False, "folder": "here", "summary": "read"}}
+    page = report_page(summary("failed", stages=reached), {**dict.fromkeys(CONTRACTS), "validate": found})
+    assert "Not used: column id (40), column note (20), turn key name (2), column extra0 (1)" in page
+    counts = {check.check: check.rows for check in found.checks}
+    assert (counts["unused_columns"], counts["unknown_keys"]) == (40, 1)
+    assert found.good == 40
+    strict = small_recipe(dataset=str(path), check_limits={"unknown_keys": 0})
+    with pytest.raises(BadData, match="a turn has keys that are not used"):
+        pipeline(strict, "validate")
 
 
 def test_merged_turns_and_the_limit_of_a_single_check(

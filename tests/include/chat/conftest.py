@@ -16,7 +16,8 @@ from include.chat.conversation_encoder import ConversationEncoder
 from include.chat.encoder import TokenizersEncoder
 from include.chat.template import ChatTemplate, template_source
 from include.chat.tokenized import IGNORED
-from include.data.sharegpt import Conversation, parse_row
+from include.data.conversation import Conversation
+from include.data.sharegpt import parse_row
 
 HELLO = [{"role": "user", "content": " hi\n"}, {"role": "assistant", "content": " ho "}]
 MakeFormat = Callable[..., ChatFormat]

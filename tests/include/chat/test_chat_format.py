@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from include.chat.chat_format import ChatFormat
 from include.chat.conversation_encoder import ConversationEncoder
-from include.chat.template import RENDERING_DATE, renders_tools
+from include.chat.template import RENDERING_DATE, ChatTemplate, renders_tools
 from include.chat.tokenized import IGNORED
-from include.data.sharegpt import Conversation, parse_row
+from include.chat.tool_calls import call_fault
+from include.data.conversation import Conversation, conversations_in, to_columns
+from include.data.sharegpt import parse_row
 from include.errors import BadRecipe, NotFound
 from include.recipe import validate_recipe
 from tests.include.chat.conftest import HELLO, MakeFormat, rows_of, trained_text
@@ -123,6 +127,70 @@ def test_tools_and_their_answers_are_written_as_apply_chat_template_writes_them(
         assert ids == published_tokenizer.apply_chat_template(row.messages, tools=tools, return_dict=False, **settings)
         answers = [c.strip() for role, c in zip(row.roles, row.contents, strict=True) if role == "assistant"]
         assert [part.strip() for part in trained_text(llama, labels).split("<|eot_id|>")[:-1]] == answers
+
+
+QWEN_LIKE = """{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
+
+{% if m.tool_calls %}{% if m.content %}{{ m.content + "\n" }}{% endif %}{% for call in m.tool_calls %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% if not loop.last %}{{ "\n" }}{% endif %}{% endfor %}{% else %}{{ m.content }}{% endif %}<|eot_id|>
+{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "a house", "n": 7}'}}
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "trained"),
+    [
+        (
+            "llama-3.1",
+            [{"content": None, "tool_calls": [CALL]}],
+            ['{"name": "look", "parameters": {"at": "a house", "n": 7}}', "It is 7."],
+        ),
+        (
+            QWEN_LIKE,
+            [{"content": None, "function_call": CALL["function"]}, {"content": "I look.", "tool_calls": [CALL, CALL]}],
+            [
+                '<tool_call>\n{"name": "look", "arguments": {"at": "a house", "n": 7}}\n</tool_call>',
+                "I look." + '\n<tool_call>\n{"name": "look", "arguments": {"at": "a house", "n": 7}}\n</tool_call>' * 2,
+                "It is 7.",
+            ],
+        ),
+    ],
+)
+def test_tool_calls_are_written_and_trained_as_apply_chat_template_writes_them(
+    llama: ChatFormat, published_tokenizer: Any, template: str, turns: list[dict[str, Any]], trained: list[str]
+) -> None:
+    source = llama.template.source if template == "llama-3.1" else template
+    chat = ConversationEncoder(
+        ChatTemplate("calls", source, llama.tokenizer.named_tokens, llama.tokenizer.special_ids), llama.encoder, {}
+    )
+    messages = [{"role": "user", "content": "What?"}]
+    for turn in turns:
+        messages += [{"role": "assistant", **turn}, {"role": "tool", "content": "7"}]
+    messages.append({"role": "assistant", "content": "It is 7."})
+    row = {"messages": messages, "functions": [{"name": "look"}]}
+    parsed = parse_row(json.dumps(row).encode())
+    conversation = parsed.conversation
+    assert call_fault(chat.template, conversation) == ""
+    ((ids, labels),) = chat.encode([conversation]).rows()
+    # what the API's messages are for transformers: arguments as objects, every call in tool_calls
+    function = {**CALL["function"], "arguments": {"at": "a house", "n": 7}}
+    for message in messages:
+        if message.pop("function_call", None) or message.get("tool_calls"):
+            count = len(message.get("tool_calls", [1]))
+            message["tool_calls"] = [{"type": "function", "function": function}] * count
+    settings: dict[str, Any] = {"chat_template": source, "strftime_now": RENDERING_DATE.strftime}
+    tools = row["functions"]
+    assert ids == published_tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **settings)
+    assert trained_text(llama, labels).split("<|eot_id|>") == [*trained, ""]
+    # a masked call is context only, and other turns stay in the loss
+    ((same, labels),) = chat.encode([replace(conversation, masked=(1,))]).rows()
+    assert same == ids and trained_text(llama, labels).split("<|eot_id|>") == [*trained[1:], ""]
+    # columns and pieces keep the calls with their turns
+    assert list(conversations_in(pa.table(to_columns([conversation])))) == [conversation]
+    assert Conversation.of(conversation.messages).calls == conversation.calls
 
 
 def test_special_tokens_in_a_text_stay_text_unless_the_recipe_parses_them(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from include.chat.chat_format import ChatFormat
 from include.chat.conversation_encoder import ConversationEncoder
-from include.chat.encoder import GigatokenEncoder, TokenizersEncoder
-from include.data.sharegpt import Conversation
+from include.chat.encoder import GigatokenEncoder, Spans, TokenizersEncoder
+from include.data.conversation import Conversation
 from tests.include.chat.conftest import MakeFormat
 
 AWKWARD = [
@@ -50,6 +51,40 @@ def test_the_fast_encoder_agrees_on_any_text(llama: ChatFormat, llama_encoder: T
     fast, exact = llama.encoder.encode([text], spans), llama_encoder.encode([text], spans)
     assert fast.ids.tolist() == exact.ids.tolist()
     assert fast.mask.tolist() == exact.mask.tolist()
+
+
+def test_any_character_in_any_surroundings_gets_the_tokenizers_ids(
+    llama: ChatFormat, llama_encoder: TokenizersEncoder
+) -> None:
+    draw = random.Random(0)
+    newer = [0x88F, 0xC5C, 0xCDC, 0xA7CE, 0xA7F1, *range(0x10940, 0x1095A), *range(0x11DB0, 0x11DEA)]  # Unicode 17
+    # the planes with scripts; in the others nearly all is one class
+    drawn = [draw.choice((draw.randrange(0x80, 0xD800), draw.randrange(0xE000, 0x20000))) for _ in range(2000)]
+    before, after = (
+        ["", "x", " ", "1", "é", "'", "\n", ".", " x", "\t"],
+        ["", "'sjk", "'s", "b", "1", "\n\n", " ", "'ll"],
+    )
+    for character in map(chr, [*newer, *drawn]):
+        surroundings = [one + character + other for one in before for other in after]
+        texts = surroundings if ord(character) in newer else draw.sample(surroundings, 6)
+        no_spans: list[Spans] = [[]] * len(texts)
+        fast, exact = llama.encoder.encode(texts, no_spans), llama_encoder.encode(texts, no_spans)
+        assert (fast.starts.tolist(), fast.ids.tolist()) == (exact.starts.tolist(), exact.ids.tolist()), hex(
+            ord(character)
+        )
+    assert isinstance(llama.encoder, GigatokenEncoder)
+    assert all(llama.encoder.differs_on(chr(c)) for c in newer)
+    assert sum(llama.encoder.differs_on(chr(c)) for c in range(0xC0, 0x250)) == 0, "gigatoken encodes known letters"
+
+
+def test_rows_with_characters_newer_than_the_tokenizers_tables_get_its_ids(
+    llama: ChatFormat, llama_encoder: TokenizersEncoder, material: Path
+) -> None:
+    file = next((material / "cases").glob("42-*")) / "unicode_row512.jsonl"
+    rows = [json.loads(line)["conversations"] for line in file.read_bytes().splitlines()]
+    texts = [turn["value"] for row in rows for turn in row]
+    fast, exact = (encoder.encode(texts, [[] for _ in texts]) for encoder in (llama.encoder, llama_encoder))
+    assert (fast.starts.tolist(), fast.ids.tolist()) == (exact.starts.tolist(), exact.ids.tolist())
 
 
 def test_a_character_that_the_two_classify_differently_goes_to_the_tokenizer(

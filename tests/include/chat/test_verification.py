@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 
 from include.chat.chat_format import ChatFormat
 from include.chat.encoder import Encoder, Spans, TokenizersEncoder, Tokens
-from include.chat.splitting import split_conversation
+from include.chat.splitting import mask_all_but_last, split_conversation, trained_turns
 from include.chat.tokenized import Encoded
 from include.chat.verification import (
     count_prefix_mismatches,
@@ -20,7 +20,7 @@ from include.chat.verification import (
     verify_encoding,
     verify_loss_masks,
 )
-from include.data.sharegpt import Conversation
+from include.data.conversation import Conversation
 from include.errors import BadRecipe
 from tests.include.chat.conftest import HELLO, MakeFormat
 
@@ -196,9 +196,54 @@ def test_a_long_conversation_is_split_before_user_turns(tiny: ChatFormat) -> Non
     turns = [content for exchange in exchanges for content in exchange]
     whole = Conversation(("system", *ROLES * 4), ["Be brief.", *turns])
     sizes = [len(tiny.encode([Conversation(("system", *ROLES), ["Be brief.", *e])]).ids) for e in exchanges]
-    parts = split_conversation(tiny, whole, max_tokens=max(sizes[0], sizes[2] + sizes[3]))
+    limit = max(sizes[0], sizes[2] + sizes[3])
+    parts, lost = split_conversation(tiny, whole, limit)
     assert [part.contents for part in parts] == [
         ["Be brief.", *exchanges[0]],
         ["Be brief.", *exchanges[2], *exchanges[3]],
     ]
-    assert split_conversation(tiny, Conversation(ROLES, exchanges[1]), max_tokens=64) == []
+    assert lost == [4], "the answer of the exchange that alone is too long"
+    assert split_conversation(tiny, Conversation(ROLES, exchanges[1]), max_tokens=64) == ([], [1])
+    # masks stay with their turns; a piece without an answer to train on is none, and nothing of it is lost
+    parts, lost = split_conversation(tiny, replace(whole, masked=(2, 6)), limit)
+    assert [(part.contents, part.masked) for part in parts] == [(["Be brief.", *exchanges[2], *exchanges[3]], (2,))]
+    assert lost == [4]
+    assert split_conversation(tiny, replace(whole, masked=(2, 4, 6)), limit)[1] == []
+
+
+def test_masked_turns_are_out_of_the_loss_and_change_no_id(llama: ChatFormat, tiny: ChatFormat) -> None:
+    turns = ["Be brief.", "One?", "First.", "Two?", "Second.", "Three?", "Third."]
+    plain = Conversation(("system", *ROLES * 3), turns)
+    for chat in (llama, tiny):
+        (ids, labels), = chat.encode([plain]).rows()  # fmt: skip
+        for masked in ((2,), (4,), (2, 6), (4, 6), (2, 4), (2, 4, 6)):
+            one = replace(plain, masked=masked)
+            encoded = chat.encode([one, plain])
+            (found, found_labels), other = encoded.rows()
+            assert (found, other) == (ids, (ids, labels)), "and the next conversation has its own masks"
+            trained = chat.decode([label for label in found_labels if label != -100])
+            answers = [turns[turn] + "<|eot_id|>" for turn in (2, 4, 6) if turn not in masked]
+            assert trained == "".join(answers)
+            contract = token_contract(chat, encoded, [one, plain], 256)
+            assert not contract["mask_errors"].any() and not contract["unended_turns"].any()
+            verify_loss_masks(chat, [one, plain], encoded)
+            assert token_contract(chat, encoded, [plain, plain], 256)["mask_errors"][0] == len(masked)
+    assert count_prefix_mismatches(tiny, [replace(plain, masked=(6,))]) == 0, "it has no trained last answer"
+
+
+def test_of_a_conversation_the_last_answer_alone_is_trained_on() -> None:
+    conversation = Conversation((*ROLES, *ROLES), ["One?", "First.", "Two?", "Second."])
+    assert mask_all_but_last(conversation).masked == (1,)
+    assert trained_turns(mask_all_but_last(conversation)) == [3]
+    assert trained_turns(mask_all_but_last(replace(conversation, masked=(3,)))) == []
+    assert mask_all_but_last(Conversation(ROLES, ["One?", "First."])).masked == ()
+
+
+def test_pieces_of_a_long_conversation_keep_their_tool_calls(llama: ChatFormat) -> None:
+    call = '[{"type":"function","function":{"name":"look","arguments":{"n":7}}}]'
+    roles = ("user", "assistant", "tool", "assistant")
+    contents = ["What? " * 40, "", "7", "It is 7."]
+    whole = Conversation(roles * 2, contents * 2, calls=((1, call), (5, call)))
+    one = Conversation(roles, contents, calls=((1, call),))
+    longest = len(llama.encode([one]).ids)
+    assert split_conversation(llama, whole, longest) == ([one, one], [])

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import include.storage.web
+from include.data.decontamination import read_prompts
 from include.data.listing import MAX_NAMES
-from include.data.sources import DatasetRef, is_hub_id, pin_dataset, read_prompts, read_rows, short_name
+from include.data.sources import DatasetRef, is_hub_id, pin_dataset, read_rows, short_name
 from include.errors import BadData, BadRecipe, NoPermission, NotFound, PermanentError, Unreachable
 from include.storage.locations import open_path
 from tests.rows import ROWS, csv, lines, parquet

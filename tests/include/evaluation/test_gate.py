@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from include.evaluation.gate import PROMPT_EFFECT, TIE, Verdict, compare, judge, rows_needed
+from include.evaluation.gate import PROMPT_EFFECT, TIE, Verdict, by_conversation, compare, judge, rows_needed
 
 NO_EFFECT = "no effect: no holdout row's loss differs from the base's loss by 0.001 nats per token or more"
 A_TIE = "a tie with the live adapter: no holdout row's loss differs by 0.001 nats per token or more"
@@ -120,6 +120,21 @@ def test_a_candidate_without_effect_is_refused_although_its_difference_is_measur
 
 def test_every_row_has_the_same_weight() -> None:
     assert compare([1.0, 2.0, 3.0], [2.0, 2.0, 2.0], 0.95).difference == 0
+
+
+def test_pieces_of_a_conversation_are_one_unit_with_the_mean_over_their_tokens() -> None:
+    assert by_conversation([7, 3, 7], [1, 5, 3], [4.0, 1.0, 0.0]) == [1.0, 1.0]
+    assert by_conversation([1, 2], [3, 7], [0.1, 0.7]) == [0.1, 0.7]
+    # ten conversations in twenty equal pieces each: the interval is that of ten rows, not of two hundred
+    base, ours = rows(2.0)[:10], rows(1.9, 1)[:10]
+    pieces = [i for i in range(10) for _ in range(20)]
+    joined = [by_conversation(pieces, [9] * 200, [losses[i] for i in pieces]) for losses in (ours, base)]
+    assert compare(*joined, 0.95) == compare(ours, base, 0.95)
+    wrong = compare([ours[i] for i in pieces], [base[i] for i in pieces], 0.95)
+    assert wrong.high - wrong.low < (compare(*joined, 0.95).high - compare(*joined, 0.95).low) / 3
+    few = [by_conversation([0] * 50 + [1], [1] * 51, [loss] * 51) for loss in (1.0, 2.0)]
+    (reason,) = judge({"candidate": few[0], "base": few[1]}, [], 0.95, 0.0).reasons
+    assert reason.startswith("too few holdout rows: 2")
 
 
 def test_too_few_rows_are_a_reason() -> None:

@@ -57,4 +57,6 @@ def test_copies_have_a_maximum_length_and_a_maximum_number(tmp_path: Path) -> No
     assert max(len(row["input_ids"]) for row in rows) <= 11
     (tmp_path / "many").mkdir()
     count, positions, rows = written(tmp_path / "many", [([i, i], [i + 1]) for i in range(300)], max_rows=250)
-    assert (count, positions, len(rows)) == (250, list(range(SHUFFLED_ROWS)), 250 + SHUFFLED_ROWS)
+    assert (count, len(positions), len(rows)) == (250, SHUFFLED_ROWS, 250 + SHUFFLED_ROWS)
+    assert positions == sorted(positions) != list(range(SHUFFLED_ROWS)), "a random sample, not the first rows"
+    assert [row["row"] for row in rows[250:]] == [rows[position]["row"] for position in positions]

@@ -43,14 +43,14 @@ def test_no_contract_loses_or_renames_a_field_or_a_file() -> None:
 
 
 def test_metadata_with_a_lost_a_renamed_or_a_wrong_field_is_refused(tmp_path: Path) -> None:
-    whole = {"rows": 3, "sha256": "a"}
+    whole = {"rows": 3, "eval_rows": 0, "sha256": "a"}
     assert DownloadOutput.model_validate(whole).rows == 3
     for wrong in ({"rows": 3}, {"rows": 3, "sha": "a"}, {**whole, "more": 1}, {"rows": "many", "sha256": "a"}):
         with pytest.raises(ValidationError):
             DownloadOutput.model_validate(wrong)
     (tmp_path / "work").mkdir()
     store = Store(f"file://{tmp_path}/store")
-    store.commit(tmp_path / "work", "r", "download", "abc", summary="", metadata={"rows": 3}, inputs={})
+    store.commit(tmp_path / "work", "r", "download", "abc", summary="", metadata={"rows": 3, "eval_rows": 0}, inputs={})
     output = find_output(store, "r", "download", "abc")
     assert output
     with pytest.raises(RetuneError, match="was made by another version of Retune: its metadata differs in sha256"):

@@ -131,11 +131,22 @@ def ended(process: subprocess.Popen[str]) -> str:
 def test_two_machines_make_what_one_makes(
     tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = {"dataset": written(tmp_path, rows(10_600)), "on_too_long": "split", "max_seq_length": 160,
-              "near_duplicates": "drop"}  # fmt: skip
+    made_up = rows(11_600)  # the last thousand to evaluate on: some nearly equal to early ones
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made_up[10_600:]))
+    (tmp_path / "prompts.txt").write_text(made_up[77]["conversations"][0]["value"])
+    repeated = [
+        conversation(turns[0]["value"], turns[1]["value"] + " once more")
+        for turns in (row["conversations"] for row in made_up[100:140])
+    ]
+    fields = {"dataset": written(tmp_path, [*made_up[:10_600], *repeated]), "on_too_long": "split",
+              "max_seq_length": 160, "near_duplicates": "drop", "eval_dataset": str(tmp_path / "eval.jsonl"),
+              "decontaminate_against": str(tmp_path / "prompts.txt"), "holdout_share": 0.05}  # fmt: skip
     lineage = pipeline(small_recipe(**fields), "template")
     alone = {name: known(artifact(lineage, name)) for name in ("standardize", "template")}
-    assert alone["standardize"]["metadata"]["near_duplicates"] >= 20
+    assert alone["standardize"]["metadata"]["left_out_reasons"].keys() == {
+        "near-duplicate of another row", "near-duplicate of a held-out row", "contains a benchmark's prompt"
+    }  # fmt: skip
+    assert min(alone["standardize"]["metadata"][name] for name in ("near_duplicates", "leaking")) >= 20
     assert alone["template"]["metadata"]["too_long"] > alone["template"]["metadata"]["left_out"]
 
     with S3(tmp_path / "s3", "bucket"):

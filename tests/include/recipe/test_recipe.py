@@ -104,8 +104,9 @@ def test_shipped_recipes_load_and_their_values_fit_the_form(file: Path) -> None:
 
 @pytest.mark.parametrize("dataset", ["data/*.jsonl", ["a.jsonl", "s3://bucket/b/"]])
 def test_a_dataset_is_a_name_or_a_list_of_names_also_in_the_form(dataset: Any) -> None:
-    fields = form(validate_recipe({"name": "x", "dataset": dataset}, "a test"))
-    assert fields["dataset"]["value"] == dataset
+    fields = form(validate_recipe({"name": "x", "dataset": dataset, "eval_dataset": dataset}, "a test"))
+    assert fields["dataset"]["value"] == fields["eval_dataset"]["value"] == dataset
+    assert fields["eval_dataset"]["schema"]["type"] == ["string", "array", "null"]
     assert fields["dataset"]["schema"]["type"] == ["string", "array"], "one text field in the form, for text or JSON"
     for other in ("data/*.jsonl", ["a.jsonl"]):
         jsonschema.validate(other, fields["dataset"]["schema"])

@@ -1,0 +1,198 @@
+"""Preparation of rows for the trainer: which conversations are used, whole or in part, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from include.chat.chat_format import ChatFormat
+from include.chat.splitting import mask_all_but_last, split_conversation, trained_turns
+from include.chat.tokenized import IGNORED, batch, pair_batch, prompt_tokens
+from include.chat.verification import pair_contract, token_contract
+from include.data.conversation import Conversation, conversations_in
+from include.recipe import Recipe
+
+# why a row does not train
+BROKEN_BY_TEXT = "special tokens in the text of a turn break the form of the template (special_tokens_in_text: parse)"
+LAST_IS_MASKED = "the last answer is masked, and train_on is last"
+TOO_LONG = "longer than max_seq_length"
+NOTHING_LEFT = "truncated to max_seq_length, before the first trained token"
+NO_COMMON_PROMPT = "the tokens before the two answers have no common begin"
+# why a part of a row does not train
+TRUNCATED = "in part: truncated to max_seq_length"
+EXCHANGE_TOO_LONG = "in part: an exchange that alone is longer than max_seq_length"
+
+Line = dict[str, Any]  # of `left_out.jsonl`: `row`, `reasons`, and `turn` or `tokens` where they say more
+
+
+@dataclass
+class PreparedFile:
+    """One file of messages as the trainer gets it.
+
+    Attributes:
+        contract: the columns that the suite checks, one entry per row.
+        batches: record batches of the rows for training (False) and of those that are held out (True); see
+            `include.chat.tokenized`.
+        left_out: for each row or part that does not train, its line in `left_out.jsonl`.
+    """
+
+    contract: dict[str, Any]
+    batches: dict[bool, list[Any]]
+    left_out: list[Line]
+
+    def __post_init__(self) -> None:
+        self.left_out.sort(key=lambda line: (line["row"], line.get("turn", 0)))
+
+    @property
+    def longest(self) -> int:
+        """Return the number of tokens of the longest row."""
+        longest = 0
+        for rows in (*self.batches[False], *self.batches[True]):
+            lengths = {name: np.diff(ids.offsets.to_numpy()) for name, ids in _id_lists(rows).items()}
+            prompts = lengths.pop("prompt_ids", 0)  # each of the two answers follows the prompt
+            longest = max([longest, *(int((prompts + count).max(initial=0)) for count in lengths.values())])
+        return longest
+
+    @property
+    def largest_id(self) -> int:
+        """Return the largest token id in the rows."""
+        lists = [ids for rows in (*self.batches[False], *self.batches[True]) for ids in _id_lists(rows).values()]
+        return max((int(ids.flatten().to_numpy().max(initial=0)) for ids in lists), default=0)
+
+    def samples(self, chat: ChatFormat, count: int) -> list[str]:
+        """Return the first rows as text, with the trained parts between » and «."""
+        rows = [row for rows in (*self.batches[False], *self.batches[True]) for row in rows.slice(0, count).to_pylist()]
+        return [_readable(chat, row) for row in sorted(rows, key=lambda row: row["row"])[:count]]
+
+
+def prepare_file(chat: ChatFormat, table: Any, recipe: Recipe) -> PreparedFile:
+    """Encode a table of messages (see `StandardizeOutput`), and decide which rows are used."""
+    prepare = _prepare_pairs if recipe.method == "dpo" else _prepare_conversations
+    return prepare(chat, conversations_of(table, recipe), table["row"].to_numpy(), table["holdout"].to_numpy(), recipe)
+
+
+def conversations_of(table: Any, recipe: Recipe) -> list[Conversation]:
+    """Return the conversations of a table of messages, with the masks that the recipe asks for."""
+    last_only = recipe.train_on == "last" and recipe.method != "dpo"
+    return [mask_all_but_last(c) if last_only else c for c in conversations_in(table)]
+
+
+def with_rejected(pair: Conversation) -> Conversation:
+    """Return the conversation of a preference row with the rejected answer as its last turn."""
+    return replace(pair, contents=[*pair.contents[:-1], str(pair.rejected)])
+
+
+def _left_out(rows: Any, chosen: Iterable[Any], reason: str, tokens: Any = None) -> list[Line]:
+    """Return a line for `left_out.jsonl` for each chosen row, with the row's number of tokens if it says more."""
+    numbers = [{} if tokens is None else {"tokens": int(tokens[i])} for i in chosen]
+    return [{"row": int(rows[i]), "reasons": [reason], **number} for i, number in zip(chosen, numbers, strict=True)]
+
+
+def _refuse_rows(
+    chat: ChatFormat, conversations: list[Conversation], rows: Any, contract: dict[str, Any]
+) -> tuple[Any, list[Line]]:
+    """Find the rows that cannot train by their own content, and take their faults out of the contract.
+
+    Returns:
+        Which rows these are, and their lines for `left_out.jsonl`. Rows with the same faults for another reason keep
+        the faults, and end the run.
+    """
+    refused, entries = np.zeros(len(rows), bool), []
+    for i in np.flatnonzero(contract["bos_errors"] | contract["unended_turns"] | contract["mask_errors"]):
+        contents = [*conversations[i].contents, conversations[i].rejected or ""]
+        turn = next((turn for turn, text in enumerate(contents, 1) if chat.parsed_tokens_in(text)), None)
+        if turn is not None:
+            refused[i] = True
+            entries += [{**entry, "turn": turn} for entry in _left_out(rows, [i], BROKEN_BY_TEXT)]
+    masked = [i for i in np.flatnonzero(contract["untrained"]) if not trained_turns(conversations[i])]
+    refused[masked] = True
+    for name in ("untrained", "bos_errors", "unended_turns", "mask_errors"):
+        contract[name] = np.where(refused, 0, contract[name])
+    return refused, [*entries, *_left_out(rows, masked, LAST_IS_MASKED)]
+
+
+def _prepare_conversations(
+    chat: ChatFormat, conversations: list[Conversation], rows: Any, holdout: Any, recipe: Recipe
+) -> PreparedFile:
+    longest = recipe.max_seq_length
+    encoded = chat.encode(conversations)
+    contract = {"row": rows, **token_contract(chat, encoded, conversations, longest)}
+    refused, left_out = _refuse_rows(chat, conversations, rows, contract)
+    too_long = (contract["tokens_over"] > 0) & ~refused
+    usable = ~too_long & ~refused
+    over = np.flatnonzero(too_long)
+    used = usable.copy()  # rows that are used, whole or in part
+    parts = []
+    if len(over) and recipe.on_too_long == "truncate":
+        encoded = encoded.truncate(longest)
+        usable = used = np.logical_or.reduceat(encoded.loss_mask, encoded.starts) & ~refused
+        left_out += _left_out(rows, over[used[over]], TRUNCATED, contract["tokens"])
+    elif len(over) and recipe.on_too_long == "split":
+        pieces = []
+        for row in over:
+            found, lost = split_conversation(chat, conversations[row], longest)
+            pieces += [(row, piece) for piece in found]
+            if found:
+                entry = {"row": int(rows[row]), "reasons": [EXCHANGE_TOO_LONG]}
+                left_out += [{**entry, "turn": turn + 1} for turn in lost]
+        if pieces:
+            origin = np.array([row for row, _ in pieces])
+            used[origin] = True
+            parts.append((chat.encode([piece for _, piece in pieces]), rows[origin], holdout[origin], origin >= 0))
+    whole = NOTHING_LEFT if recipe.on_too_long == "truncate" else TOO_LONG
+    left_out += _left_out(rows, over[~used[over]], whole, contract["tokens"])
+    parts.insert(0, (encoded, rows, holdout, usable))
+    kept = encoded.ends - encoded.starts
+    contract["left_out"] = (~used).astype(np.int32)
+    contract["kept_over"] = (usable & (kept > longest)).astype(np.int32)
+    contract["cut"] = (usable & (kept < contract["tokens"])).astype(np.int32)
+    if recipe.on_too_long == "truncate":
+        contract["cut"] *= 0
+    batches = {
+        held: [batch(e, r, np.flatnonzero(use & (h == held))) for e, r, h, use in parts] for held in (False, True)
+    }
+    return PreparedFile(contract, batches, left_out)
+
+
+def _prepare_pairs(
+    chat: ChatFormat, conversations: list[Conversation], rows: Any, holdout: Any, recipe: Recipe
+) -> PreparedFile:
+    chosen, rejected = chat.encode(conversations), chat.encode([with_rejected(pair) for pair in conversations])
+    contract = {"row": rows, **pair_contract(chat, chosen, rejected, conversations, recipe.max_seq_length)}
+    refused, left_out = _refuse_rows(chat, conversations, rows, contract)
+    over = (contract["tokens_over"] > 0) & ~refused
+    left_out += _left_out(rows, np.flatnonzero(over), TOO_LONG, contract["tokens"])
+    alone = np.array([prompt_tokens(chosen, rejected, i) == 0 for i in range(len(rows))], bool) & ~refused & ~over
+    left_out += _left_out(rows, np.flatnonzero(alone), NO_COMMON_PROMPT)
+    usable = ~(refused | over | alone)
+    used = np.flatnonzero(usable)
+    contract.update(
+        left_out=(~usable).astype(np.int32),
+        kept_over=np.zeros(len(rows), np.int32),  # a pair is used whole or not at all
+        cut=np.zeros(len(rows), np.int32),
+    )
+    batches = {held: [pair_batch(chosen, rejected, rows, used[holdout[used] == held])] for held in (False, True)}
+    return PreparedFile(contract, batches, left_out)
+
+
+def _id_lists(rows: Any) -> dict[str, Any]:
+    return {name: rows[name] for name in rows.schema.names if name.endswith("_ids")}
+
+
+def _readable(chat: ChatFormat, row: dict[str, Any]) -> str:
+    if "prompt_ids" in row:
+        return (
+            f"row {row['row']}\n{chat.decode(row['prompt_ids'])}»{chat.decode(row['chosen_ids'])}«\n"
+            f"rather than »{chat.decode(row['rejected_ids'])}«\n"
+        )
+    ids, trained = row["input_ids"], [label != IGNORED for label in row["labels"]]
+    parts, begin = [], 0
+    for end in range(1, len(trained) + 1):
+        if end == len(trained) or trained[end] != trained[begin]:
+            text = chat.decode(ids[begin:end])
+            parts.append(f"»{text}«" if trained[begin] else text)
+            begin = end
+    return f"row {row['row']}\n{''.join(parts)}\n"

@@ -1,0 +1,154 @@
+"""Rows and bases that once ended a run or trained wrongly: left out and listed, or refused before any training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from include.errors import BadRecipe
+from tests.conftest import conversation
+from tests.rows import ROWS, lines, messages, prepared_rows
+
+JOINS = "an answer shares a token with its header: the pair is cut before that token"
+BROKEN = "special tokens in the text of a turn break the form of the template (special_tokens_in_text: parse)"
+IN_PART = "in part: an exchange that alone is longer than max_seq_length"
+
+
+@pytest.mark.parametrize("base", ["llama", "stories"])
+def test_prompt_and_answer_are_the_templates_ids_on_both_sides_of_every_pair(
+    base: str,
+    llama_base: Path,
+    material: Path,
+    small_recipe: Callable,
+    pipeline: Callable,
+    artifact: Callable,
+    left_out: Callable,
+) -> None:
+    from transformers import AutoTokenizer
+
+    file = next((material / "cases").glob("34-*")) / "dpo_leading_newline.jsonl"
+    own = {"base_model": str(llama_base)}
+    if base == "stories":
+        own = {"base_model": str(material / "models" / "stories260K"), "chat_template": "vicuna"}
+    made = artifact(pipeline(small_recipe(method="dpo", dataset=str(file), **own), "template"))
+    tokenizer = AutoTokenizer.from_pretrained(made.local() / "tokenizer")
+    pairs, rows = [json.loads(line) for line in file.open()], prepared_rows(made)
+    assert len(rows) == len(pairs) == 81
+    for row in rows:
+        pair = pairs[row["row"]]
+        for answer in ("chosen", "rejected"):
+            turns = [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[answer]}]
+            whole = tokenizer.apply_chat_template(turns, return_dict=False)
+            assert row["prompt_ids"] + row[f"{answer}_ids"] == whole
+    (cut,) = [check.rows for check in made.metadata.checks if check.message == JOINS]
+    if base == "llama":
+        assert cut == 1
+        joke = next(row for row in rows if row["row"] == 80)
+        assert tokenizer.decode(joke["prompt_ids"]).endswith("<|end_header_id|>"), "the line breaks are in the answers"
+        assert all(tokenizer.decode(r["prompt_ids"]).endswith("<|end_header_id|>\n\n") for r in rows if r["row"] < 80)
+    assert left_out(made) == []
+
+
+def test_an_exchange_that_alone_is_too_long_is_counted_and_listed(
+    material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, left_out: Callable
+) -> None:
+    file = next((material / "cases").glob("35-*")) / "split_middle.jsonl"
+    recipe = small_recipe(dataset=str(file), on_too_long="split", near_duplicate_similarity=1.0)
+    lineage = pipeline(recipe, "template")
+    made, kept = artifact(lineage), messages(artifact(lineage, "standardize"))
+    long = sorted(row for row, said in kept.items() if len(said.roles) == 6)
+    assert len(long) > 20 and len(kept) - len(long) == 60
+    assert left_out(made) == [{"row": row, "reasons": [IN_PART], "turn": 4} for row in long]
+    found = made.metadata
+    assert (found.too_long, found.left_out, found.left_out_reasons) == (len(long), 0, {IN_PART: len(long)})
+    assert found.train.conversations + found.holdout.conversations == len(kept), "each long one counts once"
+    assert found.train.rows + found.holdout.rows == len(kept) + len(long), "and is two pieces"
+
+
+def test_every_row_that_does_not_train_is_listed_with_its_reason(
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, left_out: Callable
+) -> None:
+    path = tmp_path / "a.jsonl"
+    long, deaf = conversation("Q?", "word " * 400), conversation("word " * 400, "A.")
+    path.write_bytes(lines([*ROWS, long, deaf]))
+    found = {}
+    for policy in ("drop", "split", "truncate"):
+        made = artifact(pipeline(small_recipe(dataset=str(path), on_too_long=policy), "template"))
+        found[policy] = {entry["row"]: entry["reasons"] for entry in left_out(made)}
+        assert all(entry["tokens"] > 256 for entry in left_out(made))
+        assert sum(made.metadata.left_out_reasons.values()) == 2
+        assert made.metadata.left_out == (1 if policy == "truncate" else 2)
+    assert found["drop"] == found["split"] == {row: ["longer than max_seq_length"] for row in (40, 41)}
+    assert found["truncate"] == {
+        40: ["in part: truncated to max_seq_length"],
+        41: ["truncated to max_seq_length, before the first trained token"],
+    }
+
+
+def test_parsed_special_tokens_that_break_the_template_refuse_their_rows_alone(
+    llama_base: Path, material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, left_out: Callable
+) -> None:
+    file = next((material / "cases").glob("41-*")) / "special.jsonl"
+    recipe = small_recipe(dataset=str(file), base_model=str(llama_base), special_tokens_in_text="parse")
+    made = artifact(pipeline(recipe, "template"))
+    wrong = [i for i, line in enumerate(file.open()) if "<|begin_of_text|>" in line]
+    assert len(wrong) == 3
+    assert left_out(made) == [{"row": row, "reasons": [BROKEN], "turn": 1} for row in wrong]
+    assert len(prepared_rows(made)) == 84
+    assert all(not check.rows for check in made.metadata.checks), "the other rows keep the form"
+
+
+def test_ids_beyond_the_embeddings_are_refused_with_both_numbers(
+    material: Path, tmp_path: Path, small_recipe: Callable, pipeline: Callable
+) -> None:
+    base = next((material / "cases").glob("19-*")) / "s_vocab"
+    recipe = small_recipe(base_model=str(base), chat_template="chatml")
+    with pytest.raises(BadRecipe, match="gives the id 513, and the model has only 512 embeddings .ids 0 to 511."):
+        pipeline(recipe, "template")
+    pipeline(small_recipe(base_model=str(base), chat_template="vicuna"), "template")  # which writes none of them
+    # an id of a row's text, which the template does not write
+    copy = Path(shutil.copytree(base, tmp_path / "base"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "vocab_size": 400}))
+    with pytest.raises(BadRecipe, match="and the model has only 400 embeddings"):
+        pipeline(small_recipe(base_model=str(copy), chat_template="vicuna"), "template")
+
+
+def test_special_tokens_that_were_never_trained_are_a_warning(
+    material: Path,
+    tiny_base: Path,
+    small_recipe: Callable,
+    pipeline: Callable,
+    artifact: Callable,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    base = next((material / "cases").glob("20-*")) / "s_untrained"
+    made = artifact(pipeline(small_recipe(base_model=str(base), chat_template="chatml"), "template"))
+    assert made.metadata.untrained_special_tokens == ["<|im_start|>", "<|im_end|>"]
+    assert "was never trained on <|im_start|>, <|im_end|>" in caplog.text
+    assert artifact(pipeline(small_recipe(), "template")).metadata.untrained_special_tokens == []
+
+
+def test_rows_longer_than_the_base_are_refused_and_a_longer_limit_is_a_warning(
+    material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    long = next((material / "cases").glob("25-*")) / "long.jsonl"
+    own = {"base_model": str(material / "models" / "stories260K"), "chat_template": "vicuna", "max_seq_length": 4096}
+    with pytest.raises(
+        BadRecipe, match="it is 4,096, and .* has only 512 positions .*; the longest row has [0-9,]+ tok"
+    ):
+        pipeline(small_recipe(dataset=str(long), **own), "template")
+    caplog.clear()
+    made = artifact(pipeline(small_recipe(**own), "template"))
+    assert made.metadata.base_positions == 512
+    assert "max_seq_length is 4,096" in caplog.text and "Set max_seq_length to 512 or less" in caplog.text
+    caplog.clear()
+    pipeline(small_recipe(dataset=str(long), **{**own, "max_seq_length": 512, "on_too_long": "truncate"}), "template")
+    assert "positions" not in caplog.text
