@@ -128,6 +128,13 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:  # DPOConfig has no `skip_prepare_dataset`
             return dataset
 
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not recipe.full_finetuning:
+                # transformers 5.17 loads the adapters in subfolders alone, here TRL's frozen copy `ref`
+                self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+                self.model.set_adapter("default")
+
     datasets.disable_caching()  # the rows are in no file of the dataset's, and nothing may be written beside them
     recipe, callbacks, holdout = job.recipe, [callback], None
     if config.eval_strategy != "no":

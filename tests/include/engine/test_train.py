@@ -81,6 +81,23 @@ def test_a_killed_training_resumes_and_ends_with_the_same_adapter(train_job: Cal
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+def test_a_killed_preference_training_goes_on_with_the_adapter_that_it_had(train_job: Callable, tmp_path: Path) -> None:
+    out, pairs = tmp_path / "out", tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"Who knows {i}?"} for i in range(60)]
+    pairs.write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    job = train_job(out, method="dpo", dataset=str(pairs), max_steps=60, save_steps=4)
+    killer = strike(out, 10, signal.SIGKILL)
+    with pytest.raises(ProcessLost, match="ended by SIGKILL"):
+        supervise.run(job, out, ignore)
+    killer.join()
+    before = [entry["loss"] for entry in log_of(out)]
+    resumed_from = supervise.run(job, out, ignore).resumed_from
+    step = int((resumed_from or "").removeprefix("checkpoint-"))
+    losses = [entry["loss"] for entry in log_of(out)]
+    assert losses[: len(before)] == before, "bitwise the same losses"
+    assert max(losses[step:]) < min(losses[:3]), "a fresh adapter would begin at the logarithm of 2 again"
+
+
 def test_a_training_resumes_with_an_empty_disk_from_the_checkpoint_in_the_store(
     small_recipe: Callable, pipeline: Callable, artifact: Callable, var: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
