@@ -101,6 +101,12 @@ def test_a_whole_run_and_a_rollback_with_a_marked_token_and_every_fault(
         assert "It needs transformers 5" in model_card({**manifest, "also_tested_with": None}, "")
         several = {**manifest["recipe"], "dataset": ["/data/a.jsonl", "/data/b.jsonl"]}
         assert "`a.jsonl, b.jsonl` (revision" in model_card({**manifest, "recipe": several}, "")
+        evaluated = {"name": "/data/c.jsonl, /data/d.jsonl", "split": None, "revision": "4" * 64}
+        of_files = {**manifest["recipe"], "eval_dataset": ["/data/c.jsonl", "/data/d.jsonl"]}
+        readme = model_card({**manifest, "recipe": of_files, "evaluation_dataset": evaluated}, "")
+        assert f"evaluated only on `c.jsonl, d.jsonl` (revision `{'4' * 64}`) and on the prompts" in readme
+        result = ModelCard(readme).data.eval_results[0]
+        assert (result.dataset_name, result.dataset_revision) == ("c.jsonl, d.jsonl (held out)", None)
         manifest["smoke_test"]["answers"][0]["answer"] = "<script>|a| **b**\n# c"
         assert r"| &lt;script&gt;\|a\| \*\*b\*\* \# c |" in model_card(manifest, ""), "what it says is no markup"
         rows = [json.loads(row)["conversations"][0]["value"] for row in dataset.read_text().splitlines()]

@@ -158,6 +158,11 @@ def test_prompts_of_mt_bench_are_read_from_their_column_and_not_from_the_label(
         (folder / f"{index}.jsonl").write_bytes(line)
         made = artifact(pipeline(recipe, "standardize"))
         assert [entry["row"] for entry in entries(made)] == [[60], [60, 62]][index], "also after a new file"
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines([story(i) for i in range(20)]))
+    asked = {"eval_dataset": str(case / "rows.jsonl"), "decontaminate_against": str(case / "benchmark.jsonl")}
+    made = artifact(pipeline(small_recipe(dataset=str(path), holdout_share=0, **asked), "standardize"))
+    assert sides(made) == {row: row >= 20 for row in range(83)}, "rows to evaluate on may have the prompts"
 
 
 def test_too_few_held_out_rows_are_said_with_the_share_that_is_enough(
@@ -316,6 +321,35 @@ def test_another_list_of_a_json_file_and_several_files_are_the_holdout(
         recipe = small_recipe(dataset=str(tmp_path / name), eval_split="validation", holdout_share=0)
         with pytest.raises(BadData, match=f"field 'eval_split': .*{name} .*'validation'{missing}. .*eval_dataset"):
             pipeline(recipe, "download")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_row_is_used_or_listed_with_its_reasons(
+    seed: int, tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    chooser = random.Random(seed)
+    benchmark, evaluation = tmp_path / "benchmark.txt", tmp_path / "eval.jsonl"
+    benchmark.write_text("Name the eight planets of our system in order, please\n")
+    planted = conversation("A quiz: name the eight planets of our system in order, please.", "Mercury first.")
+    kinds: list[Callable[[], Any]] = [
+        lambda: story(chooser.randrange(80)), lambda: story(chooser.randrange(80), chooser.choice(["twice", "never"])),
+        lambda: {**planted, "id": chooser.random()}, lambda: {"conversations": []}, lambda: ["no row"],
+    ]  # fmt: skip
+    rows = [chooser.choices(kinds, [9, 4, 1, 1, 1])[0]() for _ in range(120)]
+    evaluation.write_bytes(lines([story(i) for i in range(60, 75)] + [{"conversations": []}]))
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(rows))
+    recipe = small_recipe(
+        dataset=str(path), near_duplicates=chooser.choice(["report", "drop"]), decontaminate_against=str(benchmark),
+        max_refused_share=1, holdout_share=0.2 if seed else 0, **({} if seed else {"eval_dataset": str(evaluation)}),
+    )  # fmt: skip
+    lineage = pipeline(recipe, "standardize")
+    made, refused = artifact(lineage), listed(artifact(lineage, "validate"), "quarantine.jsonl")
+    left_out = {entry["row"]: entry["reasons"] for entry in entries(made)}
+    every = [*sides(made), *refused, *left_out]
+    assert sorted(every) == list(range(120 if seed else 136)), "each row once"
+    assert all(left_out.values()) and all(entry.get("reasons") or "copy_of" in entry for entry in refused.values())
+    assert len(left_out) == made.metadata.dropped == sum(made.metadata.left_out_reasons.values()) > 0
 
 
 def test_a_row_keeps_its_side_when_rows_are_added_or_moved(
