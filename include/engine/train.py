@@ -132,8 +132,9 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if not recipe.full_finetuning:
                 # transformers 5.17 loads the adapters in subfolders alone, here TRL's frozen copy `ref`
-                self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
-                self.model.set_adapter("default")
+                trained: Any = self.model
+                trained.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+                trained.set_adapter("default")
 
     datasets.disable_caching()  # the rows are in no file of the dataset's, and nothing may be written beside them
     recipe, callbacks, holdout = job.recipe, [callback], None
