@@ -26,12 +26,12 @@ from include.pipeline.stage import Output, Result
 from include.recipe import Recipe
 
 TRAIN, HOLDOUT = TemplateOutput.TRAIN, TemplateOutput.HOLDOUT
-CONTRACT, LEFT_OUT_PARTS = f"{PARTS}/contract", f"{PARTS}/left_out"
-PROVED_ROWS, SHOWN_ROWS = 256, 10
+FAULTS, LEFT_OUT_PARTS = f"{PARTS}/faults", f"{PARTS}/left_out"
+VERIFIED_ROWS, SHOWN_ROWS = 256, 10
 
 
 @Step
-def prove(context: ShardedContext, standardize: Output[StandardizeOutput]) -> dict[str, Any]:
+def verify_sample(context: ShardedContext, standardize: Output[StandardizeOutput]) -> dict[str, Any]:
     """Save the tokenizer with the chat template, and verify the ids on sampled rows from all files.
 
     Raises:
@@ -72,7 +72,7 @@ def prove(context: ShardedContext, standardize: Output[StandardizeOutput]) -> di
             "prompt: check the answers of the smoke test, or choose another chat_template"
         )
     return {
-        "proved_rows": proved, "prefix_mismatches": mismatches, "encoder": chat.encoder.name,
+        "verified_rows": proved, "prefix_mismatches": mismatches, "encoder": chat.encoder.name,
         "missing_special_tokens": chat.missing, "untrained_special_tokens": untrained,
         "base_embeddings": limits.embeddings, "base_positions": limits.positions, "stop_tokens": chat.stop_tokens,
         "template_sha256": hashlib.sha256(chat.template.source.encode()).hexdigest(),
@@ -82,7 +82,7 @@ def prove(context: ShardedContext, standardize: Output[StandardizeOutput]) -> di
 @Step
 def encode(context: ShardedContext, names: list[str], standardize: Output[StandardizeOutput]) -> list[dict[str, Any]]:
     """Write ids and labels of the conversations; return counts per side and file, and samples of the first file."""
-    recipe, proof = context.recipe, context.result_of(prove)
+    recipe, proof = context.recipe, context.result_of(verify_sample)
     chat = context.cache.get("chat")
     if chat is None:
         chat = _chat(context)
@@ -92,7 +92,7 @@ def encode(context: ShardedContext, names: list[str], standardize: Output[Standa
         context.fetch(standardize, *(f"{StandardizeOutput.MESSAGES}/{name}" for name in names))
         / StandardizeOutput.MESSAGES
     )
-    for folder in (TRAIN, HOLDOUT, CONTRACT, LEFT_OUT_PARTS):
+    for folder in (TRAIN, HOLDOUT, FAULTS, LEFT_OUT_PARTS):
         (context.out / folder).mkdir(parents=True)
     found = list(in_order(lambda name: _encode(chat, messages / name, context.out, recipe), names))
     _check_embeddings(max(group["largest_id"] for group in found), proof["base_embeddings"], recipe)
@@ -107,7 +107,7 @@ def encode(context: ShardedContext, names: list[str], standardize: Output[Standa
         "max_seq_length", "on_too_long", "train_on", "check_limits",
     ),
     split_folder=StandardizeOutput.MESSAGES,
-    steps=(prove, encode),
+    steps=(verify_sample, encode),
 )  # fmt: skip
 def template(context: ShardedContext, standardize: Output[StandardizeOutput]) -> Result[TemplateOutput]:
     """Write `train/` and `holdout/` (an Arrow stream per file of messages: `row`, `input_ids`, `labels`; for preference
@@ -118,8 +118,8 @@ def template(context: ShardedContext, standardize: Output[StandardizeOutput]) ->
     The checks run over all rows at once; they need some 50 bytes of memory per row.
 
     Raises:
-        BadRecipe: see `prove`; or a row has ids without embedding, or more tokens than the base has positions.
-        BadData: a conversation breaks the token contract, or no row is short enough.
+        BadRecipe: see `verify_sample`; or a row has ids without embedding, or more tokens than the base has positions.
+        BadData: a conversation breaks the rules of token ids and masks, or no row is short enough.
     """
     recipe = context.recipe
     pairs = recipe.method == "dpo"
@@ -127,9 +127,9 @@ def template(context: ShardedContext, standardize: Output[StandardizeOutput]) ->
     with Suite(
         "prepared_pairs" if pairs else "prepared_rows", rules, recipe.check_limits, context.out / TemplateOutput.DOCS
     ) as suite:
-        proof, groups = context.result_of(prove), context.result_of(encode)
-        contract = _contract_of_all(context)
-        findings = suite.validate(contract)
+        proof, groups = context.result_of(verify_sample), context.result_of(encode)
+        faults = _faults_of_all(context)
+        findings = suite.validate(faults)
     if findings.errors:
         raise BadData(
             findings.errors[0], "If check_limits does not set this limit, it is a bug of the template or of Retune"
@@ -138,12 +138,12 @@ def template(context: ShardedContext, standardize: Output[StandardizeOutput]) ->
     if not train["rows"] or not holdout["rows"]:
         raise BadData(
             f"of the {'training' if not train['rows'] else 'holdout'} rows none has at most "
-            f"{recipe.max_seq_length:,} tokens (the shortest row has {contract['tokens'].min():,})",
+            f"{recipe.max_seq_length:,} tokens (the shortest row has {faults['tokens'].min():,})",
             "Raise max_seq_length, or use shorter conversations",
         )
     samples = [sample for group in groups for sample in group["samples"]][:SHOWN_ROWS]
     (context.out / TemplateOutput.SAMPLES).write_text("\n".join(samples), encoding="utf-8")
-    over, left_out = int(contract["tokens_over"].sum()), int(contract["left_out"].sum())
+    over, left_out = int(faults["tokens_over"].sum()), int(faults["left_out"].sum())
     reasons = _write_left_out(context)
     pieces = f" (pieces of {train['conversations']:,} conversations)" if train["rows"] > train["conversations"] else ""
     summary = (
@@ -154,12 +154,12 @@ def template(context: ShardedContext, standardize: Output[StandardizeOutput]) ->
         summary += f", {in_part:,} in part"
     for reason, count in reasons.items():
         context.progress(f"left out: {count:,} rows, {reason} (each in {TemplateOutput.LEFT_OUT})")
-    quantiles = contract["tokens"].quantile([0, 0.25, 0.5, 0.75, 0.9, 0.99, 1], interpolation="lower")
+    quantiles = faults["tokens"].quantile([0, 0.25, 0.5, 0.75, 0.9, 0.99, 1], interpolation="lower")
     metadata = TemplateOutput.model_validate({
         "train": train, "holdout": holdout, "too_long": over, "left_out": left_out, "left_out_reasons": reasons,
         **proof,
         "lengths": {f"p{share * 100:.0f}": int(tokens) for share, tokens in quantiles.items()},
-        "histogram": histogram(contract["tokens"].to_numpy()), "samples": samples,
+        "histogram": histogram(faults["tokens"].to_numpy()), "samples": samples,
         "checks": findings.checks, "docs": f"{TemplateOutput.DOCS}/{findings.page}",
     })  # fmt: skip
     return Result(summary, metadata)
@@ -202,12 +202,12 @@ def _write_left_out(context: ShardedContext) -> dict[str, int]:
     return dict(Counter(first_reasons.values()).most_common())
 
 
-def _contract_of_all(context: ShardedContext) -> Any:
+def _faults_of_all(context: ShardedContext) -> Any:
     """Return the columns that the suite checks, as a frame with one line per row."""
     import numpy as np
     import pandas as pd
 
-    folder = context.files_of(encode, CONTRACT) / CONTRACT
+    folder = context.files_of(encode, FAULTS) / FAULTS
     tables = [read_table(folder / name) for name in context.names]
     return pd.DataFrame(
         {name: np.concatenate([table[name].to_numpy() for table in tables]) for name in tables[0].column_names}
@@ -219,7 +219,7 @@ def _encode(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> dict[str
     import pyarrow as pa
 
     prepared = prepare_file(chat, read_table(file), recipe)
-    write_table(pa.table(prepared.contract), out / CONTRACT / file.name)
+    write_table(pa.table(prepared.faults), out / FAULTS / file.name)
     (out / LEFT_OUT_PARTS / file.name).write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in prepared.left_out))
     return {
         "sides": {
@@ -233,8 +233,8 @@ def _encode(chat: ChatFormat, file: Path, out: Path, recipe: Recipe) -> dict[str
 
 
 def _spread_rows(files: list[Path], recipe: Recipe) -> list[Conversation]:
-    """Return about PROVED_ROWS conversations, evenly spread over the files."""
-    each = max(1, PROVED_ROWS // len(files))
+    """Return about VERIFIED_ROWS conversations, evenly spread over the files."""
+    each = max(1, VERIFIED_ROWS // len(files))
     found: list[Conversation] = []
     for file in files:
         table = read_table(file)

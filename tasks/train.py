@@ -49,11 +49,11 @@ def train(context: StageContext, template: Output[TemplateOutput]) -> Result[Tra
             gate, or the loss is not a finite number.
     """
     recipe = context.recipe
-    held, needed = template.metadata.holdout.rows, rows_needed(recipe.gate_confidence)
-    if held < needed:  # `standardize` has refused fewer; since then rows that are too long were left out
+    held_out, needed = template.metadata.holdout.conversations, rows_needed(recipe.gate_confidence)
+    if held_out < needed:  # `standardize` has refused fewer; since then rows that are too long were left out
         raise BadData(
-            f"too few held-out rows: {held:,} are left, and the gate needs {needed}",
-            "Raise holdout_share, or max_seq_length if rows were left out as too long",
+            f"too few held-out rows: {held_out:,} are left, and the gate needs {needed}",
+            "Hold out more rows, or raise max_seq_length if rows were left out as too long",
         )
     prepared = template.local()
     on_hub = is_hub_id(recipe.base_model)
@@ -82,14 +82,14 @@ def _train_with_what_fits(context: StageContext, job: TrainJob) -> TrainOutput:
     """Train. After running out of memory, resume from the last checkpoint with half the micro-batch and twice the
     accumulation; later tries keep the smaller micro-batch. The effective batch stays the recipe's.
     """
-    recipe, kept, checkpoints = context.recipe, context.out / OOM_EVENTS, StoredCheckpoint(context)
+    recipe, kept, checkpoints = context.recipe, context.out / OOM_EVENTS, CheckpointCopy(context)
     checkpoints.fetch()
     batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps // recipe.num_processes
     events: list[dict[str, Any]] = orjson.loads(kept.read_bytes()) if kept.exists() else []
     while True:
         job = replace(job, micro_batch=events[-1]["micro_batch"] if events else None)
         try:
-            result = supervise.run(job, context.out, context.progress, recipe.hang_timeout, checkpoints.keep)
+            result = supervise.run(job, context.out, context.progress, recipe.hang_timeout, checkpoints.upload)
             checkpoints.drop()
             return TrainOutput.model_validate({**dict(result), "out_of_memory": events})
         except OutOfMemory as error:
@@ -105,7 +105,7 @@ def _train_with_what_fits(context: StageContext, job: TrainJob) -> TrainOutput:
             context.progress(f"{error.what}: retrying with {smaller} x {batch // smaller}")
 
 
-class StoredCheckpoint:
+class CheckpointCopy:
     """The newest complete checkpoint of an unfinished training, with its log, in a store that is not on this machine.
     A retry on another machine resumes from it.
     """
@@ -136,34 +136,37 @@ class StoredCheckpoint:
             download(newest, [*manifests[newest]["files"], MANIFEST], self._folder / newest.name)
         self._context.progress(f"fetched {newest.name} from the store")
 
-    def keep(self, checkpoint: Path) -> None:
+    def upload(self, checkpoint: Path) -> None:
         """Copy a checkpoint to the store, its manifest last, and remove earlier ones.
 
         If the store does not answer, only log a warning: that must not end hours of training.
         """
         if self._context.store.is_local:
             return
-        target, held = self._stored / checkpoint.name, self._context.out.with_name(f".{self._context.out.name}.held")
-        shutil.rmtree(held, ignore_errors=True)
+        target, snapshot = (
+            self._stored / checkpoint.name,
+            self._context.out.with_name(f".{self._context.out.name}.snapshot"),
+        )
+        shutil.rmtree(snapshot, ignore_errors=True)
         try:  # training continues meanwhile and may remove this checkpoint
-            shutil.copytree(checkpoint, held, copy_function=os.link)
-            files = orjson.loads((held / MANIFEST).read_bytes())["files"]
+            shutil.copytree(checkpoint, snapshot, copy_function=os.link)
+            files = orjson.loads((snapshot / MANIFEST).read_bytes())["files"]
         except (FileNotFoundError, shutil.Error):
             return
         try:
-            if describe_files(held) == files:
-                self._store(held, files, target)
+            if describe_files(snapshot) == files:
+                self._upload(snapshot, files, target)
         except TransientError as error:
             self._context.progress(f"WARNING: {checkpoint.name} is on this machine only: {error}")
         finally:
-            shutil.rmtree(held)
+            shutil.rmtree(snapshot)
 
-    def _store(self, held: Path, files: dict[str, Any], target: UPath) -> None:
+    def _upload(self, snapshot: Path, files: dict[str, Any], target: UPath) -> None:
         out = self._context.out
         with self._context.store.write_errors():
-            upload(held, files, target)
+            upload(snapshot, files, target)
             upload(out, (name for name in RESUME_FILES if (out / name).exists()), self._stored)
-            atomic_write(target / MANIFEST, (held / MANIFEST).read_bytes())
+            atomic_write(target / MANIFEST, (snapshot / MANIFEST).read_bytes())
             for older in list_dir(self._stored):
                 if older.startswith("checkpoint-") and older != target.name:
                     remove(self._stored / older)

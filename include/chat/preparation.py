@@ -11,7 +11,7 @@ import numpy as np
 from include.chat.chat_format import ChatFormat
 from include.chat.splitting import mask_all_but_last, split_conversation, trained_turns
 from include.chat.tokenized import IGNORED, batch, pair_batch, prompt_tokens
-from include.chat.verification import pair_contract, token_contract
+from include.chat.verification import pair_faults, token_faults
 from include.data.conversation import Conversation, conversations_in
 from include.recipe import Recipe
 
@@ -33,13 +33,13 @@ class PreparedFile:
     """One file of messages as the trainer gets it.
 
     Attributes:
-        contract: the columns that the suite checks, one entry per row.
+        faults: the columns that the suite checks, one entry per row.
         batches: record batches of the rows for training (False) and of those that are held out (True); see
             `include.chat.tokenized`.
         left_out: for each row or part that does not train, its line in `left_out.jsonl`.
     """
 
-    contract: dict[str, Any]
+    faults: dict[str, Any]
     batches: dict[bool, list[Any]]
     left_out: list[Line]
 
@@ -92,25 +92,25 @@ def _left_out(rows: Any, chosen: Iterable[Any], reason: str, tokens: Any = None)
 
 
 def _refuse_rows(
-    chat: ChatFormat, conversations: list[Conversation], rows: Any, contract: dict[str, Any]
+    chat: ChatFormat, conversations: list[Conversation], rows: Any, faults: dict[str, Any]
 ) -> tuple[Any, list[Line]]:
-    """Find the rows that cannot train by their own content, and take their faults out of the contract.
+    """Find the rows that cannot train by their own content, and set their faults to zero.
 
     Returns:
         Which rows these are, and their lines for `left_out.jsonl`. Rows with the same faults for another reason keep
         the faults, and end the run.
     """
     refused, entries = np.zeros(len(rows), bool), []
-    for i in np.flatnonzero(contract["bos_errors"] | contract["unended_turns"] | contract["mask_errors"]):
+    for i in np.flatnonzero(faults["bos_errors"] | faults["unended_turns"] | faults["mask_errors"]):
         contents = [*conversations[i].contents, conversations[i].rejected or ""]
         turn = next((turn for turn, text in enumerate(contents, 1) if chat.parsed_tokens_in(text)), None)
         if turn is not None:
             refused[i] = True
             entries += [{**entry, "turn": turn} for entry in _left_out(rows, [i], BROKEN_BY_TEXT)]
-    masked = [i for i in np.flatnonzero(contract["untrained"]) if not trained_turns(conversations[i])]
+    masked = [i for i in np.flatnonzero(faults["untrained"]) if not trained_turns(conversations[i])]
     refused[masked] = True
     for name in ("untrained", "bos_errors", "unended_turns", "mask_errors"):
-        contract[name] = np.where(refused, 0, contract[name])
+        faults[name] = np.where(refused, 0, faults[name])
     return refused, [*entries, *_left_out(rows, masked, LAST_IS_MASKED)]
 
 
@@ -119,9 +119,9 @@ def _prepare_conversations(
 ) -> PreparedFile:
     longest = recipe.max_seq_length
     encoded = chat.encode(conversations)
-    contract = {"row": rows, **token_contract(chat, encoded, conversations, longest)}
-    refused, left_out = _refuse_rows(chat, conversations, rows, contract)
-    too_long = (contract["tokens_over"] > 0) & ~refused
+    faults = {"row": rows, **token_faults(chat, encoded, conversations, longest)}
+    refused, left_out = _refuse_rows(chat, conversations, rows, faults)
+    too_long = (faults["tokens_over"] > 0) & ~refused
     usable = ~too_long & ~refused
     over = np.flatnonzero(too_long)
     used = usable.copy()  # rows that are used, whole or in part
@@ -129,7 +129,7 @@ def _prepare_conversations(
     if len(over) and recipe.on_too_long == "truncate":
         encoded = encoded.truncate(longest)
         usable = used = np.logical_or.reduceat(encoded.loss_mask, encoded.starts) & ~refused
-        left_out += _left_out(rows, over[used[over]], TRUNCATED, contract["tokens"])
+        left_out += _left_out(rows, over[used[over]], TRUNCATED, faults["tokens"])
     elif len(over) and recipe.on_too_long == "split":
         pieces = []
         for row in over:
@@ -143,39 +143,39 @@ def _prepare_conversations(
             used[origin] = True
             parts.append((chat.encode([piece for _, piece in pieces]), rows[origin], holdout[origin], origin >= 0))
     whole = NOTHING_LEFT if recipe.on_too_long == "truncate" else TOO_LONG
-    left_out += _left_out(rows, over[~used[over]], whole, contract["tokens"])
+    left_out += _left_out(rows, over[~used[over]], whole, faults["tokens"])
     parts.insert(0, (encoded, rows, holdout, usable))
     kept = encoded.ends - encoded.starts
-    contract["left_out"] = (~used).astype(np.int32)
-    contract["kept_over"] = (usable & (kept > longest)).astype(np.int32)
-    contract["cut"] = (usable & (kept < contract["tokens"])).astype(np.int32)
+    faults["left_out"] = (~used).astype(np.int32)
+    faults["kept_over"] = (usable & (kept > longest)).astype(np.int32)
+    faults["cut"] = (usable & (kept < faults["tokens"])).astype(np.int32)
     if recipe.on_too_long == "truncate":
-        contract["cut"] *= 0
+        faults["cut"] *= 0
     batches = {
         held: [batch(e, r, np.flatnonzero(use & (h == held))) for e, r, h, use in parts] for held in (False, True)
     }
-    return PreparedFile(contract, batches, left_out)
+    return PreparedFile(faults, batches, left_out)
 
 
 def _prepare_pairs(
     chat: ChatFormat, conversations: list[Conversation], rows: Any, holdout: Any, recipe: Recipe
 ) -> PreparedFile:
     chosen, rejected = chat.encode(conversations), chat.encode([with_rejected(pair) for pair in conversations])
-    contract = {"row": rows, **pair_contract(chat, chosen, rejected, conversations, recipe.max_seq_length)}
-    refused, left_out = _refuse_rows(chat, conversations, rows, contract)
-    over = (contract["tokens_over"] > 0) & ~refused
-    left_out += _left_out(rows, np.flatnonzero(over), TOO_LONG, contract["tokens"])
+    faults = {"row": rows, **pair_faults(chat, chosen, rejected, conversations, recipe.max_seq_length)}
+    refused, left_out = _refuse_rows(chat, conversations, rows, faults)
+    over = (faults["tokens_over"] > 0) & ~refused
+    left_out += _left_out(rows, np.flatnonzero(over), TOO_LONG, faults["tokens"])
     alone = np.array([prompt_tokens(chosen, rejected, i) == 0 for i in range(len(rows))], bool) & ~refused & ~over
     left_out += _left_out(rows, np.flatnonzero(alone), NO_COMMON_PROMPT)
     usable = ~(refused | over | alone)
     used = np.flatnonzero(usable)
-    contract.update(
+    faults.update(
         left_out=(~usable).astype(np.int32),
         kept_over=np.zeros(len(rows), np.int32),  # a pair is used whole or not at all
         cut=np.zeros(len(rows), np.int32),
     )
     batches = {held: [pair_batch(chosen, rejected, rows, used[holdout[used] == held])] for held in (False, True)}
-    return PreparedFile(contract, batches, left_out)
+    return PreparedFile(faults, batches, left_out)
 
 
 def _id_lists(rows: Any) -> dict[str, Any]:

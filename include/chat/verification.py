@@ -95,10 +95,10 @@ def count_prefix_mismatches(chat: ChatFormat, conversations: list[Conversation])
     return count
 
 
-def token_contract(
+def token_faults(
     chat: ChatFormat, encoded: Encoded, conversations: list[Conversation], max_seq_length: int
 ) -> dict[str, np.ndarray]:
-    """Count the violations of the token contract in each conversation; the rules are `PREPARED_ROWS`.
+    """Count what breaks the rules of `PREPARED_ROWS` in each conversation.
 
     Args:
         encoded: the conversations' ids and loss masks.
@@ -136,14 +136,14 @@ def token_contract(
     }
 
 
-def pair_contract(
+def pair_faults(
     chat: ChatFormat,
     chosen: Encoded,
     rejected: Encoded,
     conversations: list[Conversation],
     max_seq_length: int,
 ) -> dict[str, Any]:
-    """Count the violations of the token contract in each preference row; the rules are `PREPARED_PAIRS` in addition.
+    """Count what breaks the rules of `PREPARED_ROWS` and `PREPARED_PAIRS` in each preference row.
 
     Args:
         chosen: ids and loss masks of the conversations with the chosen answer.
@@ -151,11 +151,11 @@ def pair_contract(
         conversations: the rows; both answers have the same roles before them.
 
     Returns:
-        The arrays of `token_contract`, the larger value of the two conversations in each; and `prompt_errors` (1: the
+        The arrays of `token_faults`, the larger value of the two conversations in each; and `prompt_errors` (1: the
         tokens before the two answers differ, so that the pair is cut before them, see `pair_batch`).
     """
-    contracts = [token_contract(chat, encoded, conversations, max_seq_length) for encoded in (chosen, rejected)]
-    larger = {name: np.maximum(contracts[0][name], contracts[1][name]) for name in contracts[0]}
+    sides = [token_faults(chat, encoded, conversations, max_seq_length) for encoded in (chosen, rejected)]
+    larger = {name: np.maximum(sides[0][name], sides[1][name]) for name in sides[0]}
     differ = [
         prompt_tokens(chosen, rejected, i) < max(answer_span(chosen, i)[0], answer_span(rejected, i)[0])
         for i in range(len(conversations))

@@ -221,7 +221,7 @@ class TemplateOutput(Contract, stage="template"):
     too_long: int
     left_out: int
     left_out_reasons: dict[str, int]
-    proved_rows: int
+    verified_rows: int
     prefix_mismatches: int
     encoder: str
     missing_special_tokens: list[str]

@@ -189,8 +189,17 @@ def test_too_few_held_out_rows_are_said_with_the_share_that_is_enough(
     path.write_bytes(lines([story(i) if i % 4 else short[i // 2] for i in range(60)]))
     recipe = small_recipe(dataset=str(path), holdout_share=0.2, max_seq_length=200)
     with pytest.raises(
-        BadData, match="too few held-out rows: . are left, and the gate needs 6. Raise holdout_share, or max"
+        BadData, match="too few held-out rows: . are left, and the gate needs 6. Hold out more rows, or raise max"
     ):
+        pipeline(recipe, "train")
+    asked, turns = tmp_path / "asked.jsonl", [conversation(f"{i}?", f"{i}! " * 5)["conversations"] for i in range(30)]
+    asked.write_bytes(
+        lines([{"conversations": [turn for pair in turns for turn in pair]}, *(story(i) for i in range(60, 65))])
+    )
+    fields = {"holdout_share": 0, "max_seq_length": 200, "on_too_long": "split"}
+    recipe = small_recipe(dataset=str(path), eval_dataset=str(asked), **fields)
+    assert artifact(pipeline(recipe, "template")).metadata.holdout.rows >= 6, "pieces of one conversation"
+    with pytest.raises(BadData, match="too few held-out rows: 1 are left, and the gate needs 6"):
         pipeline(recipe, "train")
     path.write_bytes(lines([story(i) for i in range(60)]))
     # the gate needs more rows for each candidate of a sweep: 0.975 instead of 0.95

@@ -66,7 +66,7 @@ def test_each_rule_of_the_token_contract_counts_the_rows_with_its_fault(
         check_limits={"bos_errors": 1, "unended_turns": 1, "mask_errors": 1},  # otherwise the first rule ends the run
     )
     made = artifact(pipeline(recipe, "template"))
-    assert made.metadata.proved_rows == len(rows), "the tokenizer's ids have the same faults"
+    assert made.metadata.verified_rows == len(rows), "the tokenizer's ids have the same faults"
     found = {check.check: check.rows for check in made.metadata.checks if check.rows}
     assert found == {"bos_errors": 3, "unended_turns": 5, "mask_errors": 7}
 
@@ -74,14 +74,14 @@ def test_each_rule_of_the_token_contract_counts_the_rows_with_its_fault(
 def test_preference_rows_whose_answers_share_a_token_with_the_header_are_counted(
     write_rows: Callable, small_recipe: Callable, pipeline: Callable, artifact: Callable
 ) -> None:
-    pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "Who knows?"} for i in range(40)]
+    pairs = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "Who knows?"} for i in range(60)]
     # the tokenizer encodes the header's line breaks otherwise where the answer begins with another one
     joined = [{"prompt": f"And {i}?", "chosen": f"\nIt is {i}.", "rejected": "Who knows?"} for i in range(2)]
     rows = write_rows([*pairs, *joined])
     made = artifact(pipeline(small_recipe(method="dpo", dataset=rows), "template"))
     assert {check.check: check.rows for check in made.metadata.checks if check.rows} == {"prompt_errors": 2}
-    assert made.metadata.train.rows + made.metadata.holdout.rows == 42
-    with pytest.raises(BadData, match="an answer shares a token with its header: .*2 rows, the first is row 40;"):
+    assert made.metadata.train.rows + made.metadata.holdout.rows == 62
+    with pytest.raises(BadData, match="an answer shares a token with its header: .*2 rows, the first is row 60;"):
         pipeline(small_recipe(method="dpo", dataset=rows, check_limits={"prompt_errors": 0}), "template")
 
 

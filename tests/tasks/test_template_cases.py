@@ -141,6 +141,7 @@ def test_rows_longer_than_the_base_are_refused_and_a_longer_limit_is_a_warning(
     caplog.set_level(logging.INFO)
     long = next((material / "cases").glob("25-*")) / "long.jsonl"
     own = {"base_model": str(material / "models" / "stories260K"), "chat_template": "vicuna", "max_seq_length": 4096}
+    own["holdout_share"] = 0.3
     with pytest.raises(
         BadRecipe, match="it is 4,096, and .* has only 512 positions .*; the longest row has [0-9,]+ tok"
     ):

@@ -15,8 +15,8 @@ from include.chat.splitting import mask_all_but_last, split_conversation, traine
 from include.chat.tokenized import Encoded
 from include.chat.verification import (
     count_prefix_mismatches,
-    pair_contract,
-    token_contract,
+    pair_faults,
+    token_faults,
     verify_encoding,
     verify_loss_masks,
 )
@@ -121,10 +121,10 @@ def counts(chat: ChatFormat, conversation: Conversation, ids: list[int], mask: l
         np.concatenate([good.loss_mask, np.array(mask, bool), good.loss_mask]),
         np.cumsum([len(good.ids), len(ids), len(good.ids)]),
     )
-    contract = token_contract(chat, encoded, [TWO_EXCHANGES, conversation, TWO_EXCHANGES], max_seq_length=256)
-    assert contract.pop("tokens").tolist() == [len(good.ids), len(ids), len(good.ids)]
-    assert not any(values[0] or values[2] for values in contract.values())
-    return {name: int(values[1]) for name, values in contract.items() if values[1]}
+    faults = token_faults(chat, encoded, [TWO_EXCHANGES, conversation, TWO_EXCHANGES], max_seq_length=256)
+    assert faults.pop("tokens").tolist() == [len(good.ids), len(ids), len(good.ids)]
+    assert not any(values[0] or values[2] for values in faults.values())
+    return {name: int(values[1]) for name, values in faults.items() if values[1]}
 
 
 def test_each_rule_of_the_token_contract_fires_on_its_fault_alone(tiny: ChatFormat) -> None:
@@ -164,31 +164,31 @@ def test_a_conversation_without_an_answer_is_untrained(tiny: ChatFormat) -> None
     silent = Conversation(("user",), ["Anyone?"])
     ids = tiny.encode([silent]).ids.tolist()
     assert counts(tiny, silent, ids, [False] * len(ids)) == {"untrained": 1}
-    assert token_contract(tiny, tiny.encode([silent]), [silent], 256)["untrained"].tolist() == [1]
+    assert token_faults(tiny, tiny.encode([silent]), [silent], 256)["untrained"].tolist() == [1]
 
 
 def test_ends_are_not_counted_where_the_vocabulary_lacks_the_templates_tokens(
     stories: Path, chat_format: MakeFormat
 ) -> None:
     split = chat_format(stories, "chatml", missing_special_tokens="split")
-    contract = token_contract(split, split.encode(ROWS), ROWS, 512)
-    assert {name: values.tolist() for name, values in contract.items() if name != "tokens" and values.any()} == {}
+    faults = token_faults(split, split.encode(ROWS), ROWS, 512)
+    assert {name: values.tolist() for name, values in faults.items() if name != "tokens" and values.any()} == {}
 
 
 def test_the_prompts_of_a_pair_are_compared(llama: ChatFormat) -> None:
     rows = [Conversation(ROLES, ["What is it?", answer]) for answer in ("It is 7.", "\nIt is 7.", "It is 7.")]
     rejected = [Conversation(ROLES, ["What is it?", "Who knows?"]) for _ in rows]
-    contract = pair_contract(llama, llama.encode(rows), llama.encode(rejected), rows, 256)
-    assert contract["prompt_errors"].tolist() == [0, 1, 0], "the answer's line break joins those of the header"
-    assert not any(contract[name].any() for name in ("untrained", "bos_errors", "unended_turns", "mask_errors"))
+    faults = pair_faults(llama, llama.encode(rows), llama.encode(rejected), rows, 256)
+    assert faults["prompt_errors"].tolist() == [0, 1, 0], "the answer's line break joins those of the header"
+    assert not any(faults[name].any() for name in ("untrained", "bos_errors", "unended_turns", "mask_errors"))
 
 
 def test_the_contract_of_a_pair_holds_for_both_answers(tiny: ChatFormat) -> None:
     rows, long = [ROWS[0]], [Conversation(ROLES, ["What is it?", "word " * 100])]
     for chosen, rejected in ((rows, long), (long, rows)):
-        contract = pair_contract(tiny, tiny.encode(chosen), tiny.encode(rejected), rows, 128)
-        assert contract["tokens_over"].tolist() == [1]
-        assert contract["tokens"].tolist() == [len(tiny.encode(long).ids)]
+        faults = pair_faults(tiny, tiny.encode(chosen), tiny.encode(rejected), rows, 128)
+        assert faults["tokens_over"].tolist() == [1]
+        assert faults["tokens"].tolist() == [len(tiny.encode(long).ids)]
 
 
 def test_a_long_conversation_is_split_before_user_turns(tiny: ChatFormat) -> None:
@@ -224,10 +224,10 @@ def test_masked_turns_are_out_of_the_loss_and_change_no_id(llama: ChatFormat, ti
             trained = chat.decode([label for label in found_labels if label != -100])
             answers = [turns[turn] + "<|eot_id|>" for turn in (2, 4, 6) if turn not in masked]
             assert trained == "".join(answers)
-            contract = token_contract(chat, encoded, [one, plain], 256)
-            assert not contract["mask_errors"].any() and not contract["unended_turns"].any()
+            faults = token_faults(chat, encoded, [one, plain], 256)
+            assert not faults["mask_errors"].any() and not faults["unended_turns"].any()
             verify_loss_masks(chat, [one, plain], encoded)
-            assert token_contract(chat, encoded, [plain, plain], 256)["mask_errors"][0] == len(masked)
+            assert token_faults(chat, encoded, [plain, plain], 256)["mask_errors"][0] == len(masked)
     assert count_prefix_mismatches(tiny, [replace(plain, masked=(6,))]) == 0, "it has no trained last answer"
 
 

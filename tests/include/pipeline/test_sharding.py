@@ -286,5 +286,5 @@ def test_airflow_maps_over_shards_and_reuses_what_is_there(
 
 def test_the_steps_are_those_of_the_stages() -> None:
     assert [(step.name, step.mapped) for step in (*standardize.steps, *template.steps)] == [
-        ("compare", True), ("decide", False), ("write", True), ("prove", False), ("encode", True),
+        ("compare", True), ("decide", False), ("write", True), ("verify_sample", False), ("encode", True),
     ]  # fmt: skip
