@@ -126,11 +126,20 @@ def _fault_of(name: str, value: Any) -> str | None:
         if is_absent(value):
             return ""
         return None if isinstance(value, bool) else UNSUPPORTED[name]
+    text = str(value).strip().lower()  # a CSV file has only texts
     if name in LABEL_COLUMNS:
-        text = str(value).strip().lower()
-        return "labels" if isinstance(value, int | float | list) or text in ("true", "false", "0", "1") else None
+        return "labels" if isinstance(value, list) or text in ("true", "false") or _is_number(text) else None
     if name in WEIGHT_COLUMNS:
-        return "" if is_absent(value) or str(value).strip() in ("1", "1.0", "True") else "row_weights"
-    if isinstance(value, bool):  # one of TRAIN_COLUMNS
-        return "" if value else "row_weights"
-    return None
+        return "" if is_absent(value) or text in ("1", "1.0", "true") else "row_weights"
+    # one of TRAIN_COLUMNS
+    if text in ("false", "0", "0.0"):
+        return "row_weights"
+    return "" if text in ("true", "1", "1.0") else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

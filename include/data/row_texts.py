@@ -13,14 +13,14 @@ from include.data.words import hash_words
 
 
 class RowTexts:
-    """The texts of rows, and their words.
+    """The texts of rows, and their words: turns, tool calls, and the rejected answer of a preference row.
 
     Args:
-        table: rows with the columns `roles`, `contents` and `rejected` of `parse_rows`.
+        table: rows with the columns of `parse_rows`.
     """
 
     def __init__(self, table: Any):
-        self._table, self._contents = table, table["contents"].combine_chunks()
+        self._table, self._contents = table, _texts_of(table)
         self._offsets = self._contents.offsets.to_numpy()
         self._hashes, self._counts = hash_words(self._contents.values)
         opens = np.array([roles.startswith("system") for roles in table["roles"].to_pylist()], bool)
@@ -49,6 +49,15 @@ class RowTexts:
             of_turns = benchmark.find(self._hashes, self._counts)
             turns = np.flatnonzero(of_turns >= 0)
             found[np.searchsorted(self._offsets, turns, "right") - 1] = of_turns[turns]
-            rejected = self._table["rejected"].combine_chunks().fill_null("")
-            found = np.maximum(found, benchmark.find(*hash_words(rejected)))
         return found
+
+
+def _texts_of(table: Any) -> Any:
+    """Return the texts of each row (Arrow lists): its turns, and behind them its tool calls and rejected answer."""
+    import pyarrow as pa
+
+    contents, *others = (table[name].combine_chunks() for name in ("contents", "calls", "rejected"))
+    if all(column.null_count == len(column) for column in others):
+        return contents
+    rows = zip(contents.to_pylist(), *(column.to_pylist() for column in others), strict=True)
+    return pa.array([[*turns, *filter(None, further)] for turns, *further in rows], contents.type)

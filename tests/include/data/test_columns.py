@@ -68,7 +68,10 @@ def test_a_system_column_becomes_the_system_turn(row: Any, options: dict[str, bo
         ({"kto_tag": True}, "labels", "the column kto_tag"),
         ({"weight": 0.5}, "row_weights", "the column weight"),
         ({"sample_weight": "2"}, "row_weights", "the column sample_weight"),
+        ({"label": "2"}, "labels", "the column label"),
         ({"train": False}, "row_weights", "the column train"),
+        ({"train": "False"}, "row_weights", "the column train"),
+        ({"train": 0}, "row_weights", "the column train"),
         ({"thinking": "Well."}, "reasoning", "the column thinking"),
     ],
 )
@@ -89,7 +92,7 @@ def test_a_system_text_other_than_the_conversations_own_refuses_the_row() -> Non
 @pytest.mark.parametrize(
     "more",
     [
-        {"images": [], "audio": None, "label": None, "weight": 1, "sample_weight": "1.0", "train": True},
+        {"images": [], "audio": None, "label": None, "weight": 1, "sample_weight": "1.0", "train": True, "loss": "1"},
         {"messages": [], "conversation": None, "tools": [], "functions": "[]", "system": " "},
         {"system": None, "tools": None, "id": None},
     ],
