@@ -26,7 +26,8 @@ def split_conversation(
     """Split a conversation before user turns into conversations of at most `max_tokens` tokens.
 
     Each one begins with the system message and is as long as possible. An exchange (a user turn and its answers) that
-    alone is too long is left out, and so is a piece whose answers are all masked.
+    alone is too long is left out, and so is a piece whose answers are all masked. If only the last exchange is trained
+    on, it gets as much of the conversation before it as fits.
 
     Returns:
         The pieces, and the indices of the trained turns that are in none of them.
@@ -51,12 +52,14 @@ def split_conversation(
     def fits(turns: list[int]) -> bool:
         return len(chat.encode([joined(turns)]).ids) <= max_tokens
 
-    parts: list[list[int]] = []
+    trained, parts = set(trained_turns(conversation)), list[list[int]]()
+    if trained <= set(exchanges[-1]):
+        while len(exchanges) > 1 and not fits([turn for exchange in exchanges for turn in exchange]):
+            del exchanges[0]
     for exchange in exchanges:
         if parts and parts[-1] and fits([*parts[-1], *exchange]):
             parts[-1] += exchange
         else:
             parts.append(exchange if fits(exchange) else [])
-    trained = set(trained_turns(conversation))
     used = [turns for turns in parts if trained & set(turns)]
     return [joined(turns) for turns in used], sorted(trained - {turn for turns in used for turn in turns})

@@ -209,6 +209,12 @@ def test_a_long_conversation_is_split_before_user_turns(tiny: ChatFormat) -> Non
     assert [(part.contents, part.masked) for part in parts] == [(["Be brief.", *exchanges[2], *exchanges[3]], (2,))]
     assert lost == [4]
     assert split_conversation(tiny, replace(whole, masked=(2, 4, 6)), limit)[1] == []
+    # an answer that alone is trained on, the last one, gets as much before it as fits
+    three = Conversation(ROLES * 3, [*exchanges[0], *exchanges[2], *exchanges[3]])
+    limit = len(tiny.encode([Conversation(ROLES * 2, three.contents[:4])]).ids)
+    assert [part.contents for part in split_conversation(tiny, three, limit)[0]] == [three.contents[:4], exchanges[3]]
+    parts, lost = split_conversation(tiny, mask_all_but_last(three), limit)
+    assert [(part.contents, part.masked, lost) for part in parts] == [(three.contents[2:], (1,), [])]
 
 
 def test_masked_turns_are_out_of_the_loss_and_change_no_id(llama: ChatFormat, tiny: ChatFormat) -> None:
