@@ -98,7 +98,7 @@ def decide(
     repeating = first != np.arange(len(rows))
     leaking = matches.states == -1
     dropped = contaminated | leaking | (repeating if recipe.near_duplicates == "drop" else False)
-    if evaluation.any():
+    if download.metadata.eval_rows:  # even if all of them were refused
         holdout = evaluation
         if leaking.sum() * 2 > (~evaluation).sum():
             raise BadData(
@@ -308,7 +308,9 @@ def _check_sides(recipe: Recipe, holdout: Any, used: Any, drawn: Draw | None) ->
     if held >= needed and held < rows:
         return
     if drawn is None:
-        do = "Use a larger evaluation dataset" if held < needed else "Use other rows to train on"
+        do = "Use other rows to train on"
+        if held < needed:
+            do = "Use a larger evaluation dataset, or correct its rows in quarantine.jsonl of validate"
     elif share := drawn.least_share(needed, used):
         do = f"Set holdout_share to at least {share:g}, or use more rows"
     else:

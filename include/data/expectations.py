@@ -68,7 +68,7 @@ RAW_ROWS = (
     Rule("first_speaker", "the first turn is neither the system's nor the user's"),
     Rule("last_speaker", "the last turn is not the assistant's"),
     Rule("order_errors", "the turns do not alternate as [system] user assistant user assistant ..."),
-    Rule("copy", "an exact copy of an earlier row", "warning"),
+    Rule("copy", "an exact copy of another row, which is used", "warning"),
     Rule("special_token_text", "the text looks like a special token (see special_tokens_in_text)", "info"),
     Rule("broken_characters", "the text has replacement characters (U+FFFD), which come from wrong decoding", "info"),
     Rule("control_characters", "the text has control characters", "info"),

@@ -249,6 +249,9 @@ def test_the_rows_of_an_evaluation_dataset_are_the_holdout(
         download(resolved)
     with pytest.raises(BadData, match="too few held-out rows: 5 of 46, .* Use a larger evaluation dataset"):
         pipeline(small_recipe(**fields), "standardize")
+    evaluation.write_bytes(lines([{"instruction": f"Count to {i}.", "output": "No."} for i in range(14)]))
+    with pytest.raises(BadData, match="too few held-out rows: 0 of .* or correct its rows in quarantine"):
+        pipeline(small_recipe(**(fields | {"max_refused_share": 0.5})), "standardize")
     evaluation.write_bytes(lines([story(i, "twice") for i in range(30)]))
     with pytest.raises(BadData, match="30 of 40 rows are near-duplicates of rows of the evaluation dataset"):
         pipeline(small_recipe(**fields), "standardize")

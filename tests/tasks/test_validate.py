@@ -86,7 +86,7 @@ REFUSED = {
     "system not first": (row(ASKED, TOLD, ("system", "x"), TOLD), "do not alternate"),
     "assistant first": (row(TOLD, ASKED, TOLD), "neither the system's nor the user's"),
     "ends with the system": (row(ASKED, TOLD, ("system", "x")), "the last turn is not the assistant's"),
-    "a copy": (lines(ROWS[3:4]).strip(), "an exact copy of an earlier row"),
+    "a copy": (lines(ROWS[3:4]).strip(), "an exact copy of another row, which is used"),
 }
 # rows that are repaired (with the name of the repair) or used as they are (None), with the texts of their turns
 USED = {
