@@ -97,7 +97,11 @@ def decide(
     first = groups.keys(np.arange(len(rows)))
     repeating = first != np.arange(len(rows))
     leaking = matches.states == -1
-    dropped = contaminated | leaking | (repeating if recipe.near_duplicates == "drop" else False)
+    dropped = contaminated | leaking
+    if recipe.near_duplicates == "drop":  # all but the first row of each group that can be used
+        usable, stays = np.flatnonzero(~dropped), np.full(len(rows), len(rows))
+        np.minimum.at(stays, first[usable], usable)
+        dropped[usable[stays[first[usable]] != usable]] = True
     if download.metadata.eval_rows:  # even if all of them were refused
         holdout = evaluation
         if leaking.sum() * 2 > (~evaluation).sum():

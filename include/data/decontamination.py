@@ -44,7 +44,7 @@ def read_prompts(name: str, column: str | None = None, note: Note = lambda _: No
     if is_hub_id(name):
         raise NotFound(f"field '{FIELD}': there is no file {name}", "Give the path or URL of a file: a Hub id is none")
     if name.endswith(".txt"):
-        with file_errors(name, FIELD), fsspec.open(absolute_path(name), "rt", encoding="utf-8") as file:
+        with file_errors(name, FIELD), fsspec.open(absolute_path(name), "rt", encoding="utf-8-sig") as file:
             prompts = [line.strip() for line in file if line.strip()]
         found = "lines"
     else:
@@ -74,7 +74,8 @@ def describe_prompts(name: str, found: str, prompts: list[str]) -> str:
     taken = [" ".join(prompt.split()) for prompt in prompts if prompt]
     shown = "; ".join(f'"{prompt[:60]}{"..." if len(prompt) > 60 else ""}"' for prompt in taken[:3])
     number = f"{len(taken):,} prompt{'s' if len(taken) > 1 else ''}"
-    return f"{FIELD}: {number} from the {found} of {Path(name).name}, first {shown}"
+    without = f" (rows without one: {len(prompts) - len(taken):,})" if len(taken) < len(prompts) else ""
+    return f"{FIELD}: {number} from the {found} of {Path(name).name}{without}, first {shown}"
 
 
 def _prompt(row: dict[str, Any], column: str) -> str:

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -242,6 +243,9 @@ def _csv_rows(file: io.BufferedReader) -> Iterator[bytes]:
 
     reader = csv.DictReader(lines(), restkey=EXTRA_FIELDS)
     try:
+        twice = [name for name, times in Counter(reader.fieldnames or ()).items() if times > 1 and name]
+        if twice:  # of two such fields only the last would be read
+            raise ValueError(f"the header has the column '{twice[0][:60]}' twice")
         before = len(reader.fieldnames or ()) and reader.line_num
         for row in reader:
             if ended and reader.line_num > before + 1:  # the field asked for more: it took in the rows after it

@@ -75,6 +75,23 @@ def test_near_duplicates_are_on_one_side_and_listed_and_dropped_when_asked(
     assert f"<code>{made['drop'].folder}/left_out.jsonl</code>" in page
 
 
+def test_of_a_group_the_first_row_that_can_be_used_stays(
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    words = [f"word{i}" for i in range(60)]
+    begins, ends = ["other"] * 4 + words[4:], words[:56] + ["other"] * 4
+    path, evaluation = tmp_path / "a.jsonl", tmp_path / "eval.jsonl"
+    like = [conversation(" ".join(text), "Yes.") for text in (words, ends, [*ends[:-1], "another"])]
+    path.write_bytes(lines([*like, *(story(i) for i in range(20))]))
+    evaluation.write_bytes(lines([conversation(" ".join(begins), "Yes."), *(story(i) for i in range(30, 40))]))
+    fields = {"holdout_share": 0, "near_duplicates": "drop"}
+    made = artifact(pipeline(small_recipe(dataset=str(path), eval_dataset=str(evaluation), **fields), "standardize"))
+    assert {row: reason for entry in entries(made) for row, reason in [(entry["row"], entry["reasons"][0][:40])]} == {
+        0: "near-duplicate of the held-out row 23, s", 2: "near-duplicate of the row 1, similarity "
+    }  # fmt: skip
+    assert 1 in sides(made), "the first row of its group is not used, and nothing like it is held out"
+
+
 def test_similarity_1_links_equal_texts_only(
     tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
 ) -> None:

@@ -81,12 +81,12 @@ def test_another_column_must_be_named_and_what_was_read_is_said(tmp_path: Path) 
     place, prompts = read_prompts(str(path), "problem")
     assert prompts == ["How far?", ""], "the index of a prompt is its row"
     assert describe_prompts(str(path), place, prompts) == (
-        'decontaminate_against: 1 prompt from the column problem of b.jsonl, first "How far?"'
+        'decontaminate_against: 1 prompt from the column problem of b.jsonl (rows without one: 1), first "How far?"'
     )
     path.write_bytes(lines([{"prompt": 5}]))
     with pytest.raises(BadData, match="has no prompt in its column prompt"):
         read_prompts(str(path))
-    (tmp_path / "b.txt").write_text("One?\n\n Two? \n")
+    (tmp_path / "b.txt").write_text("\ufeffOne?\n\n Two? \n")
     assert read_prompts(str(tmp_path / "b.txt")) == ("lines", ["One?", "Two?"])
     for missing in (str(tmp_path / "none.jsonl"), str(tmp_path / "none.txt"), "owner/name"):
         with pytest.raises(NotFound, match="field 'decontaminate_against': there is no file"):
