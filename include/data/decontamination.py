@@ -12,6 +12,8 @@ import orjson
 import regex
 
 from include.data.columns import CONVERSATION_COLUMNS
+from include.data.conversation import ParsedRow
+from include.data.literals import read_literal
 from include.data.sharegpt import parse_row
 from include.data.sources import DatasetRef, absolute_path, file_errors, is_hub_id, read_rows
 from include.data.words import hash_shingles, hash_words
@@ -80,6 +82,8 @@ def describe_prompts(name: str, found: str, prompts: list[str]) -> str:
 
 def _prompt(row: dict[str, Any], column: str) -> str:
     value = row.get(column)
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # a list in a CSV file
+        value = read_literal(value, column, ParsedRow())
     if isinstance(value, list) and column not in CONVERSATION_COLUMNS and value and isinstance(value[0], dict):
         row, column = {"conversations": value}, "conversations"
     if column in CONVERSATION_COLUMNS:

@@ -152,7 +152,12 @@ def file_rows(name: str, split: str, note: Callable[[str], None], named_split: b
             _check_beginning(file)
         elif kind.endswith(".gz") and file.peek(1) and not name.startswith(WEB):
             raise gzip.BadGzipFile(f"not a gzipped file, it begins with {file.peek(4)[:4]!r}")
+        beginning = file.peek(64).lstrip(b"\xef\xbb\xbf \r\n\t")
+        if beginning.startswith(b"PAR1"):
+            raise NoRows("is a parquet file", "Give it a name that ends in .parquet")
         if kind.startswith(".csv"):
+            if beginning[:1] in (b"{", b"["):
+                raise NoRows("has JSON and no header of columns", "Give it a name that ends in .jsonl or .json")
             yield from _csv_rows(file)
         else:
             yield from json_rows(file, split, note, kind.startswith(".jsonl"), named_split)

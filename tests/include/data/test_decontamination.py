@@ -83,6 +83,8 @@ def test_another_column_must_be_named_and_what_was_read_is_said(tmp_path: Path) 
     assert describe_prompts(str(path), place, prompts) == (
         'decontaminate_against: 1 prompt from the column problem of b.jsonl (rows without one: 1), first "How far?"'
     )
+    (tmp_path / "b.csv").write_text("turns,id\n\"['How far?', 'And back?']\",1\n[now] Go!,2\n")
+    assert read_prompts(str(tmp_path / "b.csv")) == ("column turns", ["How far?", "[now] Go!"])
     path.write_bytes(lines([{"prompt": 5}]))
     with pytest.raises(BadData, match="has no prompt in its column prompt"):
         read_prompts(str(path))

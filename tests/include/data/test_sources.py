@@ -263,6 +263,8 @@ def test_files_are_read_from_servers_that_send_no_parts_of_files(web: str) -> No
         ("a.jsonl", gzip.compress(lines(ROWS), mtime=0)[:-30], "cannot be read: Compressed file ended"),
         ("a.csv", b"a,b\n1,2\n" + b'"x,3\ny,4\n' * 1, "quoted field that begins in line 3 has no end"),
         ("a.csv", b"a,b,a\n1,2,3\n", "the header has the column 'a' twice"),
+        ("a.csv", lines(ROWS), "it has JSON and no header of columns. Give it a name that ends in .jsonl"),
+        ("a.jsonl", b"PAR1\x15\x04", "it is a parquet file. Give it a name that ends in .parquet"),
         ("a.json", b'{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of rows, a, b, .*Set dataset_split"),
     ],
 )
