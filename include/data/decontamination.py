@@ -13,9 +13,10 @@ import regex
 
 from include.data.columns import CONVERSATION_COLUMNS
 from include.data.conversation import ParsedRow
+from include.data.files import file_errors
 from include.data.literals import read_literal
 from include.data.sharegpt import parse_row
-from include.data.sources import DatasetRef, absolute_path, file_errors, is_hub_id, read_rows
+from include.data.sources import DatasetRef, absolute_path, is_hub_id, read_rows
 from include.data.words import hash_shingles, hash_words
 from include.errors import BadData, NotFound
 

@@ -20,7 +20,7 @@ from include.storage.hub import hub_api, hub_errors
 
 __all__ = [
     "FORMATS", "ROWS_PER_GROUP", "DatasetRef", "absolute_dataset", "absolute_path", "absolute_source", "dataset_label",
-    "file_errors", "is_hub_id", "pin_dataset", "read_rows", "short_name",
+    "is_hub_id", "pin_dataset", "read_rows", "short_name",
 ]  # fmt: skip
 
 

@@ -84,8 +84,7 @@ class Data(BaseModel):
         description="Path or URL of a file, folder or pattern with benchmark prompts: one prompt per line (txt), or "
         "rows (jsonl, json, csv, parquet) with a column prompt, question, instruction (and input), turns, messages or "
         "conversations. Rows with a turn that contains eight consecutive words of a prompt, or that equals a shorter "
-        "prompt, are not used. "
-        "Empty (default): no decontamination.",
+        "prompt, are not used. Empty (default): no decontamination.",
     )
     decontaminate_column: str | None = Field(
         None,

@@ -27,7 +27,7 @@ def test_a_masked_answer_is_context_and_its_labels_are_ignored(
     name: str, material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, chat: ChatFormat
 ) -> None:
     file = next((material / "cases").glob("01-*")) / name
-    lineage = pipeline(small_recipe(dataset=str(file)), "template")
+    lineage = pipeline(small_recipe(dataset=str(file), holdout_share=0.4), "template")
     validated, made = artifact(lineage, "validate"), artifact(lineage, "template")
     assert validated.metadata.good == 24
     assert {c.check: c.rows for c in validated.metadata.checks if c.rows and c.check != "special_token_text"} == {
@@ -58,7 +58,7 @@ def test_train_on_last_trains_the_last_answer_and_lists_rows_where_it_is_masked(
     )
     found = {}
     for which in ("all", "last"):
-        made = artifact(pipeline(small_recipe(dataset=str(path), train_on=which), "template"))
+        made = artifact(pipeline(small_recipe(dataset=str(path), train_on=which, holdout_share=0.4), "template"))
         found[which] = {row["row"]: trained(chat, row) for row in prepared_rows(made)}
         if which == "last":
             reason = "the last answer is masked, and train_on is last"
