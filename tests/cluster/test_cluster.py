@@ -14,12 +14,14 @@ import sys
 import tempfile
 import urllib.error
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import kombu
 import orjson
 import pytest
 import yaml
@@ -38,7 +40,6 @@ pytestmark = pytest.mark.xdist_group("cluster")  # they share one cluster
 
 GPU = ("train", "smoke_test", "evaluate")
 PAUSE = 1.0  # seconds between two requests: the API server has other work, on the same two cores
-VISIBILITY = 8  # seconds after which Redis hands out a message again that nobody has answered
 
 
 class Running:
@@ -92,6 +93,25 @@ class Running:
         logs = (process.log for name, process in self.made.processes.items() if name.startswith("gpu-"))
         return sum(log.read_text(errors="replace").count("already running elsewhere") for log in logs)
 
+    def unanswered(self, queue: str) -> set[str]:
+        """Return the tags of the messages that a worker of the queue has got and not answered."""
+        with self._channel() as channel:
+            messages = channel.client.hgetall(channel.unacked_key)
+            return {tag.decode() for tag, message in messages.items() if orjson.loads(message)[2] == queue}
+
+    def deliver_again(self, tags: set[str]) -> None:
+        """Put unanswered messages back into their queue, as workers do after the visibility timeout."""
+        with self._channel() as channel:
+            for tag in tags:
+                channel.qos.restore_by_tag(tag)
+
+    @contextmanager
+    def _channel(self) -> Iterator[Any]:
+        places = self.made.variables
+        broker = f"redis://:{places['REDIS_PASSWORD']}@127.0.0.1:{places['REDIS_PORT']}/0"
+        with kombu.Connection(broker) as connection:
+            yield connection.default_channel
+
     def stored(self, recipe: str) -> int:
         """Return the step of the newest complete checkpoint in the object store; 0 without one."""
         found = Store().path(recipe, "train").glob("*.checkpoints/checkpoint-*/manifest.json")
@@ -139,9 +159,8 @@ def running(recipes: list[Path], tiny_base: Path) -> Iterator[Running]:
     folder.chmod(0o755)  # Postgres is not run by root
     alone = pytest.MonkeyPatch()
     alone.setenv("OMP_NUM_THREADS", "1")  # torch's threads on busy cores wait for each other
-    places = {"RETUNE_RECIPES": ":".join(map(str, recipes)), "VISIBILITY_TIMEOUT": str(VISIBILITY)}
     try:
-        with cluster(folder, free_port(), **places) as made:
+        with cluster(folder, free_port(), RETUNE_RECIPES=":".join(map(str, recipes))) as made:
             made.up(*(name for name in made.services("cpu-train") if name != "worker-cpu-train"))
             yield Running(made, Airflow(made.port, made.variables["ADMIN_PASSWORD"]))
         assert not processes(folder), "nothing is left behind"
@@ -254,12 +273,15 @@ def test_two_recipes_share_one_gpu_and_nothing_runs_twice(running: Running) -> N
     for worker in workers:
         if worker not in running.made.processes:
             running.gpu_worker(worker)
-    refused = running.refused_messages()
+    refused, of_lost_workers = running.refused_messages(), running.unanswered("gpu")
     runs = {name: airflow.trigger(name) for name in ("one", "other")}
     (busy,) = eventually(lambda: [worker for worker in workers if running.engines(worker)], pause=0.02)
     for pid in running.engines(busy):
         os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: running.refused_messages() > refused, pause=PAUSE)  # Redis has sent it to the other worker
+    again = running.unanswered("gpu") - of_lost_workers
+    assert len(again) == 1
+    running.deliver_again(again)
+    eventually(lambda: running.refused_messages() > refused, pause=PAUSE)  # the other worker has got it
     running.thaw(busy)
     for name, run in runs.items():
         assert airflow.ended(name, run, pause=PAUSE) == "success", running.states(name, run)
