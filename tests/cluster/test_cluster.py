@@ -278,9 +278,7 @@ def test_two_recipes_share_one_gpu_and_nothing_runs_twice(running: Running) -> N
     (busy,) = eventually(lambda: [worker for worker in workers if running.engines(worker)], pause=0.02)
     for pid in running.engines(busy):
         os.kill(pid, signal.SIGSTOP)
-    again = running.unanswered("gpu") - of_lost_workers
-    assert len(again) == 1
-    running.deliver_again(again)
+    running.deliver_again(eventually(lambda: running.unanswered("gpu") - of_lost_workers, pause=PAUSE))
     eventually(lambda: running.refused_messages() > refused, pause=PAUSE)  # the other worker has got it
     running.thaw(busy)
     for name, run in runs.items():
