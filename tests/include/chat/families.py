@@ -196,7 +196,7 @@ def make_folder(family: Family, folder: Path, material: Path, published: Callabl
     if family.template or family.case:
         source = TRL / f"{family.template}.jinja" if family.template else material / family.case / "chat_template.jinja"
         (folder / "chat_template.jinja").write_text(source.read_text("utf-8"), "utf-8")
-    (folder / "config.json").write_text(json.dumps({"model_type": family.model_type}))
+    (folder / "config.json").write_text(json.dumps({"model_type": family.model_type, "transformers_version": "5.17.0"}))
     return folder
 
 
@@ -260,7 +260,7 @@ def answered(
     before = text(tokenizer, messages[:k], tools, prompt=True, **kwargs)
     whole = text(tokenizer, messages[: k + 1], tools, **kwargs)
     if not whole.startswith(before):
-        raise Rewritten
+        raise Rewritten("the prompt is not how the answered conversation begins")
     answer = whole[len(before) :]
     if family.ends is None:
         return answer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import tempfile
@@ -19,19 +18,25 @@ MATERIAL = Path(__file__).resolve().parents[4] / "shared" / "material"
 GIVEN = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "strftime_now", "range"}
 GIVEN |= {"raise_exception", "namespace", "documents", "dict", "unk_token"}
 SWITCHES = {"enable_thinking": (True, False), "thinking": (True, False), "reasoning_effort": ("low", "high")}
+SWITCHES_SET = {"enable_thinking", "reasoning_effort", "preserve_thinking"}  # a template may set its own default
 FORMS = ("reasoning_content", "thinking", "reasoning", "content")
 THINK = re.compile(r"<think>\n?(.*?)</think>", re.DOTALL)
 
 
+def same(one: Any, two: Any) -> int:
+    """Return how much two texts or lists share at their beginning."""
+    pairs = zip(one, two, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(two)))
+
+
 def part(one: str, two: str, size: int = 48) -> str:
     """Show two texts around the point where they part."""
-    at = len(os.path.commonprefix([one, two]))
+    at = same(one, two)
     return f"{one[max(0, at - size) : at]!r} | {one[at : at + size]!r} <> {two[at : at + size]!r}"
 
 
 def look(name: str, family: f.Family, tokenizer: Any) -> list[str]:
     """Return the lines of one family."""
-    kwargs = {"chat_template": tokenizer.chat_template}
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     lines = [
         f"bos={tokenizer.bos_token} eos={tokenizer.eos_token} pad={tokenizer.pad_token} class={type(tokenizer).__name__}"
@@ -40,7 +45,13 @@ def look(name: str, family: f.Family, tokenizer: Any) -> list[str]:
     names = meta.find_undeclared_variables(
         Environment(extensions=[loopcontrols]).parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source))
     )
-    lines.append(f"kwargs read: {', '.join(sorted(names - GIVEN)) or 'none'}; generation tags: {'endgeneration' in source}")
+    names -= set(re.findall(r"{%-?\s*set\s+(\w+)", source)) - {
+        "enable_thinking",
+        "reasoning_effort",
+        "preserve_thinking",
+    }
+    read = ", ".join(sorted(names - GIVEN)) or "none"
+    lines.append(f"kwargs read: {read}; generation tags: {'endgeneration' in source}")
 
     def text(messages: list, tools: Any = None, prompt: bool = False, **more: Any) -> str:
         return f.text(tokenizer, messages, tools, prompt, **more)
@@ -58,7 +69,9 @@ def look(name: str, family: f.Family, tokenizer: Any) -> list[str]:
             lines.append(f"  {switch}=" + "; ".join(shown))
     whole, three = text(f.PLAIN), text(f.THREE)
     lines.append(f"after the last answer: {show(whole.split('I am fine.')[-1], special)}")
-    lines.append(f"after an earlier one, to the next content: {show(three.split('First.')[1].split('Two?')[0], special)}")
+    lines.append(
+        f"after an earlier one, to the next content: {show(three.split('First.')[1].split('Two?')[0], special)}"
+    )
     if tokenizer.bos_token:
         count = [t.count(tokenizer.bos_token) for t in (text(f.PLAIN), text(f.THREE))]
         ids = f.asked(tokenizer, f.PLAIN[:1])
@@ -77,8 +90,9 @@ def look(name: str, family: f.Family, tokenizer: Any) -> list[str]:
             lines.append(f"content of {role}: {done}")
         except Exception as error:
             lines.append(f"content of {role}: REFUSED {str(error)[:120]}")
+    seen: list[tuple[str, str, str]] = []
     for case, messages in f.CONVERSATIONS.items():
-        lines += compare(case, tokenizer, messages, None)
+        seen += compare(case, tokenizer, messages, None)
     form_shown = None
     for form in FORMS:
         messages = f.thought(f.PLAIN, form, "I feel it.")
@@ -89,11 +103,11 @@ def look(name: str, family: f.Family, tokenizer: Any) -> list[str]:
             continue
         state = "shown" if "I feel it." in found else "dropped"
         form_shown = form_shown or (form if state == "shown" else None)
-        tail = found[max(0, len(os.path.commonprefix([found, whole])) - 20) :]
+        tail = found[max(0, same(found, whole) - 20) :]
         lines.append(f"thought as {form}: {state} {tail!r}" if state == "shown" else f"thought as {form}: dropped")
     for case, (messages, thoughts) in f.THOUGHTS.items():
         if form_shown:
-            lines += compare(f"{case} ({form_shown})", tokenizer, f.thought(messages, form_shown, *thoughts), None)
+            seen += compare(f"{case} ({form_shown})", tokenizer, f.thought(messages, form_shown, *thoughts), None)
     for count in (1, 2):
         rendered = {}
         for arguments in ("object", "text"):
@@ -105,20 +119,49 @@ def look(name: str, family: f.Family, tokenizer: Any) -> list[str]:
                     rendered[arguments, content] = f"REFUSED {type(error).__name__} {str(error)[:90]}"
         states = {}
         for key, found in rendered.items():
-            shown = found if found.startswith("REFUSED") else (
-                "calls shown" if all(t in found.split("get_weather")[-1] + found for t in ("Oslo",)) and found.count("get_weather") > text(f.PLAIN, f.TOOLS).count("get_weather") else "calls dropped"
+            shown = (
+                found
+                if found.startswith("REFUSED")
+                else (
+                    "calls shown"
+                    if all(t in found.split("get_weather")[-1] + found for t in ("Oslo",))
+                    and found.count("get_weather") > text(f.PLAIN, f.TOOLS).count("get_weather")
+                    else "calls dropped"
+                )
             )
-            states.setdefault((shown, found if shown == "calls shown" and key[1] != "Let me look." else ""), []).append(f"{key[0]}/{key[1]!r}")
+            states.setdefault((shown, found if shown == "calls shown" and key[1] != "Let me look." else ""), []).append(
+                f"{key[0]}/{key[1]!r}"
+            )
         for (shown, _), keys in states.items():
             lines.append(f"{count} call(s), arguments/content {', '.join(keys)}: {shown}")
-        good = next((k for k, v in rendered.items() if not v.startswith("REFUSED") and "Oslo" in v), None)
+        bare = text(f.PLAIN, f.TOOLS).count("get_weather") if not refused(text, f.PLAIN, f.TOOLS) else 0
+        good = next(
+            (k for k, v in rendered.items() if not v.startswith("REFUSED") and v.count("get_weather") > bare), None
+        )
         if good:
             messages = f.calling(good[0], count, good[1])
-            begin = len(os.path.commonprefix([rendered[good], text(messages[:1], f.TOOLS)]))
-            lines.append(f"  written: {rendered[good][begin:][:900]!r}")
-            lines += compare(f"  {count} call(s) {good[0]}/{good[1]!r}", tokenizer, messages, f.TOOLS)
+            begin = same(rendered[good], text(messages[:1], f.TOOLS))
+            lines.append(f"  written: {rendered[good][begin:][:420]!r}")
+            seen += compare(f"{count} call(s) {good[0]}/{good[1]!r}", tokenizer, messages, f.TOOLS)
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for case, kind, excerpt in seen:
+        groups.setdefault(kind, []).append((case, excerpt))
+    for kind, found in groups.items():
+        cases = "; ".join(dict.fromkeys(case for case, _ in found))
+        lines.append(f"{kind}: {cases}")
+        differ = {re.sub(r"^.*? \| ", "", excerpt)[:14]: excerpt for _, excerpt in reversed(found) if excerpt}
+        lines += [f"  e.g. {excerpt}" for excerpt in list(differ.values())[::-1][:3]]
     lines.append(training(family, tokenizer))
     return lines
+
+
+def refused(render: Any, *arguments: Any) -> bool:
+    """Return whether a template refuses a conversation."""
+    try:
+        render(*arguments)
+    except Exception:
+        return True
+    return False
 
 
 def show(found: str, special: set[str]) -> str:
@@ -127,7 +170,7 @@ def show(found: str, special: set[str]) -> str:
     return " ".join(("*" if piece in special else "") + repr(piece) for piece in pieces if piece) or "nothing"
 
 
-def compare(case: str, tokenizer: Any, messages: list, tools: Any) -> list[str]:
+def compare(case: str, tokenizer: Any, messages: list, tools: Any) -> list[tuple[str, str, str]]:
     """Say whether prompts are prefixes of the answered conversation, and that one of the next prompt."""
     lines, answers = [], [k for k, message in enumerate(messages) if message["role"] == f.BOT]
     try:
@@ -135,18 +178,20 @@ def compare(case: str, tokenizer: Any, messages: list, tools: Any) -> list[str]:
             prompt = f.text(tokenizer, messages[:k], tools, True)
             whole = f.text(tokenizer, messages[: k + 1], tools)
             if not whole.startswith(prompt):
-                lines.append(f"{case}: PROMPT {n} is no prefix: {part(prompt, whole)}")
+                lines.append((case, "PROMPT IS NO PREFIX of the answered conversation", part(prompt, whole)))
             else:
                 ids, full = f.asked(tokenizer, messages[:k], tools), f.asked_whole(tokenizer, messages[: k + 1], tools)
                 if full[: len(ids)] != ids:
-                    lines.append(f"{case}: IDS of prompt {n} are no prefix of the whole's")
+                    at = same(ids, full)
+                    pair = [tokenizer.convert_ids_to_tokens(x[max(0, at - 1) : at + 2]) for x in (ids, full)]
+                    lines.append((case, "IDS differ though the prompt's text is a prefix", f"{pair[0]} <> {pair[1]}"))
             if n + 1 < len(answers):
                 after = f.text(tokenizer, messages[: answers[n + 1]], tools, True)
                 if not after.startswith(whole):
-                    lines.append(f"{case}: ANSWER {n} is no prefix of the next prompt: {part(whole, after)}")
+                    lines.append((case, "ONE SEQUENCE CANNOT HOLD the answer and the next prompt", part(whole, after)))
     except Exception as error:
-        lines.append(f"{case}: REFUSED {type(error).__name__}: {str(error)[:140]}")
-    return lines or [f"{case}: ok"]
+        lines.append((case, "REFUSED", f"{type(error).__name__}: {str(error)[:140]}"))
+    return lines or [(case, "ok", "")]
 
 
 def training(family: f.Family, tokenizer: Any) -> str:
@@ -158,7 +203,9 @@ def training(family: f.Family, tokenizer: Any) -> str:
     cases = {case: (messages, None) for case, messages in f.CONVERSATIONS.items()}
     for form in FORMS:
         cases |= {f"{case} {form}": (f.thought(m, form, *t), None) for case, (m, t) in f.THOUGHTS.items()}
-    cases |= {f"{n} calls {a}": (f.calling(a, n, c), f.TOOLS) for n in (1, 2) for a in ("object", "text") for c in ("", None)}
+    cases |= {
+        f"{n} calls {a}": (f.calling(a, n, c), f.TOOLS) for n in (1, 2) for a in ("object", "text") for c in ("", None)
+    }
     masks = "masks ok"
     for case, (messages, tools) in cases.items():
         pair = []
@@ -168,12 +215,16 @@ def training(family: f.Family, tokenizer: Any) -> str:
             except Exception as error:
                 pair.append(f"REFUSED {str(error)[:50]}")
         if pair[0] != pair[1]:
-            differ.append(case if not differ else case)
+            differ.append(case)
             if len(differ) == 1:
                 differ[0] += f" ({part(*pair)})"
     try:
         made = tokenizer.apply_chat_template(
-            f.THREE, chat_template=file.read_text("utf-8"), return_dict=True, return_assistant_tokens_mask=True, strftime_now=f.TODAY.strftime
+            f.THREE,
+            chat_template=file.read_text("utf-8"),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            strftime_now=f.TODAY.strftime,
         )
         trained = [i for i, m in zip(made["input_ids"], made["assistant_masks"], strict=True) if m]
         masks = f"its mask trains {tokenizer.decode(trained)!r}"
