@@ -39,7 +39,7 @@ def look(name: str, family: f.Family, tokenizer: Any) -> list[str]:
     """Return the lines of one family."""
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     lines = [
-        f"bos={tokenizer.bos_token} eos={tokenizer.eos_token} pad={tokenizer.pad_token} class={type(tokenizer).__name__}"
+        f"bos={tokenizer.bos_token} eos={tokenizer.eos_token} pad={tokenizer.pad_token} {type(tokenizer).__name__}"
     ]
     source = tokenizer.chat_template
     names = meta.find_undeclared_variables(

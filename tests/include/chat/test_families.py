@@ -144,14 +144,14 @@ def expected(
     return pairs
 
 
-@pytest.mark.parametrize("written_as", ["reasoning_content", "content"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "written_as"),
+    [(case, form) for case, (_, thoughts, _) in CASES.items() for form in (FORMS[::2] if thoughts else FORMS[:1])],
+)
 def test_answers_are_trained_behind_what_the_model_is_asked(
     family: str, tokenizer: Any, chat: ChatFormat, case: str, written_as: str
 ) -> None:
     messages, thoughts, tools = CASES[case]
-    if written_as == "content" and not thoughts:
-        pytest.skip("no thought")
     row = given(messages, thoughts, written_as, tools)
     pairs = expected(family, case, tokenizer, messages, thoughts, tools)
     if pairs is None:
