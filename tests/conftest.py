@@ -15,6 +15,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from tests.services import published as packages
 from tests.services.s3 import S3
 from tests.tiers import missing_marker, tiers_of
 
@@ -57,6 +58,19 @@ def material() -> Path:
     if not MATERIAL.is_dir():
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{MATERIAL} is not there")
     return MATERIAL
+
+
+@pytest.fixture(scope="session")
+def published(material: Path) -> Callable[[str], Path]:
+    """Returns the folder of a published tokenizer, or of a real model, by its name in `fetch.py`."""
+
+    def folder(name: str) -> Path:
+        try:
+            return packages.published(material, name)
+        except packages.NotPublished as error:
+            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(error))
+
+    return folder
 
 
 @pytest.fixture(autouse=True)
