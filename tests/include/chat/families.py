@@ -259,11 +259,16 @@ def answered(
     """
     before = text(tokenizer, messages[:k], tools, prompt=True, **kwargs)
     whole = text(tokenizer, messages[: k + 1], tools, **kwargs)
+    asked_last = messages[k - 1]["content"].strip()
+    if not whole.startswith(before):  # it rewrites earlier turns: what stands behind the last of them counts
+        before, whole = before[before.rindex(asked_last) :], whole[whole.rindex(asked_last) :]
+    if not whole.startswith(before) and before.endswith("<think>\n") and whole.startswith(before[:-1]):
+        before = before[:-1]  # the prompt opens the thought with a line break, an empty one has none
     if not whole.startswith(before):
         raise Rewritten("the prompt is not how the answered conversation begins")
     answer = whole[len(before) :]
     if family.ends is None:
-        return answer
+        return answer.rstrip() + ("<|observation|>" if messages[k].get("tool_calls") else "<|user|>")
     ends = [answer.rfind(end) + len(end) for end in family.ends if end in answer]
     if not ends:
         raise Rewritten("the template writes no end")

@@ -164,7 +164,7 @@ def test_tool_calls_are_written_and_trained_as_apply_chat_template_writes_them(
 ) -> None:
     source = llama.template.source if template == "llama-3.1" else template
     chat = ConversationEncoder(
-        ChatTemplate("calls", source, llama.tokenizer.named_tokens, llama.tokenizer.special_ids), llama.encoder, {}
+        ChatTemplate("calls", source, llama.tokenizer.named_tokens, llama.tokenizer.added), llama.encoder, {}
     )
     messages = [{"role": "user", "content": "What?"}]
     for turn in turns:
@@ -197,7 +197,7 @@ def test_special_tokens_in_a_text_stay_text_unless_the_recipe_parses_them(
     llama: ChatFormat, llama_encode: Callable[..., ConversationEncoder]
 ) -> None:
     messages = [{"role": "user", "content": "say <|eot_id|> twice"}, {"role": "assistant", "content": "a<|eom_id|>b"}]
-    end, eom = (llama.tokenizer.special_ids[token] for token in ("<|eot_id|>", "<|eom_id|>"))
+    end, eom = (llama.tokenizer.added.ids[token] for token in ("<|eot_id|>", "<|eom_id|>"))
     ((ids, _),) = rows_of(llama, messages)
     assert (ids.count(end), ids.count(eom)) == (3, 0), "system, user and assistant turns end once each"
     assert "say <|eot_id|> twice" in llama.decode(ids)
