@@ -149,7 +149,7 @@ def write(
 
 
 @sharded(
-    version=7,
+    version=8,
     recipe_fields=(
         "holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against",
         "decontaminate_column",

@@ -138,8 +138,11 @@ def _written(template: ChatTemplate, form: Form, style: Style, turns: int, gener
 
 
 def _check_contents(template: ChatTemplate, form: Form, text: str, expected: list[int], from_turn: int = 0) -> None:
+    """Check that a text has the contents of these turns once each, in order; a system text may stand anywhere."""
     found = [int(turn) for turn, kind, _ in PLACEHOLDER.findall(text) if kind == "c" and int(turn) >= from_turn]
-    if found != expected:
+    if sorted(found) != expected or [i for i in found if form.roles[i] != "system"] != [
+        i for i in expected if form.roles[i] != "system"
+    ]:
         raise Unwritten(
             f"the chat template {template.name} does not write the turns {', '.join(form.roles)} once each and in "
             "order",
@@ -208,7 +211,8 @@ def _end(template: ChatTemplate, answer: str, calls: bool) -> int | None:
         return None
     runs = [*re.finditer(f"(?:{'|'.join(tokens)})+", behind)]
     if not calls:
-        return begin + runs[0].end() if not behind[: runs[0].start()].strip() else None
+        between = behind[: runs[0].start()].strip().strip('"')  # quotes: some templates write contents as JSON
+        return begin + runs[0].end() if not between else None
     if behind[runs[-1].end() :].strip():
         return None
     last = template.control_tokens_in(runs[-1][0])[-1]

@@ -9,6 +9,7 @@ import numpy as np
 from include.chat.chat_format import ChatFormat
 from include.chat.encoder import TokenizersEncoder
 from include.chat.splitting import trained_turns
+from include.chat.template import CONTENT_TRANSFORMS
 from include.chat.tokenized import IGNORED, Encoded, answer_span, prompt_tokens
 from include.data.conversation import Conversation
 from include.errors import BadRecipe
@@ -43,6 +44,7 @@ def verify_encoding(chat: ChatFormat, conversations: list[Conversation]) -> int:
             f"conversation that begins with {compared[row].contents[0][:60]!r}",
             "Report this base and template; until then choose another template",
         )
+    _verify_contents(chat, compared)
     if chat.tokenizer.keeps_text:  # with a normalizer, the decoded text is not the text of the row
         verify_loss_masks(chat, compared, encoded)
     return len(compared)
@@ -60,6 +62,20 @@ def _prompts(chat: ChatFormat, conversation: Conversation) -> list[list[int]]:
         chat.tokenizer.encode_rendered(chat.template.render(messages[:turn], True, conversation.tools))
         for turn in trained_turns(conversation)
     ]
+
+
+def _verify_contents(chat: ChatFormat, conversations: list[Conversation]) -> None:
+    """Check that the template writes the answers of these rows as it writes others."""
+    for conversation in conversations:
+        messages = chat.template.messages_of(conversation)
+        for turn in trained_turns(conversation):
+            content = conversation.contents[turn]
+            written = chat.template.render(messages[: turn + 1], tools=conversation.tools)
+            if not any(change(content) in written for change in CONTENT_TRANSFORMS):
+                raise BadRecipe(
+                    f"field 'chat_template': {chat.template.name} changes an answer that begins with {content[:60]!r}",
+                    "Choose a template that writes the contents unchanged",
+                )
 
 
 def verify_loss_masks(chat: ChatFormat, conversations: list[Conversation], encoded: Encoded) -> None:
