@@ -15,7 +15,7 @@ from include.chat.preparation import EXCHANGE_TOO_LONG, TRUNCATED, conversations
 from include.chat.tokenized import sum_up, write_rows
 from include.chat.verification import verify_encoding
 from include.data.conversation import Conversation
-from include.data.expectations import PREPARED_PAIRS, PREPARED_ROWS, Suite
+from include.data.expectations import PREPARED_ROWS, Suite
 from include.data.parallel import in_order
 from include.data.profile import histogram
 from include.data.tables import read_table, write_table
@@ -118,9 +118,11 @@ def template(context: ShardedContext, standardize: Output[StandardizeOutput]) ->
     """
     recipe = context.recipe
     pairs = recipe.method == "dpo"
-    rules = (*PREPARED_ROWS, *PREPARED_PAIRS) if pairs else PREPARED_ROWS
     with Suite(
-        "prepared_pairs" if pairs else "prepared_rows", rules, recipe.check_limits, context.out / TemplateOutput.DOCS
+        "prepared_pairs" if pairs else "prepared_rows",
+        PREPARED_ROWS,
+        recipe.check_limits,
+        context.out / TemplateOutput.DOCS,
     ) as suite:
         proof, groups = context.result_of(verify_sample), context.result_of(encode)
         faults = _faults_of_all(context)

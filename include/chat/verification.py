@@ -10,7 +10,7 @@ from include.chat.chat_format import ChatFormat
 from include.chat.encoder import TokenizersEncoder
 from include.chat.splitting import trained_turns
 from include.chat.template import CONTENT_TRANSFORMS
-from include.chat.tokenized import IGNORED, Encoded, answer_span, prompt_tokens
+from include.chat.tokenized import IGNORED, Encoded
 from include.data.conversation import Conversation
 from include.errors import BadRecipe
 
@@ -156,7 +156,7 @@ def pair_faults(
     conversations: list[Conversation],
     max_seq_length: int,
 ) -> dict[str, Any]:
-    """Count what breaks the rules of `PREPARED_ROWS` and `PREPARED_PAIRS` in each preference row.
+    """Count what breaks the rules of `PREPARED_ROWS` in each preference row.
 
     Args:
         chosen: ids and loss masks of the conversations with the chosen answer.
@@ -164,16 +164,10 @@ def pair_faults(
         conversations: the rows; both answers have the same roles before them.
 
     Returns:
-        The arrays of `token_faults`, the larger value of the two conversations in each; and `prompt_errors` (1: the
-        tokens before the two answers differ, so that the pair is cut before them, see `pair_batch`).
+        The arrays of `token_faults`, the larger value of the two conversations in each.
     """
     sides = [token_faults(chat, encoded, conversations, max_seq_length) for encoded in (chosen, rejected)]
-    larger = {name: np.maximum(sides[0][name], sides[1][name]) for name in sides[0]}
-    differ = [
-        prompt_tokens(chosen, rejected, i) < max(answer_span(chosen, i)[0], answer_span(rejected, i)[0])
-        for i in range(len(conversations))
-    ]
-    return {**larger, "prompt_errors": np.array(differ, np.int32)}
+    return {name: np.maximum(sides[0][name], sides[1][name]) for name in sides[0]}
 
 
 def _first_difference(encoded: Encoded, expected: list[list[list[int]]]) -> int | None:
