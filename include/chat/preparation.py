@@ -108,10 +108,10 @@ def _refuse_rows(
         if turn is not None:
             refused[i] = True
             entries += [{**entry, "turn": turn} for entry in _left_out(rows, [i], BROKEN_BY_TEXT)]
-    for i, conversation in enumerate(conversations):
-        if not refused[i] and (changed := chat.changed_text(conversation)):
-            refused[i] = True
-            entries += [{**entry, "turn": changed[0] + 1} for entry in _left_out(rows, [i], MARKUP_IN_TEXT)]
+    for number, conversation in enumerate(conversations):
+        if not refused[number] and (changed := chat.changed_text(conversation)):
+            refused[number] = True
+            entries += [{**entry, "turn": changed[0] + 1} for entry in _left_out(rows, [number], MARKUP_IN_TEXT)]
     masked = [i for i in np.flatnonzero(faults["untrained"]) if not (refused[i] or trained_turns(conversations[i]))]
     refused[masked] = True
     for name in ("untrained", "bos_errors", "unended_turns", "mask_errors"):
