@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PORT ?= 8080
 READY := .venv/.ready
+# pip leaves out bytecode below: the first import of a module writes it, also where the shell or the image forbids it
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo run rollback up compose-env cluster docs test-fast test test-cluster lint bench-data bench-shards bench-train clean

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from airflow.sdk import DAG, Asset, AssetOrTimeSchedule, AssetWatcher, CronTriggerTimetable, Param, task, task_group
+from airflow.sdk.definitions.param import ParamsDict
 
 from include.errors import RetuneError
 from include.recipe import Recipe, form, load_all
@@ -33,15 +34,13 @@ def finetune(recipe: Recipe) -> DAG:
         recipe.name,
         description=recipe.description,
         doc_md=dag_doc(recipe),
-        params={"force": FORCE} | {name: Param(field["value"], section=field["section"], **field["schema"])
-                                   for name, field in form(recipe).items()},
         schedule=schedule(recipe),
         deadline=deadline(recipe),
         catchup=False,
         max_active_runs=1,
         tags=["retune", recipe.base_model.rsplit("/", 1)[-1]],
         default_args=RETRIES,
-    ) as dag:  # fmt: skip
+    ) as dag:
         resolve, *stages = stages_of(recipe)
         lineage = stage_task(recipe, resolve)(recipe.name)
         if recipe.sweep:
@@ -50,6 +49,10 @@ def finetune(recipe: Recipe) -> DAG:
             lineage = stage_task(recipe, stage)(lineage)
         # teardowns also run after a failure. They do not hide it, and their own failure does not fail the run.
         lineage >> report_task(recipe.name).as_teardown() >> alert_task(Alert.settings(recipe)).as_teardown()
+    # last: each task would get a copy of the form, and Airflow checks and stores every copy whenever it reads the DAG
+    fields = {name: Param(field["value"], section=field["section"], **field["schema"])
+              for name, field in form(recipe).items()}  # fmt: skip
+    dag.params = ParamsDict({"force": FORCE} | fields)
     return dag
 
 

@@ -149,7 +149,7 @@ def write(
 
 
 @sharded(
-    version=7,
+    version=8,
     recipe_fields=(
         "holdout_share", "near_duplicates", "near_duplicate_similarity", "decontaminate_against",
         "decontaminate_column",
@@ -331,7 +331,7 @@ def _write(readings: Path, sides: Path, target: Path) -> None:
 
     table, kept = read_table(readings), read_table(sides)
     stay = pa.array(np.isin(table["row"].to_numpy(), kept["row"].to_numpy()))
-    table = table.select(["row", "roles", "contents", "tools", "rejected", "masked", "calls"]).filter(stay)
+    table = table.select(["row", "roles", "contents", "tools", "rejected", "masked", "calls", "thoughts"]).filter(stay)
     write_table(table.append_column("holdout", kept["holdout"].combine_chunks()), target)
 
 

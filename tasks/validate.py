@@ -43,7 +43,7 @@ def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool 
 
 
 @stage(
-    version=8,
+    version=9,
     recipe_fields=("method", "dataset_format", "merge_turns", "max_refused_share", "check_limits"),
     other_fields=("chat_template", "base_model", "base_revision"),  # covered by `_tools_rendered`
     external_inputs=_tools_rendered,

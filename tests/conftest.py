@@ -15,8 +15,15 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from tests.services import published as packages
 from tests.services.s3 import S3
-from tests.tiers import missing_marker, tiers_of
+from tests.tiers import cost, missing_marker, starts
+
+# how the tokenizer of Llama 3 splits texts, from its tokenizer.json
+LLAMA_3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 PROJECT = Path(__file__).resolve().parent.parent
 MATERIAL = PROJECT.parent / "shared" / "material"
@@ -37,10 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         if isinstance(item, pytest.Function):
-            for tier in tiers_of(item):
+            for tier in starts(item):
                 item.add_marker(tier)
-    tiers = ("cluster", "airflow", "engine")  # the slowest first
-    items.sort(key=lambda item: [not item.get_closest_marker(tier) for tier in tiers])
+    items.sort(key=cost, reverse=True)
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +63,19 @@ def material() -> Path:
     if not MATERIAL.is_dir():
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{MATERIAL} is not there")
     return MATERIAL
+
+
+@pytest.fixture(scope="session")
+def published(material: Path) -> Callable[[str], Path]:
+    """Returns the folder of a published tokenizer, or of a real model, by its name in `fetch.py`."""
+
+    def folder(name: str) -> Path:
+        try:
+            return packages.published(material, name)
+        except packages.NotPublished as error:
+            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(str(error))
+
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -98,12 +117,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _make_tiny_base(folder: Path) -> None:
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(LLAMA_3_SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
@@ -131,13 +152,63 @@ def conversation(question: str, answer: str) -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
 
 
+def sixty_rows() -> str:
+    """Sixty good rows as the text of a jsonl file."""
+    rows = [conversation(f"What is {i} plus {i + 1}?", f"It is {2 * i + 1}.") for i in range(60)]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     """Sixty good rows as jsonl."""
     path = tmp_path / "rows.jsonl"
-    rows = [conversation(f"What is {i} plus {i + 1}?", f"It is {2 * i + 1}.") for i in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(sixty_rows())
     return path
+
+
+def small_fields(dataset: Path, base: Path) -> dict[str, Any]:
+    """The fields of a recipe that trains the tiny base within a second."""
+    return {
+        "dataset": str(dataset), "base_model": str(base), "max_seq_length": 256, "max_steps": 8, "save_steps": 2,
+        "learning_rate": 0.01, "holdout_share": 0.2, "prompts": ["What is 2 plus 3?"], "required_checks": [],
+        "max_new_tokens": 8,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """The state folder of a run of `small_recipe` on sixty rows up to the smoke test, made once for all tests."""
+    rows = made_once(tmp_path_factory, "rows", _make_rows) / "rows.jsonl"
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        recipe = folder / "small.yaml"
+        recipe.write_text(yaml.safe_dump({"description": "a test's recipe", **small_fields(rows, tiny_base)}))
+        environment = {name: value for name, value in os.environ.items() if name != "RETUNE_STORE"}
+        done = subprocess.run(
+            [sys.executable, "-m", "retune", "stage", "small", "--until", "smoke_test"], cwd=PROJECT,
+            env={**environment, "RETUNE_VAR": str(folder), "RETUNE_RECIPES": str(recipe)}, stderr=subprocess.PIPE,
+            text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "small_run", make)
+
+
+def _make_rows(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(sixty_rows())
+
+
+@pytest.fixture
+def trained(var: Path, small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sixty rows of a training that is in this test's store already, for tests of what comes after the training.
+
+    The recipe is `small_recipe(dataset=str(trained))`.
+    """
+    for stage in ("download", "validate", "standardize", "template", "train", "smoke_test"):
+        shutil.copytree(small_run / "store" / "small" / stage, var / "store" / "small" / stage)
+    return made_once(tmp_path_factory, "rows", _make_rows) / "rows.jsonl"
 
 
 @pytest.fixture
@@ -158,12 +229,7 @@ def small_recipe(write_recipe: Callable[..., Path], dataset: Path, tiny_base: Pa
     """A recipe that trains the tiny base on the sixty rows; fields by keyword replace its own."""
 
     def write(name: str = "small", **fields: Any) -> Path:
-        own = {
-            "dataset": str(dataset), "base_model": str(tiny_base), "max_seq_length": 256, "max_steps": 8,
-            "save_steps": 2, "learning_rate": 0.01, "holdout_share": 0.2, "prompts": ["What is 2 plus 3?"],
-            "required_checks": [], "max_new_tokens": 8,
-        }  # fmt: skip
-        return write_recipe(name, **{**own, **fields})
+        return write_recipe(name, **{**small_fields(dataset, tiny_base), **fields})
 
     return write
 

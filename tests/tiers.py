@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,24 +17,38 @@ from tasks.stages import PIPELINE
 
 ON_CPU = PIPELINE[: [stage.gpu for stage in PIPELINE].index(True)]  # these stages start no process of the engine
 DATA_STAGES = {stage.name for stage in ON_CPU}
-FIXTURES = {"airflow": {"airflow"}, "airflow_home": {"airflow"}, "running": {"cluster"}, "train_job": {"engine"}}
-TIERS = ("engine", "airflow", "cluster")
+FIXTURES = {
+    "airflow": ("airflow", "airflow"), "airflow_home": ("airflow",), "running": ("cluster",), "train_job": ("engine",),
+    "trained": ("engine",),
+}  # fmt: skip
+TIERS = {"engine": 1, "airflow": 3, "cluster": 100}  # how long a start takes, roughly, compared with the engine's
+HIDDEN = 3  # starts that a marker in a test's file stands for, roughly
 
 
-def tiers_of(item: pytest.Function) -> set[str]:
-    """Return the markers that a test's fixtures and calls ask for."""
-    found = {tier for name in item.fixturenames for tier in FIXTURES.get(name, ())}
+def starts(item: pytest.Function) -> Counter[str]:
+    """Return how often a test's fixtures and calls ask for each tier, as far as its own code shows.
+
+    Airflow with its UI counts as two: it has four processes of its own, and one for each task.
+    """
+    found = Counter(tier for name in item.fixturenames for tier in FIXTURES.get(name, ()))
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(item.function)))):
         if isinstance(node, ast.Call):
             words = [word.value for word in ast.walk(node) if isinstance(word, ast.Constant)]
             name = ast.unparse(node.func)
             if (name == "pipeline" and not DATA_STAGES & set(words)) or name == "supervise.run":
-                found.add("engine")
+                found["engine"] += 1
             elif name == "up" or (name == "subprocess.run" and "airflow" in words):
-                found.add("airflow")
+                found["airflow"] += 2
             elif name in ("retune", "subprocess.Popen", "subprocess.run") and "run" in words:
-                found |= {"engine", "airflow"}
+                found.update(("engine", "airflow"))
     return found
+
+
+def cost(item: pytest.Item) -> int:
+    """Return roughly how long a test takes, compared with the others, by what it starts."""
+    found = starts(item) if isinstance(item, pytest.Function) else Counter[str]()
+    hidden = {tier for tier in TIERS if tier not in found and item.get_closest_marker(tier)}
+    return sum(TIERS[tier] * (HIDDEN if tier in hidden else found[tier]) for tier in hidden | found.keys())
 
 
 def missing_marker(item: pytest.Item, state: Path) -> str | None:

@@ -6,16 +6,24 @@ This is the only place where a conversation is rendered. The ids are equal to th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from include.chat.conversation_encoder import ConversationEncoder
 from include.chat.encoder import Encoder, TokenizersEncoder, fast_encoder
-from include.chat.template import ChatTemplate, template_source
+from include.chat.sequences import Sequence, sequences
+from include.chat.template import ChatTemplate, Form, renders_calls, template_source
 from include.chat.tokenized import Encoded
 from include.chat.tokenizer import ChatTokenizer
 from include.data.conversation import Conversation, Message
-from include.errors import BadRecipe
+from include.errors import BadData, BadRecipe
+
+# a conversation in which the assistant calls a tool
+CALL = '[{"id": "call00000", "type": "function", "function": {"name": "look_up", "arguments": {"word": "kite"}}}]'
+TOOL = '[{"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}]'
+CALLING = Form(("user", "assistant"), TOOL, ((1, CALL, False),))
 
 
 class ChatFields(Protocol):
@@ -40,6 +48,7 @@ class ChatFormat:
         missing_special_tokens: for special tokens that the template writes and the vocabulary does not have: "refuse"
             the template, or "split" the tokens into ordinary ones.
         special_tokens_in_text: for special tokens in a turn's content: "literal" text, or "parse" them into their ids.
+        chat_template_kwargs: values for variables of the template, such as `enable_thinking`.
         base_name: the base model's name in messages.
 
     Attributes:
@@ -59,12 +68,15 @@ class ChatFormat:
         chat_template: str,
         missing_special_tokens: str = "refuse",
         special_tokens_in_text: str = "literal",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         base_name: str = "the base model",
     ):
         self.tokenizer = tokenizer = ChatTokenizer(folder, base_name)
         source = template_source(folder, chat_template, base_name)
-        self.template = ChatTemplate(chat_template, source, tokenizer.named_tokens, tokenizer.special_ids)
-        self.missing = self.template.missing_tokens()
+        self.template = ChatTemplate(
+            chat_template, source, tokenizer.named_tokens, tokenizer.added, dict(chat_template_kwargs or {})
+        )
+        self.missing = self.template.missing
         if self.missing and missing_special_tokens == "refuse":
             raise BadRecipe(
                 f"field 'chat_template': {chat_template} writes {', '.join(self.missing)}, which the vocabulary of "
@@ -72,10 +84,11 @@ class ChatFormat:
                 "Choose a template made for this base (vicuna and alpaca need only its end-of-text token), or accept "
                 "ordinary tokens in their place with missing_special_tokens: split",
             )
+        tokenizer.keep_as_text(self.template.control_tokens)
         self._conversations = ConversationEncoder(
             self.template,
-            fast_encoder(tokenizer.backend, tokenizer.file),
-            parsed_tokens=tokenizer.special_ids if special_tokens_in_text == "parse" else {},
+            fast_encoder(tokenizer.backend, tokenizer.file, self.template.control_tokens),
+            parsed_tokens=tokenizer.added.ids if special_tokens_in_text == "parse" else {},
         )
 
     @classmethod
@@ -115,7 +128,7 @@ class ChatFormat:
         Raises:
             BadData, BadRecipe: see `encode`.
         """
-        return self._conversations.encode(conversations, generation_prompt=True)
+        return self._conversations.encode_prompts(conversations)
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Return the token ids of one conversation that the assistant continues; see `encode_prompts`."""
@@ -133,28 +146,45 @@ class ChatFormat:
         """Return the special tokens in a turn's text that become ids; empty unless special tokens are parsed."""
         return self._conversations.parsed_tokens_in(text)
 
+    def changed_text(self, conversation: Conversation) -> tuple[int, str] | None:
+        """Return the first turn whose text the template changes, and the part of the text that it looks for."""
+        for turn, content in enumerate(conversation.contents):
+            for text in self.template.markup:
+                if text in content:
+                    return turn, text
+        return None
+
     def id_of(self, name: str) -> int | None:
         """Return the id of the tokenizer's `bos_token`, `eos_token` or `pad_token`, or None."""
         return self.tokenizer.id_of(name)
 
-    @property
+    @cached_property
     def stop_tokens(self) -> list[int]:
         """Return the ids that end an answer: the template's end of turn and the tokenizer's end of text, sorted."""
-        ends = [piece.token for piece in self.template.pieces(("user", "assistant")) if piece.ends_turn]
-        return sorted({id for id in (*ends, self.id_of("eos_token")) if id is not None})
+        ends = {self.template.added.ids.get(end) for sequence in self._examples for end in sequence.ends}
+        return sorted(id for id in {*ends, self.id_of("eos_token")} if id is not None)
 
     @property
     def written_tokens(self) -> dict[str, int]:
-        """Return the ids of the special tokens that the template writes, and of the end of text, by their texts."""
-        ids = {piece.token for piece in self.template.pieces(("user", "assistant")) if piece.token is not None}
-        return {text: id for text, id in self.tokenizer.special_ids.items() if id in {*ids, self.id_of("eos_token")}}
+        """Return the ids of the control tokens that the template writes, and of the end of text, by their texts."""
+        text = "".join(sequence.text for sequence in self._examples)
+        eos = self.tokenizer.named_tokens.get("eos_token")
+        return {
+            token: self.template.added.ids[token]
+            for token in self.template.added.ids
+            if token == eos or (token in text and token in self.template.control_tokens)
+        }
 
-    @property
-    def bos_count(self) -> int:
-        """Return how many beginning-of-text tokens the template writes for a user turn and an assistant turn."""
-        bos = self.id_of("bos_token")
-        tokens = [piece.token for piece in self.template.pieces(("user", "assistant")) if piece.token is not None]
-        return tokens.count(bos) if bos is not None else 0
+    @cached_property
+    def _examples(self) -> list[Sequence]:
+        """The sequences of the plainest conversation, and of one that calls a tool if the template writes calls."""
+        found = sequences(self.template, Form(("user", "assistant")), (1,))
+        if renders_calls(self.template.source):
+            try:
+                found += sequences(self.template, CALLING, (1,))
+            except (BadData, BadRecipe):
+                pass  # rows with calls are refused with the reason
+        return found
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer with the chat template, so that transformers loads exactly these two."""

@@ -1,26 +1,24 @@
-"""Conversations to token ids and loss masks: the template's pieces, filled with the contents, in one pass.
+"""Conversations to token ids and loss masks: the pieces of sequences, filled with the contents, in one pass.
 
-What is the same for every conversation with one order of roles is encoded once. Special tokens are looked up only in
-the template's text: a special token that a user writes stays text, unless the recipe parses it.
+What is the same for every conversation of one form is encoded once. Control tokens are looked up only in the
+template's text: a control token that a user writes stays text, unless the recipe parses it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from include.chat.encoder import Encoder, Spans, range_indices
-from include.chat.template import CONTENT_TRANSFORMS, Calls, ChatTemplate, Piece
+from include.chat.encoder import Encoder, Spans, Tokens, range_indices
+from include.chat.sequences import Piece, Sequence, pieces, prompt_of, sequences
+from include.chat.template import CONTENT_TRANSFORMS, ChatTemplate, Form
 from include.chat.tokenized import Encoded
 from include.data.conversation import Conversation
 
 MAX_CACHED_LAYOUTS = 10_000  # rows with many different lists of tools have as many layouts
-
-Layout = list["FixedSegment | list[Piece]"]  # of one order of roles: fixed tokens, and pieces to be encoded together
 
 
 class FixedSegment(NamedTuple):
@@ -39,12 +37,24 @@ class FixedSegment(NamedTuple):
         return FixedSegment(self.ids + other.ids, self.loss_mask + other.loss_mask)
 
 
+class Layout(NamedTuple):
+    """One sequence of the conversations of one form.
+
+    Attributes:
+        parts: fixed tokens, and pieces to be encoded together.
+        bos: how many beginning-of-text tokens are among the fixed tokens.
+    """
+
+    parts: list[FixedSegment | list[Piece]]
+    bos: int
+
+
 class ConversationEncoder:
     """Encodes conversations with one chat template.
 
     Args:
         template: the chat template.
-        text_encoder: encodes the texts between special tokens.
+        text_encoder: encodes the texts between control tokens.
         parsed_tokens: ids of the special tokens that are parsed in contents, by their texts; empty: none.
 
     Attributes:
@@ -56,37 +66,59 @@ class ConversationEncoder:
         self.text_encoder = text_encoder
         self.template, self._parsed_tokens = template, parsed_tokens
         self._parsed = re.compile("(" + "|".join(map(re.escape, parsed_tokens)) + ")") if parsed_tokens else None
-        self._pieces: dict[tuple[tuple[str, ...], str | None, bool, Calls], list[Piece]] = {}
-        self._layouts: dict[tuple[tuple[str, ...], str | None, bool, Calls, tuple[int, ...]], Layout] = {}
+        self._bos = template.added.ids.get(template.named_tokens.get("bos_token") or "")
+        self._layouts: dict[tuple[Form, tuple[int, ...] | None, bool], list[Layout]] = {}
 
     def use(self, text_encoder: Encoder) -> None:
         """Change the encoder of the texts."""
         self.text_encoder = text_encoder
         self._layouts.clear()
 
-    def encode(self, conversations: list[Conversation], generation_prompt: bool = False) -> Encoded:
-        """Return the token ids and the loss masks of conversations.
-
-        Args:
-            generation_prompt: whether the header of an assistant turn follows each conversation.
+    def encode(self, conversations: list[Conversation]) -> Encoded:
+        """Return the token ids and the loss masks of conversations, each answer behind the prompt that asks for it.
 
         Raises:
-            BadData, BadRecipe: see `ChatTemplate.pieces`.
+            BadData, BadRecipe: see `include.chat.sequences.sequences`.
+        """
+        encoded, joined = self._encode(conversations, apart=False)
+        if len(joined):  # the begin of an answer changes the tokens of its prompt, which it cannot do at inference
+            again, _ = self._encode([conversations[i] for i in joined], apart=True)
+            encoded = encoded.replaced(joined, again)
+        return encoded
+
+    def encode_prompts(self, conversations: list[Conversation]) -> Encoded:
+        """Return the token ids of conversations that the assistant continues: with the header of its next turn.
+
+        Raises:
+            BadData, BadRecipe: see `include.chat.sequences.sequences`.
         """
         parts = _Parts()
-        for conversation in conversations:
-            for entry in self._layout(conversation, generation_prompt):
-                if isinstance(entry, FixedSegment):
-                    parts.add_fixed(entry)
-                else:
-                    self._add_text(parts, entry, conversation)
-            parts.end_conversation()
+        for number, conversation in enumerate(conversations):
+            self._add(parts, number, conversation, self._layouts_of(conversation, None, apart=False))
+        return parts.encoded(self.text_encoder)[0]
+
+    def _encode(self, conversations: list[Conversation], apart: bool) -> tuple[Encoded, np.ndarray]:
+        """Return the sequences, and the conversations with an answer that changes the tokens of its prompt."""
+        parts = _Parts()
+        for number, conversation in enumerate(conversations):
+            masked = conversation.masked
+            answers = tuple(i for i, role in enumerate(conversation.roles) if role == "assistant" and i not in masked)
+            self._add(parts, number, conversation, self._layouts_of(conversation, answers, apart))
         return parts.encoded(self.text_encoder)
 
-    def _add_text(self, parts: _Parts, pieces: list[Piece], conversation: Conversation) -> None:
+    def _add(self, parts: _Parts, number: int, conversation: Conversation, layouts: list[Layout]) -> None:
+        for layout in layouts:
+            for part in layout.parts:
+                if isinstance(part, FixedSegment):
+                    parts.add_fixed(part)
+                else:
+                    self._add_text(parts, part, conversation)
+            parts.end_sequence(number, layout.bos)
+
+    def _add_text(self, parts: _Parts, between: list[Piece], conversation: Conversation) -> None:
         """Add the text of pieces that stand side by side, cut at the special tokens that are parsed."""
         text, spans = "", list[tuple[int, int]]()
-        for piece in pieces:
+        for piece in between:
             content = piece.text if piece.turn is None else _content(piece, conversation)
             # re.split with a group: texts and parsed tokens alternate
             for number, section in enumerate(self._parsed.split(content) if self._parsed else (content,)):
@@ -97,7 +129,7 @@ class ConversationEncoder:
                     text, spans = "", []
                     continue
                 if piece.in_loss:
-                    spans.append((len(text), len(text) + len(section)))
+                    _extend(spans, len(text), len(text) + len(section))
                 text = text + section if text else section
         if text:
             parts.add_text(text, spans)
@@ -106,86 +138,129 @@ class ConversationEncoder:
         """Return the special tokens that are parsed in a text, in their order."""
         return self._parsed.findall(text) if self._parsed else []
 
-    def _layout(self, conversation: Conversation, generation_prompt: bool) -> Layout:
-        calls = calls_of(conversation) if conversation.calls else ()
-        rendered = (conversation.roles, conversation.tools, generation_prompt, calls)
-        key = (*rendered, conversation.masked)
+    def _layouts_of(self, conversation: Conversation, answers: tuple[int, ...] | None, apart: bool) -> list[Layout]:
+        """Return the layouts of a conversation's sequences.
+
+        Args:
+            answers: the turns to train on; None: the prompt for the next turn.
+            apart: whether each answer has a sequence of its own and is encoded apart from its prompt.
+        """
+        form = Form.of(conversation)
+        key = (form, answers, apart)
         if key not in self._layouts:
-            for cached in (self._layouts, self._pieces):
-                if len(cached) > MAX_CACHED_LAYOUTS:
-                    cached.clear()
-            if rendered not in self._pieces:
-                self._pieces[rendered] = self.template.pieces(*rendered)
-            self._layouts[key] = self._build_layout(_with_masks(self._pieces[rendered], conversation.masked))
+            if len(self._layouts) > MAX_CACHED_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[key] = self._build(form, answers, apart)
         return self._layouts[key]
 
-    def _build_layout(self, pieces: list[Piece]) -> Layout:
-        """Encode all text between two special tokens that holds no content.
+    def _build(self, form: Form, answers: tuple[int, ...] | None, apart: bool) -> list[Layout]:
+        if answers is None:
+            return [self._build_layout(prompt_of(self.template, form), ())[0]]
+        alone = [*answers] if apart else []
+        while True:
+            made = sequences(self.template, form, answers, alone)
+            built = [self._build_layout(s, [b for b, _ in s.trained] if apart else ()) for s in made]
+            joined = [begin for _, begin in built if begin is not None]
+            if not joined:
+                return [layout for layout, _ in built]
+            # the begin of the answer is the template's own text: so it is in every conversation of this form
+            alone, apart = [*answers], True
+
+    def _build_layout(self, sequence: Sequence, cuts: Collection[int]) -> tuple[Layout, int | None]:
+        """Encode all text between two control tokens that holds no content.
 
         A token can cover both template text and content, so text around a content is encoded together with it.
+
+        Returns:
+            The layout, and a number if a trained stretch in such a text changes the tokens before it, or None.
         """
-        layout: Layout = []
+        layout = Layout([], 0)
         between: list[Piece] = []
+        joined: list[int] = []
+        bos = 0
 
         def add_fixed(segment: FixedSegment) -> None:
-            if layout and isinstance(layout[-1], FixedSegment):
-                layout[-1] = layout[-1].joined(segment)
+            if layout.parts and isinstance(layout.parts[-1], FixedSegment):
+                layout.parts[-1] = layout.parts[-1].joined(segment)
             else:
-                layout.append(segment)
+                layout.parts.append(segment)
 
         def add_between() -> None:
             if any(piece.turn is not None for piece in between):
-                layout.append(list(between))
+                layout.parts.append(list(between))
             elif between:
                 text, spans = "", list[tuple[int, int]]()
                 for piece in between:
-                    spans += [(len(text), len(text) + len(piece.text))] if piece.in_loss else []
+                    if piece.in_loss:
+                        _extend(spans, len(text), len(text) + len(piece.text))
                     text += piece.text
                 tokens = self.text_encoder.encode([text], [spans])
+                joined.extend(_joined_texts(self.text_encoder, [text], [spans], tokens))
                 add_fixed(FixedSegment(tuple(tokens.ids.tolist()), tuple(tokens.mask.tolist())))
             between.clear()
 
-        for piece in pieces:
+        for piece in pieces(self.template, sequence, cuts):
+            if piece.cut:
+                add_between()
             if piece.token is None:
                 between.append(piece)
                 continue
             add_between()
             add_fixed(FixedSegment((piece.token,), (piece.in_loss,)))
+            bos += piece.token == self._bos
         add_between()
-        return layout
+        return Layout(layout.parts, bos), joined[0] if joined else None
 
 
-def _with_masks(pieces: list[Piece], masked: tuple[int, ...]) -> list[Piece]:
-    """Take the masked turns' contents, and the tokens that end these turns, out of the loss."""
-    if not masked:
-        return pieces
-    found, turn = [], None
-    for piece in pieces:
-        turn = next((of for of in (piece.turn, piece.calls_of) if of is not None), turn)
-        found.append(replace(piece, in_loss=False) if turn in masked else piece)
-    return found
-
-
-def calls_of(conversation: Conversation) -> Calls:
-    """Return the tool calls of a conversation as `ChatTemplate.pieces` takes them."""
-    return tuple((turn, made, bool(conversation.contents[turn])) for turn, made in conversation.calls)
+def _extend(spans: Spans, begin: int, end: int) -> None:
+    """Add a span, joined with the last one if it begins where that one ends."""
+    if spans and spans[-1][1] == begin:
+        spans[-1] = (spans[-1][0], end)
+    else:
+        spans.append((begin, end))
 
 
 def _content(piece: Piece, conversation: Conversation) -> str:
-    """Return a turn's content as the template writes it."""
-    content = conversation.contents[piece.turn or 0]
-    return content if piece.transform == "unchanged" else CONTENT_TRANSFORMS[piece.transform](content)
+    """Return a turn's content or thoughts as the template writes them."""
+    turn = piece.turn or 0
+    content = dict(conversation.thoughts)[turn] if piece.of_thoughts else conversation.contents[turn]
+    content = content if piece.transform == 0 else CONTENT_TRANSFORMS[piece.transform](content)
+    return content.lstrip() if piece.stripped else content
+
+
+def _joined_texts(text_encoder: Encoder, texts: list[str], spans: list[Spans], tokens: Tokens) -> np.ndarray:
+    """Return the numbers of the texts in which tokens before a span differ from those of the text before it alone.
+
+    Args:
+        tokens: of the texts.
+    """
+    before: dict[str, list[int]] = {}
+    for number, text_spans in enumerate(spans):
+        for begin, _ in text_spans:
+            if begin:
+                before.setdefault(texts[number][:begin], []).append(number)
+    alone = text_encoder.encode([*before], [[] for _ in before])
+    found: list[int] = []
+    for i, numbers in enumerate(before.values()):
+        ids, chosen = alone.ids[alone.starts[i] : alone.starts[i + 1]], np.array(numbers)
+        starts, long = tokens.starts[chosen], tokens.starts[chosen + 1] - tokens.starts[chosen] >= len(ids)
+        same = long.copy()
+        same[long] = (tokens.ids[starts[long][:, None] + np.arange(len(ids))] == ids).all(axis=1)
+        found += chosen[~same].tolist()
+    return np.unique(np.array(found, np.int64))
 
 
 class _Parts:
-    """The parts of conversations in their order: fixed segments, each stored once, and texts, encoded in one call."""
+    """The parts of sequences in their order: fixed segments, each stored once, and texts, encoded in one call."""
 
     def __init__(self) -> None:
         self._segments: dict[FixedSegment, int] = {}
         self._texts: list[str] = []
         self._spans: list[Spans] = []
         self._order: list[int] = []  # of each part: the number of its fixed segment, or -1 - the number of its text
-        self._conversation_ends: list[int] = []  # in parts
+        self._sequence_ends: list[int] = []  # in parts
+        self._origin: list[int] = []
+        self._bos: list[int] = []
 
     def add_fixed(self, segment: FixedSegment) -> None:
         self._order.append(self._segments.setdefault(segment, len(self._segments)))
@@ -195,11 +270,18 @@ class _Parts:
         self._texts.append(text)
         self._spans.append(loss_spans)
 
-    def end_conversation(self) -> None:
-        self._conversation_ends.append(len(self._order))
+    def end_sequence(self, origin: int, bos: int) -> None:
+        self._sequence_ends.append(len(self._order))
+        self._origin.append(origin)
+        self._bos.append(bos)
 
-    def encoded(self, text_encoder: Encoder) -> Encoded:
-        """Encode the texts and put all parts in order."""
+    def encoded(self, text_encoder: Encoder) -> tuple[Encoded, np.ndarray]:
+        """Encode the texts and put all parts in order.
+
+        Returns:
+            The sequences, and the indices of the conversations in which the begin of a trained stretch changes the
+            tokens before it (int64, ascending).
+        """
         tokens = text_encoder.encode(self._texts, self._spans)
         segment_ids = np.array([id for segment in self._segments for id in segment.ids], np.int32)
         segment_mask = np.array([bit for segment in self._segments for bit in segment.loss_mask], bool)
@@ -213,7 +295,13 @@ class _Parts:
         lengths[is_text] = tokens.starts[texts + 1] - tokens.starts[texts]
         starts[~is_text] = (segment_lengths.cumsum() - segment_lengths)[segments]
         lengths[~is_text] = segment_lengths[segments]
-        ends = np.concatenate([[0], lengths.cumsum()])[np.array(self._conversation_ends, np.int64)]
+        sequence_ends, origin = np.array(self._sequence_ends, np.int64), np.array(self._origin, np.int64)
+        ends = np.concatenate([[0], lengths.cumsum()])[sequence_ends]
         indices = range_indices(starts, lengths)
         ids, mask = np.concatenate([segment_ids, tokens.ids]), np.concatenate([segment_mask, tokens.mask])
-        return Encoded(ids[indices], mask[indices], ends)
+        # the place of each such text in the order of the parts
+        joined = np.flatnonzero(is_text)[_joined_texts(text_encoder, self._texts, self._spans, tokens)]
+        return (
+            Encoded(ids[indices], mask[indices], ends, origin, np.array(self._bos, np.int32)),
+            np.unique(origin[np.searchsorted(sequence_ends, joined, "right")]),
+        )

@@ -9,6 +9,7 @@ compares whole rows at every run.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -187,7 +188,7 @@ def _byte_span(text: str, span: tuple[int, int]) -> tuple[int, int]:
     return begin, begin + len(text[span[0] : span[1]].encode())
 
 
-def fast_encoder(backend: Any, file: Path) -> Encoder:
+def fast_encoder(backend: Any, file: Path, as_text: Collection[str]) -> Encoder:
     """Return a gigatoken encoder if gigatoken supports the tokenizer and the tokenizer has no normalizer.
 
     For every other tokenizer, return the encoder of the tokenizer itself.
@@ -195,6 +196,7 @@ def fast_encoder(backend: Any, file: Path) -> Encoder:
     Args:
         backend: the tokenizer, as `tokenizers.Tokenizer`.
         file: its tokenizer.json.
+        as_text: the added tokens that stay text in a text.
     """
     import gigatoken
     from gigatoken.gigatoken_rs import BPETokenizer
@@ -205,7 +207,8 @@ def fast_encoder(backend: Any, file: Path) -> Encoder:
     try:
         with no_collection():
             settings = orjson.loads(file.read_bytes())
-            settings.update(added_tokens=[], post_processor=None)  # special tokens in a text stay text
+            others = [token for token in settings["added_tokens"] if token["content"] not in as_text]
+            settings.update(added_tokens=others, post_processor=None)
             encoder = gigatoken.Tokenizer.from_json(orjson.dumps(settings))
     except Exception:  # gigatoken raises several types for tokenizers that it does not support
         return tokenizer_encoder

@@ -17,6 +17,7 @@ from include.recipe import Recipe
 
 # why a row does not train
 BROKEN_BY_TEXT = "special tokens in the text of a turn break the form of the template (special_tokens_in_text: parse)"
+MARKUP_IN_TEXT = "the text of a turn has markup of the chat template, which the template would change"
 LAST_IS_MASKED = "the last answer is masked, and train_on is last"
 TOO_LONG = "longer than max_seq_length"
 NOTHING_LEFT = "truncated to max_seq_length, before the first trained token"
@@ -76,7 +77,7 @@ def prepare_file(chat: ChatFormat, table: Any, recipe: Recipe) -> PreparedFile:
 
 def conversations_of(table: Any, recipe: Recipe) -> list[Conversation]:
     """Return the conversations of a table of messages, with the masks that the recipe asks for."""
-    last_only = recipe.train_on == "last" and recipe.method != "dpo"
+    last_only = recipe.train_on == "last" or recipe.method == "dpo"
     return [mask_all_but_last(c) if last_only else c for c in conversations_in(table)]
 
 
@@ -107,7 +108,11 @@ def _refuse_rows(
         if turn is not None:
             refused[i] = True
             entries += [{**entry, "turn": turn} for entry in _left_out(rows, [i], BROKEN_BY_TEXT)]
-    masked = [i for i in np.flatnonzero(faults["untrained"]) if not trained_turns(conversations[i])]
+    for number, conversation in enumerate(conversations):
+        if not refused[number] and (changed := chat.changed_text(conversation)):
+            refused[number] = True
+            entries += [{**entry, "turn": changed[0] + 1} for entry in _left_out(rows, [number], MARKUP_IN_TEXT)]
+    masked = [i for i in np.flatnonzero(faults["untrained"]) if not (refused[i] or trained_turns(conversations[i]))]
     refused[masked] = True
     for name in ("untrained", "bos_errors", "unended_turns", "mask_errors"):
         faults[name] = np.where(refused, 0, faults[name])
@@ -122,13 +127,15 @@ def _prepare_conversations(
     faults = {"row": rows, **token_faults(chat, encoded, conversations, longest)}
     refused, left_out = _refuse_rows(chat, conversations, rows, faults)
     too_long = (faults["tokens_over"] > 0) & ~refused
-    usable = ~too_long & ~refused
     over = np.flatnonzero(too_long)
-    used = usable.copy()  # rows that are used, whole or in part
+    used = ~too_long & ~refused  # rows that are used, whole or in part
+    usable = used[encoded.origin]  # sequences
     parts = []
     if len(over) and recipe.on_too_long == "truncate":
         encoded = encoded.truncate(longest)
-        usable = used = np.logical_or.reduceat(encoded.loss_mask, encoded.starts) & ~refused
+        usable = np.logical_or.reduceat(encoded.loss_mask, encoded.starts) & ~refused[encoded.origin]
+        used = np.zeros(len(rows), bool)
+        used[encoded.origin[usable]] = True
         left_out += _left_out(rows, over[used[over]], TRUNCATED, faults["tokens"])
     elif len(over) and recipe.on_too_long == "split":
         pieces = []
@@ -139,16 +146,18 @@ def _prepare_conversations(
                 entry = {"row": int(rows[row]), "reasons": [EXCHANGE_TOO_LONG]}
                 left_out += [{**entry, "turn": turn + 1} for turn in lost]
         if pieces:
-            origin = np.array([row for row, _ in pieces])
+            split = chat.encode([piece for _, piece in pieces])
+            origin = np.array([row for row, _ in pieces])[split.origin]
             used[origin] = True
-            parts.append((chat.encode([piece for _, piece in pieces]), rows[origin], holdout[origin], origin >= 0))
+            parts.append((split, rows[origin], holdout[origin], origin >= 0))
     whole = NOTHING_LEFT if recipe.on_too_long == "truncate" else TOO_LONG
     left_out += _left_out(rows, over[~used[over]], whole, faults["tokens"])
-    parts.insert(0, (encoded, rows, holdout, usable))
-    kept = encoded.ends - encoded.starts
+    parts.insert(0, (encoded, rows[encoded.origin], holdout[encoded.origin], usable))
+    kept = np.zeros(len(rows), np.int64)
+    np.maximum.at(kept, encoded.origin[usable], encoded.lengths[usable])
     faults["left_out"] = (~used).astype(np.int32)
-    faults["kept_over"] = (usable & (kept > longest)).astype(np.int32)
-    faults["cut"] = (usable & (kept < faults["tokens"])).astype(np.int32)
+    faults["kept_over"] = (kept > longest).astype(np.int32)
+    faults["cut"] = ((kept > 0) & (kept < faults["tokens"])).astype(np.int32)
     if recipe.on_too_long == "truncate":
         faults["cut"] *= 0
     batches = {

@@ -47,10 +47,11 @@ def split_conversation(
             conversation.tools,
             masked=tuple(place for place, turn in enumerate(chosen) if turn in conversation.masked),
             calls=tuple((chosen.index(turn), made) for turn, made in conversation.calls if turn in chosen),
+            thoughts=tuple((chosen.index(turn), text) for turn, text in conversation.thoughts if turn in chosen),
         )
 
     def fits(turns: list[int]) -> bool:
-        return len(chat.encode([joined(turns)]).ids) <= max_tokens
+        return int(chat.encode([joined(turns)]).lengths.max(initial=0)) <= max_tokens
 
     trained, parts = set(trained_turns(conversation)), list[list[int]]()
     if trained <= set(exchanges[-1]):

@@ -1,80 +1,113 @@
-"""The chat template: its jinja source, its rendering, and its pieces for one order of roles.
+"""The chat template: its jinja source, and what it writes for one form of conversation.
 
-The pieces come from one rendering with placeholders as contents: the text between the placeholders is the template's
-own, and is the same for every conversation with this order of roles.
+A template is rendered with placeholders as contents. The text between the placeholders is the template's own, and is
+the same for every conversation of this form, so that it is rendered and encoded once.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import date
+from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
-from include.chat.tokenizer import CONTROL_TOKEN, tokenizer_config
-from include.data.conversation import Message
+from include.chat.tokenizer import LIKE_CONTROL_TOKEN, AddedTokens, tokenizer_config
+from include.data.conversation import Conversation, Message
 from include.errors import BadData, BadRecipe, NotFound
 from include.paths import PROJECT
 
 SHIPPED_TEMPLATES = PROJECT / "include" / "templates"
-PLACEHOLDER = "\ue000{}\ue001"  # private-use characters, which no template and no ordinary text contains
-# contents with placeholders that show how a template changes contents: by trimming, by quoting, by dropping thoughts
-PADDED_PROBE, THINKING_PROBE = ' "\n{}\n ', "<think>\n{}</think>\n{}"
 RENDERING_DATE = date(2024, 7, 26)  # for templates that write the date: ids must not depend on the day of the run
+# private-use characters, which no template and no ordinary text contains, around the number of a turn, `c` for its
+# content or `t` for its thoughts, and in `ChatTemplate.write` the number of the change to it
+PLACEHOLDER = re.compile("\ue000(\\d+)([ct])(\\d*)\ue001")
+PROBE = '\n\n "&<\\{}>" \n\n'  # around a placeholder: shows how a template changes contents
+THINK, END_THINK = "<think>", "</think>"  # how DeepSeek R1, Qwen3 and the templates after them write thoughts
 
-# the changes to a turn's content that Retune reproduces, by name
-CONTENT_TRANSFORMS: dict[str, Callable[[str], str]] = {
-    "unchanged": lambda text: text,
-    "trimmed": str.strip,
-    "json": lambda text: json.dumps(text, ensure_ascii=False),  # as `tojson` of transformers
-}
+# the changes to a content that Retune reproduces
+STRIPS: tuple[Callable[[str], str], ...] = (
+    lambda text: text, str.strip, lambda text: text.strip("\n"), str.lstrip, str.rstrip,
+    lambda text: text.lstrip("\n"), lambda text: text.rstrip("\n"),
+)  # fmt: skip
+CONTENT_TRANSFORMS = (*STRIPS, lambda text: json.dumps(text, ensure_ascii=False)[1:-1])  # as `tojson` of transformers
+
+# under which names templates read thoughts; None: they stand before the content, as text
+THOUGHT_KEYS = (("reasoning_content", "reasoning", "thinking"), ("reasoning_content",), ("thinking",), None)
+TEXT_METHODS = ("split", "startswith", "endswith", "replace")
+REFUSALS = (TypeError, ValueError, KeyError, IndexError, AttributeError)  # of a template, beside its own exceptions
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of a rendered conversation: a special token, a text of the template, or a turn's content.
+class Form(NamedTuple):
+    """What conversations have in common for which a template writes the same text around their contents.
 
     Attributes:
-        token: the id of the special token, or None.
-        text: the template's own text; "" for a special token and for a content.
-        turn: the index of the turn whose content this is, or None.
-        calls_of: the index of the turn whose tool calls this is a part of, or None.
-        transform: the change to the content, a key of `CONTENT_TRANSFORMS`.
-        in_loss: whether the loss counts the piece: an assistant turn's content and tool calls, and the token that ends
-            the turn.
-        ends_turn: whether this token ends an assistant turn.
+        roles: the role of each turn.
+        tools: JSON list of the tools that the assistant may call, or None.
+        calls: of each turn that calls tools its index, its `tool_calls` as JSON, and whether it has a content, too.
+        thoughts: the indices of the turns with thoughts.
     """
 
-    token: int | None = None
-    text: str = ""
-    turn: int | None = None
-    calls_of: int | None = None
-    transform: str = "unchanged"
-    in_loss: bool = False
-    ends_turn: bool = False
+    roles: tuple[str, ...]
+    tools: str | None = None
+    calls: tuple[tuple[int, str, bool], ...] = ()
+    thoughts: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, conversation: Conversation) -> Form:
+        """Return the form of a conversation."""
+        calls = tuple((turn, made, bool(conversation.contents[turn])) for turn, made in conversation.calls)
+        return cls(conversation.roles, conversation.tools, calls, tuple(turn for turn, _ in conversation.thoughts))
+
+    def results_of(self, turn: int) -> list[int]:
+        """Return the indices of the tool turns that directly follow a turn."""
+        return [i for i in range(turn + 1, len(self.roles)) if {*self.roles[turn + 1 : i + 1]} == {"tool"}]
 
 
-Calls = tuple[tuple[int, str, bool], ...]  # the turn, its tool calls as JSON, whether the turn has a text, too
+class Style(NamedTuple):
+    """How thoughts and tool calls are handed to a template.
+
+    Attributes:
+        thought_keys: an entry of `THOUGHT_KEYS`.
+        arguments_as_text: whether the arguments of a call are JSON text, as in the API of OpenAI, or an object.
+        absent_content: the content of a turn that only calls tools.
+    """
+
+    thought_keys: tuple[str, ...] | None
+    arguments_as_text: bool
+    absent_content: str | None
 
 
+class Unwritten(BadData):
+    """The template does not write a part of a conversation."""
+
+
+@dataclass
 class ChatTemplate:
-    """A chat template together with the special tokens of one tokenizer.
+    """A chat template together with the added tokens of one tokenizer.
 
     Args:
         name: the template's name in messages.
         source: the jinja source.
         named_tokens: texts of `bos_token`, `eos_token` and so on, which the template may write.
-        special_ids: ids of the tokenizer's special tokens, by their texts.
+        added: the tokenizer's added tokens.
+        variables: values for variables of the template, such as `enable_thinking`.
     """
 
-    def __init__(self, name: str, source: str, named_tokens: Mapping[str, Any], special_ids: Mapping[str, int]):
-        self.name, self.source = name, source
-        self._named_tokens, self._special_ids = named_tokens, special_ids
+    name: str
+    source: str
+    named_tokens: Mapping[str, Any]
+    added: AddedTokens
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._style: dict[tuple[bool, bool], Style] = {}  # the last one that worked
 
     def render(self, messages: list[Message], generation_prompt: bool = False, tools: str | None = None) -> str:
         """Return the conversation as text, rendered by transformers.
@@ -96,165 +129,160 @@ class ChatTemplate:
                 chat_template=self.source,
                 tools=orjson.loads(tools) if tools else None,
                 add_generation_prompt=generation_prompt,
-                strftime_now=RENDERING_DATE.strftime,
-                **self._named_tokens,
+                **{"strftime_now": RENDERING_DATE.strftime, **self.named_tokens, **self.variables},
             )
-        except TemplateError as error:
+        except (TemplateError, *REFUSALS) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise BadData(
+            raise Unwritten(
                 f"the chat template {self.name} does not accept a conversation with the roles {roles} ({error})",
                 "Choose another chat_template, or correct the rows",
             ) from error
         return str(rendered[0][0])
 
-    def missing_tokens(self) -> list[str]:
-        """Return the special tokens that the template writes and the vocabulary does not have, sorted."""
-        text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        return sorted({token for token in re.findall(CONTROL_TOKEN, text) if token not in self._special_ids})
+    @cached_property
+    def missing(self) -> list[str]:
+        """Return the control tokens that the template writes and the vocabulary does not have, sorted.
 
-    def pieces(
-        self, roles: tuple[str, ...], tools: str | None = None, generation_prompt: bool = False, calls: Calls = ()
-    ) -> list[Piece]:
-        """Return the template's pieces for one order of roles, in the order of the rendered text.
+        Only their form shows them, since no vocabulary lists them.
+        """
+        text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        return sorted({token for token in re.findall(LIKE_CONTROL_TOKEN, text) if token not in self.added.ids})
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Return the texts that are control tokens in this template: special tokens, and added ones that it names."""
+        named = (token for token in self.added.ids if token in self.added.special or self._names(token))
+        return (*named, *self.missing)
+
+    def _names(self, token: str) -> bool:
+        return not token.isspace() and token in self.source
+
+    def control_tokens_in(self, text: str) -> list[str]:
+        """Return the control tokens in a text, in their order."""
+        found = [token for token in self.control_tokens if token in text]
+        return re.findall("|".join(map(re.escape, sorted(found, key=len, reverse=True))), text) if found else []
+
+    @cached_property
+    def markup(self) -> tuple[str, ...]:
+        """Return the texts that the template looks for in contents, such as `</think>`: it changes these contents."""
+        from jinja2 import Environment, nodes
+
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        found: set[str] = set()
+        try:
+            tree = environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.source))
+        except Exception:  # an error of the template is told by its first rendering
+            return ()
+        for compare in tree.find_all(nodes.Compare):
+            if any(operand.op in ("in", "notin") for operand in compare.ops) and isinstance(compare.expr, nodes.Const):
+                found.add(compare.expr.value)
+        for call in tree.find_all(nodes.Call):
+            if isinstance(call.node, nodes.Getattr) and call.node.attr in (
+                "split",
+                "startswith",
+                "endswith",
+                "replace",
+            ):
+                found |= {constant.value for constant in call.args if isinstance(constant, nodes.Const)}
+        return tuple(sorted(text for text in found if isinstance(text, str) and re.search(r"[<>\[\]|]", text)))
+
+    def styles(self, form: Form) -> list[Style]:
+        """Return the styles in which thoughts and calls of a form can be handed over, the most probable one first."""
+        known = self._style.get((bool(form.thoughts), bool(form.calls)))
+        all_styles = [
+            Style(*style)
+            for style in product(
+                THOUGHT_KEYS if form.thoughts else THOUGHT_KEYS[:1],
+                (False, True) if form.calls else (False,),
+                ("", None) if form.calls else ("",),
+            )
+        ]
+        return all_styles if known is None else [known, *(style for style in all_styles if style != known)]
+
+    def keep_style(self, form: Form, style: Style) -> None:
+        """Try this style first from now on."""
+        self._style[bool(form.thoughts), bool(form.calls)] = style
+
+    def messages(
+        self, form: Form, style: Style, contents: Callable[[int], str], thoughts: Callable[[int], str]
+    ) -> list[Message]:
+        """Return messages of a form, as the template takes them.
 
         Args:
-            calls: the tool calls of turns.
+            contents, thoughts: return the text of a turn.
+        """
+        made: list[Message] = [{"role": role, "content": contents(turn)} for turn, role in enumerate(form.roles)]
+        for turn, calls, has_content in form.calls:
+            made[turn]["tool_calls"] = orjson.loads(calls)
+            for result, call in zip(form.results_of(turn), made[turn]["tool_calls"], strict=False):
+                made[result].update(name=call.get("function", call)["name"], tool_call_id=call.get("id", ""))
+            if style.arguments_as_text:
+                for call in made[turn]["tool_calls"]:
+                    function = call.get("function", call)
+                    function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
+            if not has_content:
+                made[turn]["content"] = style.absent_content
+        for turn in form.thoughts:
+            if style.thought_keys is None:
+                made[turn]["content"] = with_thoughts(thoughts(turn), made[turn]["content"] or "")
+            else:
+                made[turn].update(dict.fromkeys(style.thought_keys, thoughts(turn)))
+        return made
+
+    def messages_of(self, conversation: Conversation) -> list[Message]:
+        """Return a conversation's messages in the style in which the template writes it."""
+        form, thoughts = Form.of(conversation), dict(conversation.thoughts)
+        return self.messages(form, self.styles(form)[0], conversation.contents.__getitem__, thoughts.__getitem__)
+
+    def write(self, form: Form, style: Style, turns: int, generation_prompt: bool) -> str:
+        """Return what the template writes for the first turns, with a placeholder where a content or thought stands.
+
+        The last number of a placeholder says how the template changes the content (index in `CONTENT_TRANSFORMS`).
 
         Raises:
-            BadData: the template does not accept the order of roles, or does not write each turn once and in order, or
-                does not write the tool calls in the place of an answer.
-            BadRecipe: the template changes contents in another way than `CONTENT_TRANSFORMS`, or writes no token at
-                the end of an assistant turn.
+            BadData: the template does not accept the turns.
+            BadRecipe: it changes contents in another way.
         """
-        rendered, transforms = self._render_placeholders(roles, tools, generation_prompt)
-        texts = self._split(rendered, roles, range(len(roles)))
-        called: dict[int, str] = {}
-        if calls:
-            texts, called = self._split_calls(texts, roles, tools, generation_prompt, calls)
-        silent = {turn for turn, _, has_text in calls if not has_text}
-        pieces = self._template_text(texts[0], False)
-        for turn, role in enumerate(roles):
-            answers = role == "assistant"
-            if turn not in silent:
-                pieces.append(Piece(turn=turn, transform=transforms[role], in_loss=answers))
-            if turn in called:
-                made = self._template_text(called[turn], False)
-                pieces += [replace(piece, calls_of=turn, in_loss=True) for piece in made]
-            pieces += self._template_text(texts[turn + 1], answers)
-        if sum(piece.ends_turn for piece in pieces) < roles.count("assistant"):
+
+        def rendered(text: str) -> str:
+            messages = self.messages(
+                form, style, lambda turn: text.replace("{}", f"\ue000{turn}c\ue001"),
+                lambda turn: text.replace("{}", f"\ue000{turn}t\ue001"),
+            )  # fmt: skip
+            return self.render(messages[:turns], generation_prompt, form.tools)
+
+        plain, probed, parts, at = rendered("{}"), rendered(PROBE), list[str](), 0
+        pieces = re.split("(\ue000\\d+[ct]\ue001)", plain)
+        for number in range(1, len(pieces), 2):
+            before, placeholder, after = pieces[number - 1 : number + 2]
+            at += len(before) if number == 1 else 0
+            probe = PROBE.replace("{}", placeholder)
+            for index, change in enumerate(CONTENT_TRANSFORMS):
+                if probed.startswith(change(probe) + after, at):
+                    parts += [before if number == 1 else "", f"{placeholder[:-1]}{index}\ue001", after]
+                    at += len(change(probe) + after)
+                    break
+            else:
+                at = -1
+                break
+        if len(pieces) == 1:
+            parts, at = [plain], len(plain)
+        if at != len(probed) or not probed.startswith(pieces[0]):
             raise BadRecipe(
-                f"field 'chat_template': {self.name} writes no token at the end of an assistant turn; a model trained "
-                "with it would not learn to stop",
-                "Choose another chat_template",
+                f"field 'chat_template': the template {self.name} drops or changes parts of the turns' contents",
+                "Choose a template that writes the contents unchanged",
             )
-        return pieces
+        return "".join(parts)
 
-    def _split(self, rendered: str, roles: tuple[str, ...], turns: Sequence[int]) -> list[str]:
-        """Return the texts before, between and after the placeholders of turns, which must be there in this order."""
-        parts = re.split("(" + PLACEHOLDER.format(r"\d+") + ")", rendered)
-        if parts[1::2] != [PLACEHOLDER.format(turn) for turn in turns]:
-            raise BadData(
-                f"the chat template {self.name} does not write the turns {', '.join(roles)} once each and in order",
-                "Choose another chat_template, or correct the rows",
-            )
-        return parts[::2]
 
-    def _split_calls(
-        self, texts: list[str], roles: tuple[str, ...], tools: str | None, generation_prompt: bool, calls: Calls
-    ) -> tuple[list[str], dict[int, str]]:
-        """Find the tool calls in the rendered conversation: what the template writes in the place of an answer.
+def thoughts_of(turn: int) -> str:
+    """Return the placeholder for a turn's thoughts, unchanged."""
+    return f"\ue000{turn}t0\ue001"
 
-        Args:
-            texts: the template's texts around the contents of the same roles without tool calls.
 
-        Returns:
-            The texts around contents and calls, and the text of the calls by turn.
-        """
-        rendered, _ = self._render_placeholders(roles, tools, generation_prompt, calls)
-        silent = {turn for turn, _, has_text in calls if not has_text}
-        written = [turn for turn in range(len(roles)) if turn not in silent]
-        around = dict(zip([-1, *written], self._split(rendered, roles, written), strict=True))  # by the turn before
-        found, called = list(texts), {}
-        for turn, _, has_text in calls:
-            text, header, footer = (
-                around[turn if has_text else turn - 1],
-                "" if has_text else texts[turn],
-                texts[turn + 1],
-            )
-            # some templates write a space before an answer, and none before a call
-            header = header if text.startswith(header) else header.rstrip(" ")
-            called[turn] = text[len(header) : len(text) - len(footer)]
-            if not has_text:
-                found[turn] = header
-        contents = ["" if turn in silent else PLACEHOLDER.format(turn) for turn in range(len(roles))]
-        parts = [f"{content}{called.get(turn, '')}{found[turn + 1]}" for turn, content in enumerate(contents)]
-        if not all(called.values()) or rendered != found[0] + "".join(parts):
-            raise BadData(
-                f"the chat template {self.name} does not write the tool calls in the place of an answer",
-                "Choose another chat_template, or correct the rows",
-            )
-        return found, called
-
-    def _template_text(self, text: str, after_assistant: bool) -> list[Piece]:
-        """Split the template's own text at special tokens. The first one after an assistant's content ends its turn."""
-        pieces: list[Piece] = []
-        turn_is_open = after_assistant
-        for part in re.split(f"({CONTROL_TOKEN})", text):
-            if not part:
-                continue
-            control = re.fullmatch(CONTROL_TOKEN, part) is not None
-            ends = control and turn_is_open and not "".join(piece.text for piece in pieces).strip()
-            token = self._special_ids.get(part)
-            pieces.append(Piece(token, "" if token is not None else part, in_loss=ends, ends_turn=ends))
-            turn_is_open = turn_is_open and not control
-        return pieces
-
-    def _render_placeholders(
-        self, roles: tuple[str, ...], tools: str | None, generation_prompt: bool, calls: Calls = ()
-    ) -> tuple[str, dict[str, str]]:
-        """Render with a placeholder as each content, and find out how the template changes each role's contents.
-
-        Returns:
-            The rendered text with only the placeholder where a content stands, without the change; and for each role
-            the key of its change in `CONTENT_TRANSFORMS`, or "" if the template does not write the role's contents.
-        """
-
-        def probe(form: str) -> str:
-            contents = [form.replace("{}", PLACEHOLDER.format(i)) for i in range(len(roles))]
-            messages: list[Message] = [
-                {"role": role, "content": content} for role, content in zip(roles, contents, strict=True)
-            ]
-            for turn, made, has_text in calls:
-                messages[turn].update({} if has_text else {"content": ""}, tool_calls=orjson.loads(made))
-            return self.render(messages, generation_prompt, tools)
-
-        rendered, padded = probe("{}"), probe(PADDED_PROBE)
-        transforms: dict[str, str] = {}
-        silent = {turn for turn, _, has_text in calls if not has_text}
-        for i, role in enumerate(roles):
-            if i in silent:
-                transforms.setdefault(role, "")
-                continue
-            content = PADDED_PROBE.replace("{}", PLACEHOLDER.format(i))
-            transforms[role] = next((n for n, change in CONTENT_TRANSFORMS.items() if change(content) in padded), "")
-        written = [
-            (PLACEHOLDER.format(i), transforms[role])
-            for i, role in enumerate(roles)
-            if transforms[role] and i not in silent
-        ]
-        for placeholder, transform in written:
-            rendered = rendered.replace(CONTENT_TRANSFORMS[transform](placeholder), placeholder)
-        for form in (PADDED_PROBE, THINKING_PROBE):
-            expected = rendered
-            for placeholder, transform in written:
-                content = form.replace("{}", placeholder)
-                expected = expected.replace(placeholder, CONTENT_TRANSFORMS[transform](content))
-            if expected != probe(form):
-                raise BadRecipe(
-                    f"field 'chat_template': the template {self.name} drops or changes parts of the turns' contents",
-                    "Choose a template that writes the contents unchanged",
-                )
-        return rendered, transforms
+def with_thoughts(thoughts: str, content: str) -> str:
+    """Return a content with its thoughts before it, as DeepSeek R1 writes them."""
+    return f"{THINK}\n{thoughts}\n{END_THINK}\n\n{content}"
 
 
 def template_source(folder: Path, chat_template: str, base_name: str) -> str:

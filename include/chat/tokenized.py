@@ -13,23 +13,35 @@ from typing import Any
 
 import numpy as np
 
+from include.chat.encoder import range_indices
+
 SUMMED = ("rows", "conversations", "tokens", "trained")
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Conversations as the trainer needs them, one after another in flat arrays.
+    """Conversations as the trainer needs them: sequences of tokens, one after another in flat arrays.
 
     Attributes:
         ids: token ids (int32).
         loss_mask: whether the loss counts each token (bool, same length).
-        ends: the end of each conversation in the two arrays (int64, one entry per conversation).
+        ends: the end of each sequence in the two arrays (int64, one entry per sequence).
+        origin: the index of each sequence's conversation (int64, ascending); by default each has one sequence.
+        bos: how many beginning-of-text tokens the template writes in each sequence (int32); by default one.
     """
 
     ids: np.ndarray
     loss_mask: np.ndarray
     ends: np.ndarray
+    origin: np.ndarray = None  # type: ignore[assignment]
+    bos: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.origin is None:
+            object.__setattr__(self, "origin", np.arange(len(self.ends)))
+        if self.bos is None:
+            object.__setattr__(self, "bos", np.ones(len(self.ends), np.int32))
 
     @property
     def labels(self) -> np.ndarray:
@@ -38,28 +50,50 @@ class Encoded:
 
     @property
     def starts(self) -> np.ndarray:
-        """Return the start of each conversation (int64, one entry per conversation)."""
+        """Return the start of each sequence (int64, one entry per sequence)."""
         return np.concatenate([[0], self.ends])[:-1].astype(np.int64)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Return the number of tokens of each sequence (int64)."""
+        return self.ends - self.starts
+
     def truncate(self, max_tokens: int) -> Encoded:
-        """Return the conversations with at most their first `max_tokens` tokens."""
-        lengths = self.ends - self.starts
-        kept = np.arange(len(self.ids)) - np.repeat(self.starts, lengths) < max_tokens
-        return Encoded(self.ids[kept], self.loss_mask[kept], np.minimum(lengths, max_tokens).cumsum())
+        """Return the sequences with at most their first `max_tokens` tokens."""
+        kept = np.arange(len(self.ids)) - np.repeat(self.starts, self.lengths) < max_tokens
+        ends = np.minimum(self.lengths, max_tokens).cumsum()
+        return Encoded(self.ids[kept], self.loss_mask[kept], ends, self.origin, self.bos)
 
     def rows(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield the ids and the labels of each conversation, as lists."""
+        """Yield the ids and the labels of each sequence, as lists."""
         labels = self.labels
         for start, end in zip(self.starts, self.ends, strict=True):
             yield self.ids[start:end].tolist(), labels[start:end].tolist()
 
+    def replaced(self, conversations: np.ndarray, other: Encoded) -> Encoded:
+        """Return this with the sequences of some conversations replaced.
+
+        Args:
+            conversations: the indices of these conversations, ascending (int64).
+            other: their sequences; its `origin` counts in `conversations`.
+        """
+        keep = np.flatnonzero(~np.isin(self.origin, conversations))
+        origin = np.concatenate([self.origin[keep], conversations[other.origin]])
+        starts = np.concatenate([self.starts[keep], other.starts + len(self.ids)])
+        lengths = np.concatenate([self.lengths[keep], other.lengths])
+        order = np.argsort(origin, kind="stable")
+        indices = range_indices(starts[order], lengths[order])
+        ids, mask = (np.concatenate([getattr(of, name) for of in (self, other)]) for name in ("ids", "loss_mask"))
+        bos = np.concatenate([self.bos[keep], other.bos])
+        return Encoded(ids[indices], mask[indices], lengths[order].cumsum(), origin[order], bos[order])
+
 
 def batch(encoded: Encoded, rows: Any, chosen: Any) -> Any:
-    """Return an Arrow record batch of the chosen conversations: `row`, `input_ids`, `labels`.
+    """Return an Arrow record batch of the chosen sequences: `row`, `input_ids`, `labels`.
 
     Args:
-        rows: the row number of each conversation (int64 array).
-        chosen: the indices of the chosen conversations, ascending.
+        rows: the row number of each sequence (int64 array).
+        chosen: the indices of the chosen sequences, ascending.
     """
     import pyarrow as pa
 

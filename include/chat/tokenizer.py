@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,39 @@ import orjson
 
 from include.errors import NotFound
 
-# how the model families of the shipped templates write special tokens
-CONTROL_TOKEN = r"<\|[^|<>\s]+\|>|</?s>"
+# how the model families of the shipped templates write special tokens: finds those that a vocabulary lacks
+LIKE_CONTROL_TOKEN = r"<\|[^|<>\s]+\|>|</?s>"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # what transformers writes into tokenizer_config.json about the machine and the class that wrote it
 ABOUT_THE_WRITER = ("auto_map", "backend", "is_local", "local_files_only", "name_or_path", "tokenizer_file")
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what `ChatTokenizer.save` writes
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """The added tokens of a vocabulary, by their texts.
+
+    Attributes:
+        ids: the id of each.
+        special: those that are special tokens.
+        left, right: those that swallow the blanks before or behind them.
+    """
+
+    ids: Mapping[str, int] = field(default_factory=dict)
+    special: frozenset[str] = frozenset()
+    left: frozenset[str] = frozenset()
+    right: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, backend: Any) -> AddedTokens:
+        """Return the added tokens of a `tokenizers.Tokenizer`."""
+        tokens = dict(sorted(backend.get_added_tokens_decoder().items()))
+
+        def those(name: str) -> frozenset[str]:
+            return frozenset(str(token.content) for token in tokens.values() if getattr(token, name))
+
+        ids = {str(token.content): id for id, token in tokens.items()}
+        return cls(ids, those("special"), those("lstrip"), those("rstrip"))
 
 
 class ChatTokenizer:
@@ -29,7 +58,7 @@ class ChatTokenizer:
 
     Attributes:
         backend: the `tokenizers.Tokenizer`. It does not look for special tokens: in a text they stay text.
-        special_ids: the id of each special token (and of each other added token), by its text.
+        added: the added tokens, special and others.
         named_tokens: the texts of `bos_token`, `eos_token` and so on, by these names.
 
     Raises:
@@ -48,10 +77,10 @@ class ChatTokenizer:
         self.backend = Tokenizer.from_file(str(self.file))
         self.backend.no_padding()
         self.backend.no_truncation()
-        self.special_ids = {str(token.content): id for id, token in self.backend.get_added_tokens_decoder().items()}
+        self.added = AddedTokens.of(self.backend)
         self.named_tokens = named_tokens(folder)
         if self.id_of("pad_token") is None:
-            reserved = next((token for token in self.special_ids if "finetune_right_pad" in token), None)
+            reserved = next((token for token in self.added.ids if "finetune_right_pad" in token), None)
             self.named_tokens["pad_token"] = reserved or self.named_tokens["eos_token"]
         self.backend.encode_special_tokens = True  # True: special tokens in a text are encoded as ordinary text
 
@@ -81,9 +110,22 @@ class ChatTokenizer:
 
     def special_in(self, ids: list[int]) -> list[str]:
         """Return the special tokens among ids, and texts that have the form of special tokens, each once."""
-        added = self.backend.get_added_tokens_decoder()
-        tokens = [str(added[id].content) for id in ids if id in added and added[id].special]
-        return list(dict.fromkeys([*tokens, *re.findall(CONTROL_TOKEN, self.decode(ids))]))
+        texts = {id: text for text, id in self.added.ids.items() if text in self.added.special}
+        tokens = [texts[id] for id in ids if id in texts]
+        return list(dict.fromkeys([*tokens, *re.findall(LIKE_CONTROL_TOKEN, self.decode(ids))]))
+
+    def keep_as_text(self, tokens: Iterable[str]) -> None:
+        """Encode these added tokens as ordinary text where a text has them, as special tokens are encoded."""
+        from tokenizers import Tokenizer
+
+        others = {*tokens} - self.added.special
+        if not others & self.added.ids.keys():
+            return
+        settings = orjson.loads(self.backend.to_str())
+        for token in settings["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in others
+        self.backend = Tokenizer.from_str(orjson.dumps(settings).decode())
+        self.backend.encode_special_tokens = True
 
     def save(self, folder: Path, template_source: str) -> None:
         """Write the tokenizer with a chat template, so that transformers 4.57 and 5 load exactly these two.

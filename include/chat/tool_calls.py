@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-import orjson
-
-from include.chat.conversation_encoder import calls_of
-from include.chat.template import ChatTemplate
-from include.chat.tokenizer import CONTROL_TOKEN, named_tokens
+from include.chat.sequences import sequences
+from include.chat.template import ChatTemplate, Form
+from include.chat.tokenizer import AddedTokens, ChatTokenizer
 from include.data.conversation import Conversation
 from include.errors import RetuneError
 
@@ -22,16 +19,21 @@ def calls_template(name: str, source: str, folder: Path | None) -> ChatTemplate:
     Args:
         folder: the folder with the tokenizer's files, or None for a shipped template.
     """
-    return ChatTemplate(name, source, named_tokens(folder) if folder else NAMED_TOKENS, {})
+    if folder is None:
+        return ChatTemplate(name, source, NAMED_TOKENS, AddedTokens())
+    tokenizer = ChatTokenizer(folder, name)
+    return ChatTemplate(name, source, tokenizer.named_tokens, tokenizer.added)
 
 
 def call_fault(template: ChatTemplate, conversation: Conversation) -> str:
     """Return why a chat template cannot write the tool calls of a conversation; "" if it can."""
     for turn, calls in conversation.calls:
-        if found := re.search(CONTROL_TOKEN, orjson.dumps(orjson.loads(calls)).decode()):
-            return f"turn {turn + 1}: the tool call contains {found.group()}, which would become a special token"
+        if found := template.control_tokens_in(calls):
+            return f"turn {turn + 1}: the tool call contains {found[0]}, which would become a special token"
+    if found := template.control_tokens_in(conversation.tools or ""):
+        return f"the list of tools contains {found[0]}, which would become a special token"
     try:
-        template.pieces(conversation.roles, conversation.tools, calls=calls_of(conversation))
+        sequences(template, Form.of(conversation), [turn for turn, _ in conversation.calls])
     except RetuneError as error:
         return error.what
     return ""

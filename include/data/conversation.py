@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class Conversation:
         calls: for each assistant turn that calls tools its index, and its `tool_calls` as a JSON list, in the form
             that chat templates take (https://huggingface.co/docs/transformers/chat_extras); ascending. The text of
             such a turn may be empty.
+        thoughts: for each assistant turn with thoughts (also called reasoning) its index and their text; ascending.
     """
 
     roles: tuple[str, ...] = ()
@@ -41,12 +43,20 @@ class Conversation:
     rejected: str | None = None
     masked: tuple[int, ...] = ()
     calls: tuple[tuple[int, str], ...] = ()
+    thoughts: tuple[tuple[int, str], ...] = ()
 
     @classmethod
     def of(cls, messages: list[Message]) -> Conversation:
         """Make a conversation from role/content messages."""
         calls = [(i, orjson.dumps(m["tool_calls"]).decode()) for i, m in enumerate(messages) if m.get("tool_calls")]
-        return cls(tuple(m["role"] for m in messages), [m["content"] for m in messages], calls=tuple(calls))
+        thoughts = {i: m["reasoning_content"] for i, m in enumerate(messages) if m.get("reasoning_content")}
+        contents = [m["content"] or "" for m in messages]
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant" and (found := split_thoughts(contents[i])):
+                thoughts[i], contents[i] = found
+        return cls(
+            tuple(m["role"] for m in messages), contents, calls=tuple(calls), thoughts=tuple(sorted(thoughts.items()))
+        )
 
     @property
     def messages(self) -> list[Message]:
@@ -56,6 +66,8 @@ class Conversation:
         ]
         for turn, calls in self.calls:
             found[turn]["tool_calls"] = orjson.loads(calls)
+        for turn, thoughts in self.thoughts:
+            found[turn]["reasoning_content"] = thoughts
         return found
 
     @property
@@ -105,6 +117,12 @@ class Unreadable(Exception):
     """A row cannot be read as a conversation; the text says why."""
 
 
+def split_thoughts(content: str) -> tuple[str, str] | None:
+    """Return the thoughts and the answer of a text that begins with `<think>...</think>`, or None."""
+    found = re.match(r"\s*<think>(.*?)</think>(.*)", content, re.DOTALL)
+    return (found[1].strip(), found[2].strip("\n")) if found and found[1].strip() else None
+
+
 def kind_of(value: Any) -> str:
     """Return the JSON type of a value, for people."""
     kinds = {type(None): "null", bool: "true or false", str: "a text", list: "a list", dict: "an object"}
@@ -125,6 +143,7 @@ def to_columns(conversations: list[Conversation]) -> dict[str, Any]:
         offsets.append(offsets[-1] + len(conversation.contents))
     contents = pa.array([text for conversation in conversations for text in conversation.contents], pa.large_string())
     calls = [orjson.dumps(c.calls).decode() if c.calls else None for c in conversations]
+    text = pa.large_string()
     return {
         "roles": pa.array([" ".join(c.roles) for c in conversations], pa.string()),
         "contents": pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), contents),
@@ -132,6 +151,7 @@ def to_columns(conversations: list[Conversation]) -> dict[str, Any]:
         "rejected": pa.array([c.rejected for c in conversations], pa.large_string()),
         "masked": pa.array([c.masked for c in conversations], pa.list_(pa.int32())),
         "calls": pa.array(calls, pa.large_string()),
+        "thoughts": pa.array([orjson.dumps(c.thoughts).decode() if c.thoughts else None for c in conversations], text),
     }
 
 
@@ -140,11 +160,11 @@ def conversations_in(table: Any) -> Iterator[Conversation]:
     texts = table["contents"].combine_chunks().flatten().to_pylist()
     split_roles: dict[str, tuple[str, ...]] = {}
     begin = 0
-    others = (table[name].to_pylist() for name in ("tools", "rejected", "masked", "calls"))
-    for joined, tools, rejected, masked, calls in zip(table["roles"].to_pylist(), *others, strict=True):
+    others = (table[name].to_pylist() for name in ("tools", "rejected", "masked", "calls", "thoughts"))
+    for joined, tools, rejected, masked, calls, thoughts in zip(table["roles"].to_pylist(), *others, strict=True):
         roles = split_roles.get(joined)
         if roles is None:
             roles = split_roles[joined] = tuple(joined.split(" ")) if joined else ()
-        turns = tuple((turn, made) for turn, made in orjson.loads(calls)) if calls else ()
-        yield Conversation(roles, texts[begin : begin + len(roles)], tools, rejected, tuple(masked), turns)
+        pairs = [tuple((turn, text) for turn, text in orjson.loads(of)) if of else () for of in (calls, thoughts)]
+        yield Conversation(roles, texts[begin : begin + len(roles)], tools, rejected, tuple(masked), *pairs)
         begin += len(roles)

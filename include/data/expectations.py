@@ -97,10 +97,7 @@ PREPARED_ROWS = (
     Rule("kept_over", "the part of the conversation that is kept is longer than max_seq_length", limit=0),
     Rule("cut", "the conversation is truncated, but on_too_long is not truncate", limit=0),
 )
-PREPARED_PAIRS = (
-    Rule("prompt_errors", "an answer shares a token with its header: the pair is cut before that token", "info"),
-)
-DATA_CHECKS = tuple(rule.column for rule in (*RAW_ROWS, *PAIRS, *PREPARED_ROWS, *PREPARED_PAIRS))
+DATA_CHECKS = tuple(rule.column for rule in (*RAW_ROWS, *PAIRS, *PREPARED_ROWS))
 
 
 @dataclass

@@ -222,7 +222,6 @@ class TemplateOutput(Contract, stage="template"):
     left_out: int
     left_out_reasons: dict[str, int]
     verified_rows: int
-    prefix_mismatches: int
     encoder: str
     missing_special_tokens: list[str]
     untrained_special_tokens: list[str]

@@ -97,9 +97,9 @@ def test_an_error_of_the_network_names_the_field_that_needs_it(write_recipe: Cal
 
 
 def test_a_candidate_that_is_not_better_is_refused_and_the_live_version_stays(
-    var: Path, airflow_home: Path, small_recipe: Callable, pipeline: Callable, retune: Callable
+    var: Path, airflow_home: Path, small_recipe: Callable, trained: Path, pipeline: Callable, retune: Callable
 ) -> None:
-    pipeline(small_recipe(), "publish", run_id="first")
+    pipeline(small_recipe(dataset=str(trained)), "publish", run_id="first")
     worse = retune("run", "small", "--set", "max_steps=1", "--set", "learning_rate=1.0e-7")
     assert worse.returncode == 1
     assert "not better than the live adapter" in worse.stdout
@@ -109,10 +109,10 @@ def test_a_candidate_that_is_not_better_is_refused_and_the_live_version_stays(
     assert [path.name for path in versions.glob("v*")] == ["v1"]
 
 
-def test_a_tampered_version_is_found(var: Path, small_recipe: Callable, pipeline: Callable) -> None:
+def test_a_tampered_version_is_found(var: Path, small_recipe: Callable, trained: Path, pipeline: Callable) -> None:
     from include.errors import PermanentError
 
-    recipe = small_recipe()
+    recipe = small_recipe(dataset=str(trained))
     pipeline(recipe, "publish")
     weights = var / "registry" / "small" / "versions" / "v1" / "adapter_model.safetensors"
     weights.chmod(0o644)

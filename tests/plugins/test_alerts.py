@@ -95,12 +95,12 @@ def webhooks() -> Iterator[Webhooks]:
 
 
 def test_each_recipient_is_notified_once_of_the_end_of_a_run_and_of_its_lateness(
-    var: Path, airflow_home: Path, small_recipe: Callable, mails: Mails, webhooks: Webhooks
+    var: Path, airflow_home: Path, small_recipe: Callable, trained: Path, mails: Mails, webhooks: Webhooks
 ) -> None:
     fields = {"alert_mail": ["ann@example.com"], "deadline_hours": 0.002}
     lost = {"dataset": "/nowhere/rows<1>.jsonl", "alert_webhooks": ["team"], "alert_on": ["failed"]}
     gone = small_recipe("gone", **fields, **lost)
-    small_recipe(alert_webhooks=["team", "flaky", "absent"], **fields)
+    small_recipe(dataset=str(trained), alert_webhooks=["team", "flaky", "absent"], **fields)
     os.environ["RETUNE_RECIPES"] += f":{gone}"
     with up(var) as airflow:
         for name in ("team", "flaky"):

@@ -18,8 +18,8 @@ from tests.services.airflow import Airflow, eventually, up
 
 
 @pytest.fixture
-def airflow(var: Path, airflow_home: Path, small_recipe: Callable) -> Iterator[Airflow]:
-    small_recipe()
+def airflow(var: Path, airflow_home: Path, small_recipe: Callable, trained: Path) -> Iterator[Airflow]:
+    small_recipe(dataset=str(trained))
     with up(var) as airflow:
         yield airflow
 

@@ -99,9 +99,9 @@ def test_each_new_revision_is_trained_once_over_restarts_and_again_after_a_failu
 
 
 def test_a_cron_day_without_anything_new_is_skipped_and_force_runs_it(
-    var: Path, airflow_home: Path, small_recipe: Callable, pipeline: Callable
+    var: Path, airflow_home: Path, small_recipe: Callable, trained: Path, pipeline: Callable
 ) -> None:
-    pipeline(small_recipe(cron="* * * * *"), run_id="earlier")
+    pipeline(small_recipe(dataset=str(trained), cron="* * * * *"), run_id="earlier")
     report("small", "earlier")
     with up(var) as airflow:
         run = eventually(lambda: airflow.runs("small"))[0]

@@ -67,9 +67,9 @@ def steps(*lineages: dict[str, str]) -> set[str]:
 
 
 def test_expired_artifacts_and_runs_are_removed_and_live_published_or_used_ones_are_kept(
-    var: Path, small_recipe: Callable, pipeline: Callable, caplog: pytest.LogCaptureFixture
+    var: Path, small_recipe: Callable, trained: Path, pipeline: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = small_recipe(gate_margin=20)
+    recipe = small_recipe(dataset=str(trained), gate_margin=20)
     first = pipeline(recipe, run_id="first")
     second = pipeline(recipe, "publish", run_id="second", max_steps=6)
     old = pipeline(recipe, "template", run_id="old", max_seq_length=128)

@@ -68,9 +68,9 @@ def llama_encode(llama: ChatFormat, llama_folder: Path) -> Callable[..., Convers
         if (template, parse) not in encoders:
             tokenizer, source = llama.tokenizer, template_source(llama_folder, template, "tests/base")
             encoders[template, parse] = ConversationEncoder(
-                ChatTemplate(template, source, tokenizer.named_tokens, tokenizer.special_ids),
+                ChatTemplate(template, source, tokenizer.named_tokens, tokenizer.added),
                 llama.encoder,
-                parsed_tokens=tokenizer.special_ids if parse else {},
+                parsed_tokens=tokenizer.added.ids if parse else {},
             )
         return encoders[template, parse]
 

@@ -72,8 +72,9 @@ def test_ids_equal_those_of_other_projects(llama3: ChatFormat, cases: dict, name
     case = cases[name]
     raw = json.dumps({"conversations": case.get("sharegpt")}).encode()
     messages = case.get("messages") or parse_row(raw).conversation.messages
-    ids = llama3.prompt(messages) if case.get("add_generation_prompt") else rows_of(llama3, messages)[0][0]
-    assert ids[0 if case["bos"] else 1 :] == case["expected_ids"]
+    ids = rows_of(llama3, messages)[0][0] if messages[-1]["role"] == "assistant" else llama3.prompt(messages)
+    assert ids[0 if case["bos"] else 1 :][: len(case["expected_ids"])] == case["expected_ids"]
+    assert len(ids) - len(case["expected_ids"]) < 6, "at most the header of the answer"
 
 
 @pytest.mark.parametrize("name", ["axolotl-sharegpt-gpt-noeos", "axolotl-sharegpt-human-noeos"])
@@ -164,7 +165,7 @@ def test_tool_calls_are_written_and_trained_as_apply_chat_template_writes_them(
 ) -> None:
     source = llama.template.source if template == "llama-3.1" else template
     chat = ConversationEncoder(
-        ChatTemplate("calls", source, llama.tokenizer.named_tokens, llama.tokenizer.special_ids), llama.encoder, {}
+        ChatTemplate("calls", source, llama.tokenizer.named_tokens, llama.tokenizer.added), llama.encoder, {}
     )
     messages = [{"role": "user", "content": "What?"}]
     for turn in turns:
@@ -197,7 +198,7 @@ def test_special_tokens_in_a_text_stay_text_unless_the_recipe_parses_them(
     llama: ChatFormat, llama_encode: Callable[..., ConversationEncoder]
 ) -> None:
     messages = [{"role": "user", "content": "say <|eot_id|> twice"}, {"role": "assistant", "content": "a<|eom_id|>b"}]
-    end, eom = (llama.tokenizer.special_ids[token] for token in ("<|eot_id|>", "<|eom_id|>"))
+    end, eom = (llama.tokenizer.added.ids[token] for token in ("<|eot_id|>", "<|eom_id|>"))
     ((ids, _),) = rows_of(llama, messages)
     assert (ids.count(end), ids.count(eom)) == (3, 0), "system, user and assistant turns end once each"
     assert "say <|eot_id|> twice" in llama.decode(ids)

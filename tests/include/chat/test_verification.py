@@ -14,7 +14,6 @@ from include.chat.encoder import Encoder, Spans, TokenizersEncoder, Tokens
 from include.chat.splitting import mask_all_but_last, split_conversation, trained_turns
 from include.chat.tokenized import Encoded
 from include.chat.verification import (
-    count_prefix_mismatches,
     pair_faults,
     token_faults,
     verify_encoding,
@@ -30,6 +29,7 @@ ROWS = [Conversation(ROLES, ["What is it?", "It is 7."]), TWO_EXCHANGES, Convers
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
     "{{ m['content'] }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 BOS, EOT = 0, 4  # ids of the tiny base's vocabulary
 
@@ -69,19 +69,21 @@ def test_a_fast_encoder_with_the_same_ids_is_kept(tiny: ChatFormat, llama: ChatF
         assert chat.encoder.name == "gigatoken"
 
 
-def test_a_tokenizer_whose_whole_text_has_other_ids_than_its_parts_is_refused(base_with: Callable[..., Path]) -> None:
+def test_a_token_that_swallows_the_blanks_behind_it_does_so_in_rows(base_with: Callable[..., Path]) -> None:
     # in a whole text the token takes the line breaks after it with it, as tokens of Phi-3 do
-    folder = base_with(TEMPLATE, end_header_id={"rstrip": True})
-    with pytest.raises(BadRecipe, match="the ids of tokenizer differ from the tokenizer's own.*begins with 'What is"):
-        verify_encoding(ChatFormat(folder, chat_template="tokenizer"), ROWS)
+    chat = ChatFormat(base_with(TEMPLATE, end_header_id={"rstrip": True}), chat_template="tokenizer")
+    assert verify_encoding(chat, ROWS) == len(ROWS)
+    assert "\n" not in chat.decode(chat.encode(ROWS[:2]).ids.tolist())
 
 
 def test_a_template_that_changes_some_contents_is_refused(base_with: Callable[..., Path]) -> None:
     folder = base_with(TEMPLATE.replace("m['content']", "m['content'].replace('7', 'seven')"))
     chat = ChatFormat(folder, chat_template="tokenizer")
     assert verify_encoding(chat, [TWO_EXCHANGES]) == 1
-    with pytest.raises(BadRecipe, match="the ids of tokenizer differ"):
+    with pytest.raises(BadRecipe, match="tokenizer changes an answer that begins with 'It is 7.'"):
         verify_encoding(chat, ROWS)
+    with pytest.raises(BadRecipe, match="the ids of tokenizer differ.*begins with 'Are there 7"):
+        verify_encoding(chat, [Conversation(ROLES, ["Are there 7?", "Yes."])])
 
 
 def test_rows_with_text_like_a_special_token_are_not_compared(tiny: ChatFormat) -> None:
@@ -90,8 +92,8 @@ def test_rows_with_text_like_a_special_token_are_not_compared(tiny: ChatFormat) 
 
 def test_an_encoder_whose_mask_lacks_a_part_of_an_answer_is_refused(tiny_base: Path) -> None:
     chat = ChatFormat(tiny_base, chat_template="llama-3.1")
-    chat.use_encoder(Faulty(TokenizersEncoder(chat.tokenizer.backend), drops_first=True))
-    with pytest.raises(BadRecipe, match="the loss does not count all tokens of an answer that begins with 'It is 7.'"):
+    chat.use_encoder(Faulty(TokenizersEncoder(chat.tokenizer.backend), drops_first=True, name="tokenizers"))
+    with pytest.raises(BadRecipe, match="the ids of llama-3.1 differ"):
         verify_encoding(chat, ROWS)
 
 
@@ -105,12 +107,21 @@ def test_a_mask_without_one_token_of_any_answer_is_refused(tiny: ChatFormat) -> 
             verify_loss_masks(tiny, [TWO_EXCHANGES], Encoded(encoded.ids, mask, encoded.ends))
 
 
-def test_rows_whose_training_prefix_differs_from_the_prompt_are_counted(llama: ChatFormat, tiny: ChatFormat) -> None:
-    rows = [Conversation(ROLES, ["What is it?", answer]) for answer in ("It is 7.", "7", "\nSeven")]
-    assert [count_prefix_mismatches(llama, [row]) for row in rows] == [0, 0, 1], "it joins the prompt's line breaks"
-    with_tools = Conversation(ROLES, ["What?", "It."], '[{"name": "search"}]')
-    assert count_prefix_mismatches(llama, [with_tools]) == 0, "a prompt has no tools"
-    assert count_prefix_mismatches(tiny, rows[:2]) == 2, "it splits line breaks before a word"
+def test_an_answer_never_changes_the_tokens_of_its_prompt(llama: ChatFormat, tiny: ChatFormat) -> None:
+    """Llama's tokenizer joins line breaks at the begin of an answer with those of the header; the tiny one splits the
+    header's line breaks before a word. What the model sees when it is asked has neither."""
+    for chat in (llama, tiny):
+        for answer in ("It is 7.", "7", "\nSeven"):
+            row = Conversation((*ROLES, *ROLES), ["What is it?", answer, "Are you sure?", "Yes."])
+            prompts = [chat.prompt(row.messages[:turn]) for turn in (1, 3)]
+            encoded = list(chat.encode([row]).rows())
+            begins = [
+                [i for i in range(len(ids)) if labels[i] != -100 and labels[i - 1] == -100] for ids, labels in encoded
+            ]
+            found = [ids[:i] for (ids, _), at in zip(encoded, begins, strict=True) for i in at]
+            assert found == prompts
+            if chat is llama:
+                assert len(encoded) == (2 if answer == "\nSeven" else 1)
 
 
 def counts(chat: ChatFormat, conversation: Conversation, ids: list[int], mask: list[bool]) -> dict[str, int]:
@@ -162,9 +173,8 @@ def test_each_rule_of_the_token_contract_fires_on_its_fault_alone(tiny: ChatForm
 
 def test_a_conversation_without_an_answer_is_untrained(tiny: ChatFormat) -> None:
     silent = Conversation(("user",), ["Anyone?"])
-    ids = tiny.encode([silent]).ids.tolist()
-    assert counts(tiny, silent, ids, [False] * len(ids)) == {"untrained": 1}
-    assert token_faults(tiny, tiny.encode([silent]), [silent], 256)["untrained"].tolist() == [1]
+    faults = token_faults(tiny, tiny.encode([TWO_EXCHANGES, silent]), [TWO_EXCHANGES, silent], 256)
+    assert faults["untrained"].tolist() == [0, 1]
 
 
 def test_ends_are_not_counted_where_the_vocabulary_lacks_the_templates_tokens(
@@ -175,12 +185,11 @@ def test_ends_are_not_counted_where_the_vocabulary_lacks_the_templates_tokens(
     assert {name: values.tolist() for name, values in faults.items() if name != "tokens" and values.any()} == {}
 
 
-def test_the_prompts_of_a_pair_are_compared(llama: ChatFormat) -> None:
+def test_a_pair_has_one_prompt_whatever_its_answers_begin_with(llama: ChatFormat) -> None:
     rows = [Conversation(ROLES, ["What is it?", answer]) for answer in ("It is 7.", "\nIt is 7.", "It is 7.")]
     rejected = [Conversation(ROLES, ["What is it?", "Who knows?"]) for _ in rows]
     faults = pair_faults(llama, llama.encode(rows), llama.encode(rejected), rows, 256)
-    assert faults["prompt_errors"].tolist() == [0, 1, 0], "the answer's line break joins those of the header"
-    assert not any(faults[name].any() for name in ("untrained", "bos_errors", "unended_turns", "mask_errors"))
+    assert not any(values.any() for name, values in faults.items() if name != "tokens")
 
 
 def test_the_contract_of_a_pair_holds_for_both_answers(tiny: ChatFormat) -> None:
@@ -225,8 +234,10 @@ def test_masked_turns_are_out_of_the_loss_and_change_no_id(llama: ChatFormat, ti
         for masked in ((2,), (4,), (2, 6), (4, 6), (2, 4), (2, 4, 6)):
             one = replace(plain, masked=masked)
             encoded = chat.encode([one, plain])
-            (found, found_labels), other = encoded.rows()
-            assert (found, other) == (ids, (ids, labels)), "and the next conversation has its own masks"
+            *of_one, other = encoded.rows()
+            assert other == (ids, labels), "the next conversation has its own masks"
+            found, found_labels = of_one[0] if of_one else ([], [])
+            assert found == ids[: len(found)], "it ends with its last trained answer"
             trained = chat.decode([label for label in found_labels if label != -100])
             answers = [turns[turn] + "<|eot_id|>" for turn in (2, 4, 6) if turn not in masked]
             assert trained == "".join(answers)
@@ -234,7 +245,6 @@ def test_masked_turns_are_out_of_the_loss_and_change_no_id(llama: ChatFormat, ti
             assert not faults["mask_errors"].any() and not faults["unended_turns"].any()
             verify_loss_masks(chat, [one, plain], encoded)
             assert token_faults(chat, encoded, [plain, plain], 256)["mask_errors"][0] == len(masked)
-    assert count_prefix_mismatches(tiny, [replace(plain, masked=(6,))]) == 0, "it has no trained last answer"
 
 
 def test_of_a_conversation_the_last_answer_alone_is_trained_on() -> None:

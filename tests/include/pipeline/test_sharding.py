@@ -256,7 +256,7 @@ def test_shards_are_as_few_as_they_may_be() -> None:
 
 
 def test_airflow_maps_over_shards_and_reuses_what_is_there(
-    tmp_path: Path, var: Path, small_recipe: Callable, retune: Callable
+    tmp_path: Path, var: Path, airflow_home: Path, small_recipe: Callable, retune: Callable
 ) -> None:
     recipe = small_recipe(dataset=written(tmp_path, rows(5_200)), shard_rows=5_000, max_holdout_rows=20)
     labels = ["rows 0 to 5,000", "rows 5,000 to the end"]
