@@ -16,15 +16,14 @@ from typing import Any
 import orjson
 
 from include.chat.template import (
-    END_THINK,
     PLACEHOLDER,
-    THINK,
     ChatTemplate,
     Form,
     Style,
     Unwritten,
     thoughts_of,
 )
+from include.data.conversation import END_THINK, THINK
 from include.errors import BadData, BadRecipe
 
 OTHER_TEMPLATE = "Choose another chat_template, or correct the rows"
