@@ -22,7 +22,8 @@ TEMPLATE = "chat_template.jinja"
 @stage(
     version=3,
     recipe_fields=(
-        "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
+        "base_model", "base_revision", "chat_template", "chat_template_kwargs", "missing_special_tokens",
+        "special_tokens_in_text",
         "load_in_4bit", "load_in_8bit",
         "max_seq_length", "seed", *SmokeTest.model_fields,
     ),

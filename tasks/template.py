@@ -98,7 +98,8 @@ def encode(context: ShardedContext, names: list[str], standardize: Output[Standa
 @sharded(
     version=9,
     recipe_fields=(
-        "method", "base_model", "base_revision", "chat_template", "missing_special_tokens", "special_tokens_in_text",
+        "method", "base_model", "base_revision", "chat_template", "chat_template_kwargs", "missing_special_tokens",
+        "special_tokens_in_text",
         "max_seq_length", "on_too_long", "train_on", "check_limits",
     ),
     split_folder=StandardizeOutput.MESSAGES,

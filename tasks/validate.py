@@ -33,7 +33,7 @@ def _template(context: StageContext) -> ChatTemplate:
     own = recipe.chat_template == "tokenizer"
     folder = fetch_base(recipe, context.store, tokenizer_only=True) if own else None
     source = template_source(folder or Path(), recipe.chat_template, recipe.base_model)
-    return calls_template(recipe.chat_template, source, folder)
+    return calls_template(recipe.chat_template, source, folder, recipe.chat_template_kwargs)
 
 
 def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool | str:
@@ -44,8 +44,13 @@ def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool 
 
 @stage(
     version=9,
-    recipe_fields=("method", "dataset_format", "merge_turns", "max_refused_share", "check_limits"),
-    other_fields=("chat_template", "base_model", "base_revision"),  # covered by `_tools_rendered`
+    recipe_fields=("method", "dataset_format", "merge_turns", "reasoning", "max_refused_share", "check_limits"),
+    other_fields=(
+        "chat_template",
+        "chat_template_kwargs",
+        "base_model",
+        "base_revision",
+    ),  # covered by `_tools_rendered`
     external_inputs=_tools_rendered,
 )
 def validate(context: StageContext, download: Output[DownloadOutput]) -> Result[ValidateOutput]:
@@ -153,7 +158,7 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe, template: C
     table = pq.ParquetFile(source).read_row_group(index, use_threads=False)
     rows = table["row"].to_pylist()
     alpaca, pairs = recipe.dataset_format == "alpaca", recipe.method == "dpo"
-    readings, columns = parse_rows(table["content"].to_pylist(), alpaca, recipe.merge_turns, pairs)
+    readings, columns = parse_rows(table["content"].to_pylist(), alpaca, recipe.merge_turns, pairs, recipe.reasoning)
     if template:
         _try_calls(template, readings)
     digests = [b"" if reading.faults["unreadable"] else reading.conversation.digest for reading in readings]

@@ -44,6 +44,7 @@ def as_published(context: StageContext, publish: Output[PublishOutput]) -> str:
         "base_model",
         "base_revision",
         "chat_template",
+        "chat_template_kwargs",
         "missing_special_tokens",
         "special_tokens_in_text",
         "load_in_4bit",

@@ -37,6 +37,8 @@ class ChatFields(Protocol):
     def missing_special_tokens(self) -> str: ...
     @property
     def special_tokens_in_text(self) -> str: ...
+    @property
+    def chat_template_kwargs(self) -> Mapping[str, Any]: ...
 
 
 class ChatFormat:
@@ -97,8 +99,8 @@ class ChatFormat:
 
         Args:
             folder: the folder with the tokenizer's files.
-            recipe: gives `base_model` (for messages), `chat_template`, `missing_special_tokens` and
-                `special_tokens_in_text`.
+            recipe: gives `base_model` (for messages), `chat_template`, `chat_template_kwargs`,
+                `missing_special_tokens` and `special_tokens_in_text`.
 
         Raises:
             NotFound, BadRecipe: see the class.
@@ -108,6 +110,7 @@ class ChatFormat:
             chat_template=recipe.chat_template,
             missing_special_tokens=recipe.missing_special_tokens,
             special_tokens_in_text=recipe.special_tokens_in_text,
+            chat_template_kwargs=recipe.chat_template_kwargs,
             base_name=recipe.base_model,
         )
 

@@ -16,15 +16,14 @@ from typing import Any
 import orjson
 
 from include.chat.template import (
-    END_THINK,
     PLACEHOLDER,
-    THINK,
     ChatTemplate,
     Form,
     Style,
     Unwritten,
     thoughts_of,
 )
+from include.data.conversation import END_THINK, THINK
 from include.errors import BadData, BadRecipe
 
 OTHER_TEMPLATE = "Choose another chat_template, or correct the rows"
@@ -116,11 +115,11 @@ def sequences(
 
 def _in_some_style(template: ChatTemplate, form: Form, make: Any) -> Any:
     """Return what `make` makes with the first style of thoughts and calls in which the template writes all of them."""
-    first: BadData | None = None
+    first: BadData | BadRecipe | None = None
     for style in template.styles(form):
         try:
             made = make(style)
-        except BadData as error:
+        except (BadData, BadRecipe) as error:
             first = first or error
             continue
         template.keep_style(form, style)
@@ -175,8 +174,8 @@ def _answer(template: ChatTemplate, form: Form, style: Style, turn: int) -> tupl
             answer = f"{thoughts_of(turn) if thinks else ''}\n{END_THINK}\n\n{answer}"
         else:
             raise Unwritten(
-                f"the chat template {template.name} asks for an answer with {asked[-60:]!r}, and writes it as "
-                f"{told[-60 - len(answer) : 60]!r}",
+                f"the chat template {template.name} asks for an answer with {asked[-60:]!r}, and writes the answer "
+                f"behind {told[:shared][-60:]!r}",
                 "Set chat_template_kwargs so that both agree (for example enable_thinking), or reasoning: drop"
                 if thinks
                 else OTHER_TEMPLATE,

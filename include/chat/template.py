@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from include.chat.tokenizer import LIKE_CONTROL_TOKEN, AddedTokens, tokenizer_config
-from include.data.conversation import Conversation, Message
+from include.data.conversation import END_THINK, THINK, Conversation, Message
 from include.errors import BadData, BadRecipe, NotFound
 from include.paths import PROJECT
 
@@ -29,7 +29,6 @@ RENDERING_DATE = date(2024, 7, 26)  # for templates that write the date: ids mus
 # content or `t` for its thoughts, and in `ChatTemplate.write` the number of the change to it
 PLACEHOLDER = re.compile("\ue000(\\d+)([ct])(\\d*)\ue001")
 PROBE = '\n\n "&<\\{}>" \n\n'  # around a placeholder: shows how a template changes contents
-THINK, END_THINK = "<think>", "</think>"  # how DeepSeek R1, Qwen3 and the templates after them write thoughts
 
 # the changes to a content that Retune reproduces
 STRIPS: tuple[Callable[[str], str], ...] = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from include.chat.sequences import sequences
 from include.chat.template import ChatTemplate, Form
@@ -13,16 +15,17 @@ from include.errors import RetuneError
 NAMED_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}  # of a shipped template: the check needs no base's own ones
 
 
-def calls_template(name: str, source: str, folder: Path | None) -> ChatTemplate:
+def calls_template(name: str, source: str, folder: Path | None, variables: Mapping[str, Any]) -> ChatTemplate:
     """Return a chat template for `call_fault`.
 
     Args:
         folder: the folder with the tokenizer's files, or None for a shipped template.
+        variables: the recipe's `chat_template_kwargs`.
     """
     if folder is None:
-        return ChatTemplate(name, source, NAMED_TOKENS, AddedTokens())
+        return ChatTemplate(name, source, NAMED_TOKENS, AddedTokens(), variables)
     tokenizer = ChatTokenizer(folder, name)
-    return ChatTemplate(name, source, tokenizer.named_tokens, tokenizer.added)
+    return ChatTemplate(name, source, tokenizer.named_tokens, tokenizer.added, variables)
 
 
 def call_fault(template: ChatTemplate, conversation: Conversation) -> str:

@@ -17,7 +17,10 @@ FAULTS = (
     "bad_history", "non_text_values", "empty_values", "no_assistant", "first_speaker", "last_speaker",
     "order_errors", "long_turns", "unknown_keys", "unused_columns", "special_token_text", "broken_characters",
     "control_characters", "unpaired_answers", "same_answers", "bad_train_flags", "all_masked", "masked_turns",
+    "reasoning_turns",
 )  # fmt: skip
+
+THINK, END_THINK = "<think>", "</think>"  # how DeepSeek R1, Qwen3 and the templates after them write thoughts
 
 Message = dict[str, Any]  # {role: system | user | assistant | tool, content: text}, and tool_calls where there are some
 
@@ -119,7 +122,7 @@ class Unreadable(Exception):
 
 def split_thoughts(content: str) -> tuple[str, str] | None:
     """Return the thoughts and the answer of a text that begins with `<think>...</think>`, or None."""
-    found = re.match(r"\s*<think>(.*?)</think>(.*)", content, re.DOTALL)
+    found = re.match(rf"\s*{THINK}(.*?){END_THINK}(.*)", content, re.DOTALL)
     return (found[1].strip(), found[2].strip("\n")) if found and found[1].strip() else None
 
 

@@ -55,9 +55,7 @@ RAW_ROWS = (
     Rule("media", "the row has an image, audio or video; only texts can be trained on"),
     Rule("labels", "label says whether the answer was liked; set a method that takes it, or remove the column"),
     Rule("row_weights", "the row has a weight of its own, which training does not follow; remove the column"),
-    Rule(
-        "reasoning", "reasoning stands beside the text, and the chat template does not get it; write it into the text"
-    ),
+    Rule("reasoning", "the row has reasoning that cannot be used, or `reasoning` is refuse"),
     Rule("system_conflicts", "the row has two different system texts"),
     Rule("bad_history", "the history column is not a list of pairs of a question and an answer"),
     Rule("non_text_values", "a turn's value is missing or is not a text"),
@@ -74,6 +72,7 @@ RAW_ROWS = (
     Rule("control_characters", "the text has control characters", "info"),
     Rule("long_turns", f"a turn has more than {LONG_TURN:,} characters", "info"),
     Rule("masked_turns", "an answer is masked (train: false or weight: 0); it is context only", "info"),
+    Rule("reasoning_turns", "an answer has reasoning, which is trained with it", "info"),
     Rule("unknown_keys", "a turn has keys that are not used", "info"),
     Rule("unused_columns", "the row has columns that are not used", "info"),
 )

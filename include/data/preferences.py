@@ -67,6 +67,8 @@ def add_rejected(parsed: ParsedRow, other: ParsedRow) -> None:
         parsed.faults["unpaired_answers"] = 1
     elif any(turn == last for turn, _ in (*chosen.calls, *rejected.calls)):
         parsed.add_fault("bad_tool_calls", "a chosen or rejected answer calls tools")
+    elif any(turn == last for turn, _ in (*chosen.thoughts, *rejected.thoughts)):
+        parsed.add_fault("reasoning", "a chosen or rejected answer has reasoning; drop it with reasoning: drop")
     elif rejected.contents:
         parsed.faults["all_masked"] = int(last in chosen.masked or last in rejected.masked)
         parsed.faults["masked_turns"], chosen.masked = 0, ()  # only the two last answers are trained on in any case

@@ -21,14 +21,16 @@ from include.data.suspicious_text import as_lists, count_suspicious_text
 from include.data.turns import read_turns
 
 
-def parse_row(raw: bytes, alpaca: bool = False, merge_turns: bool = False, pairs: bool = False) -> ParsedRow:
+def parse_row(
+    raw: bytes, alpaca: bool = False, merge_turns: bool = False, pairs: bool = False, reasoning: str = "keep"
+) -> ParsedRow:
     """Parse one row, see `parse_rows`."""
-    (row,), _ = parse_rows([raw], alpaca, merge_turns, pairs)
+    (row,), _ = parse_rows([raw], alpaca, merge_turns, pairs, reasoning)
     return row
 
 
 def parse_rows(
-    raw_rows: list[bytes], alpaca: bool, merge_turns: bool, pairs: bool = False
+    raw_rows: list[bytes], alpaca: bool, merge_turns: bool, pairs: bool = False, reasoning: str = "keep"
 ) -> tuple[list[ParsedRow], dict[str, Any]]:
     """Parse rows. Bad rows raise nothing: they have faults.
 
@@ -36,13 +38,14 @@ def parse_rows(
         raw_rows: one JSON document per row; other bytes give the fault `unreadable`.
         alpaca: read the columns instruction, input and output (or response) as a conversation of one exchange.
         merge_turns: join consecutive turns of one role with an empty line between them.
+        reasoning: "keep" the thoughts of answers, "drop" them, or "refuse" rows with thoughts.
         pairs: read preference rows: a prompt, a `chosen` and a `rejected` answer (see `pair_turns`).
 
     Returns:
         The parsed rows, and their conversations as Arrow columns: `roles` (joined by spaces), `contents` (lists of
-        texts), `tools`, `rejected`, `masked` (lists of int32), `calls` (JSON).
+        texts), `tools`, `rejected`, `masked` (lists of int32), `calls` and `thoughts` (JSON).
     """
-    rows = [_parse(raw, alpaca, merge_turns, pairs) for raw in raw_rows]
+    rows = [_parse(raw, alpaca, merge_turns, pairs, reasoning) for raw in raw_rows]
     columns = to_columns([row.conversation for row in rows])
     count_suspicious_text(columns["contents"], rows)
     if pairs:
@@ -50,7 +53,7 @@ def parse_rows(
     return rows, columns
 
 
-def _parse(raw: bytes, alpaca: bool, merge_turns: bool, pairs: bool) -> ParsedRow:
+def _parse(raw: bytes, alpaca: bool, merge_turns: bool, pairs: bool, reasoning: str) -> ParsedRow:
     parsed = ParsedRow()
     row = None
     try:
@@ -78,12 +81,12 @@ def _parse(raw: bytes, alpaca: bool, merge_turns: bool, pairs: bool) -> ParsedRo
     has_system = len(row) > 1 and not row.keys().isdisjoint(SYSTEM_COLUMNS)
     if has_system:
         turns, first = with_system(turns, row, parsed)
-    read_turns(turns, parsed, merge_turns, first)
+    read_turns(turns, parsed, merge_turns, first, reasoning)
     if pairs:
         other = ParsedRow()
         if has_system:
             rejected_turns, first = with_system(rejected_turns, row, other)
-        read_turns(rejected_turns, other, merge_turns, first)
+        read_turns(rejected_turns, other, merge_turns, first, reasoning)
         add_rejected(parsed, other)
     if len(row) > 1:
         if not row.keys().isdisjoint(TOOL_COLUMNS):

@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from include.data.conversation import Conversation, ParsedRow, is_absent, kind_of
+from include.data.conversation import END_THINK, Conversation, ParsedRow, is_absent, kind_of, split_thoughts
 from include.data.tool_calls import CALL_KEYS, read_calls
 from include.data.train_flags import TRAIN_FLAGS, UNREAD_FLAGS, read_train_flag
 
@@ -24,7 +24,9 @@ ALLOWED_NEXT = {  # by role, "" at the start
     "": {"system", "user"}, "system": {"user"}, "user": {"assistant"}, "assistant": {"user", "tool"},
     "tool": {"assistant", "tool"},
 }  # fmt: skip
-READ_KEYS = {"from", "value", "role", "content", *TRAIN_FLAGS, *UNREAD_FLAGS}  # the flags have their own reader
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")  # of an answer, in their order
+# the flags and the thoughts have readers of their own
+READ_KEYS = {"from", "value", "role", "content", *TRAIN_FLAGS, *UNREAD_FLAGS, *THOUGHT_KEYS}
 TEXT_PARTS = {None, "text", "input_text", "output_text"}
 EMPTY_SYSTEM = "empty system turn left out"
 # names of columns, keys and types of parts that change what should be learned, but are not read, with their fault
@@ -34,16 +36,16 @@ UNSUPPORTED = {
         for kind in ("image", "video", "audio")
         for name in (kind, f"{kind}s", f"{kind}_url", f"{kind}_urls", f"{kind}_path", f"{kind}_paths", f"input_{kind}")
     },
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought", "thoughts"), "reasoning"),
+    **dict.fromkeys((*THOUGHT_KEYS, "thoughts"), "reasoning"),
 }
 TURN_FAULTS = {**UNSUPPORTED, **dict.fromkeys(("tools", "functions"), "bad_tool_lists")}
 
 
-def read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool, first: int = 1) -> None:
+def read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool, first: int = 1, reasoning: str = "keep") -> None:
     """Set the conversation of a row, and count the faults of its turns.
 
     Args:
-        merge_turns: see `parse_rows`.
+        merge_turns, reasoning: see `parse_rows`.
         first: number of the first turn in messages.
     """
     faults = parsed.faults
@@ -51,6 +53,7 @@ def read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool, first: in
     contents: list[str] = []
     masked: list[int] = []
     calls: list[tuple[int, str]] = []
+    thoughts: list[tuple[int, str]] = []
     numbers: list[int] = []  # of the turns in the file, from 1
     order_known = True
     for number, turn in enumerate(turns, first):
@@ -83,6 +86,9 @@ def read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool, first: in
                 contents.append("")
                 numbers.append(number)
                 continue
+        thought = ""
+        if len(turn) > 2 or (role == "assistant" and END_THINK in text):
+            thought, text = _read_thoughts(turn, role, text, parsed, number, reasoning)
         if "\x00" in text:
             text = text.replace("\x00", "")
             parsed.add_repair("NUL characters removed")
@@ -96,7 +102,8 @@ def read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool, first: in
                 parsed.add_fault("empty_values", f"turn {number}: the text is empty")
         if len(text) > LONG_TURN:
             faults["long_turns"] += 1
-        if merge_turns and roles and roles[-1] == role != "tool" and not (called or _ends_in(calls, contents)):
+        apart = called or thought or _ends_in(calls, contents)
+        if merge_turns and roles and roles[-1] == role != "tool" and not apart:
             contents[-1] += "\n\n" + text
             parsed.add_repair("turns of one role merged")
             if mask != (len(contents) - 1 in masked):
@@ -106,6 +113,8 @@ def read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool, first: in
             masked.append(len(contents))
         if called:
             calls.append((len(contents), called))
+        if thought:
+            thoughts.append((len(contents), thought))
         numbers.append(number)
         roles.append(role)
         contents.append(text)
@@ -119,9 +128,11 @@ def read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool, first: in
         faults.update(_order_faults(tuple(roles)))
         if faults["order_errors"] and not parsed.detail:
             parsed.detail = _first_disorder(roles, numbers)
-    faults["masked_turns"] = len(masked)
+    faults["masked_turns"], faults["reasoning_turns"] = len(masked), len(thoughts)
     faults["all_masked"] = int(len(masked) == roles.count("assistant") > 0)
-    parsed.conversation = Conversation(tuple(roles), contents, masked=tuple(masked), calls=tuple(calls))
+    parsed.conversation = Conversation(
+        tuple(roles), contents, masked=tuple(masked), calls=tuple(calls), thoughts=tuple(thoughts)
+    )
 
 
 def content_of(turn: dict[str, Any]) -> Any:
@@ -193,6 +204,33 @@ def _read_keys(turn: dict[str, Any], role: str, parsed: ParsedRow, number: int) 
         return ""
     parsed.faults["tool_calls"] += called is not None
     return "" if refused else called
+
+
+def _read_thoughts(
+    turn: dict[str, Any], role: str, text: str, parsed: ParsedRow, number: int, reasoning: str
+) -> tuple[str, str]:
+    """Return the thoughts of a turn, "" if it has none or the recipe drops them, and its text without them."""
+    found, keys = (
+        split_thoughts(text) if role == "assistant" else None,
+        [k for k in THOUGHT_KEYS if not is_absent(turn.get(k))],
+    )
+    texts = {turn[key].strip() for key in keys if isinstance(turn[key], str)} | ({found[0]} if found else set()) - {""}
+    place = f"turn {number}: {f'the key {keys[0]}' if keys else 'reasoning in the text'}"
+    if any(not isinstance(turn[key], str) for key in keys):
+        parsed.add_fault("reasoning", f"{place} is not a text")
+    elif keys and role != "assistant":
+        parsed.add_fault("reasoning", f"{place} of a turn of the role {role}")
+    elif len(texts) > 1:
+        parsed.add_fault("reasoning", f"{place} and another one have different reasoning")
+    elif texts and reasoning == "refuse":
+        parsed.add_fault("reasoning", place)
+    elif texts:
+        if found:
+            parsed.add_repair("reasoning in the text is read as reasoning")
+        if reasoning == "drop":
+            parsed.add_repair("reasoning dropped")
+        return "" if reasoning == "drop" else texts.pop(), found[1] if found else text
+    return "", text
 
 
 def _ends_in(calls: list[tuple[int, str]], contents: list[str]) -> bool:

@@ -58,6 +58,13 @@ class Data(BaseModel):
     merge_turns: bool = Field(
         False, description="Join consecutive turns of the same role. Off (default): such a row is refused."
     )
+    reasoning: Literal["keep", "drop", "refuse"] = Field(
+        "keep",
+        description="How the reasoning of answers is handled: `reasoning_content`, `thinking` or `<think>...</think>` "
+        "before the answer. `keep`: it is trained with the answer, as the chat template writes it; a template that "
+        "does not know reasoning gets it as `<think>...</think>`. `drop`: only the answer is used. `refuse`: the row "
+        "is refused.",
+    )
     max_refused_share: Share = Field(
         0.05,
         description="The run fails if validation refuses more than this share of the rows. Exact copies do not count.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -24,6 +24,11 @@ class Model(BaseModel):
     chat_template: Literal["llama-3.1", "llama-3", "chatml", "alpaca", "vicuna", "tokenizer"] = Field(
         "llama-3.1",
         description="Chat template that renders the conversations. `tokenizer`: the template of the base's tokenizer.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {},
+        description="Values for variables of the chat template, for example `enable_thinking: false`. Training, smoke "
+        "test and evaluation use them; whoever serves the model must set them, too.",
     )
     missing_special_tokens: Literal["refuse", "split"] = Field(
         "refuse",

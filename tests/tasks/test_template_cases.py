@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,3 +151,55 @@ def test_rows_longer_than_the_base_are_refused_and_a_longer_limit_is_a_warning(
     caplog.clear()
     pipeline(small_recipe(dataset=str(long), **{**own, "max_seq_length": 512, "on_too_long": "truncate"}), "template")
     assert "positions" not in caplog.text
+
+
+FAMILIES = {
+    "10": ("qwen3", "plain"), "11": ("gemma3", "plain"), "12": ("mistral_v3", "plain"), "28": ("smollm2", "multi"),
+    "29": ("gptoss", "multi"), "30": ("llama2", "plain"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_the_families_own_templates_are_used(
+    case: str, material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, left_out: Callable
+) -> None:
+    folder, (base, data) = next((material / "cases").glob(f"{case}-*")), FAMILIES[case]
+    own = {"dataset": str(folder / f"{data}.jsonl"), "base_model": str(folder / base), "chat_template": "tokenizer"}
+    made = artifact(pipeline(small_recipe(**own, max_seq_length=512, holdout_share=0.4), "template"))
+    assert made.metadata.verified_rows == 24
+    assert made.metadata.train.conversations + made.metadata.holdout.conversations == 24
+    assert left_out(made) == []
+
+
+def test_reasoning_is_trained_as_the_template_writes_it(
+    material: Path, tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    base = next((material / "cases").glob("10-*")) / "qwen3"
+    turns = [
+        {"role": "user", "content": "One {}?"}, {"role": "assistant", "content": "First.", "reasoning_content": "T1."},
+        {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "<think>T2.</think>Second."},
+    ]  # fmt: skip
+    file = tmp_path / "thoughts.jsonl"
+    file.write_text("".join(json.dumps({"messages": turns}).replace("{}", str(i)) + "\n" for i in range(40)))
+    own = {
+        "dataset": str(file),
+        "base_model": str(base),
+        "chat_template": "tokenizer",
+        "near_duplicate_similarity": 1.0,
+        "holdout_share": 0.4,
+    }
+
+    def answers(**fields: Any) -> tuple[set[str], int]:
+        made = artifact(pipeline(small_recipe(**own, **fields), "template"))
+        texts = {part.split("«")[0] for sample in made.metadata.samples for part in sample.split("»")[1:]}
+        return texts, made.metadata.train.rows // made.metadata.train.conversations
+
+    thinking = "<think>\nT{0}.\n</think>\n\n"
+    ends = {"First.<|im_end|>", "Second.<|im_end|>"}
+    first, second = sorted(ends)
+    # each answer in a sequence of its own, since the template removes the reasoning of earlier turns
+    assert answers() == ({thinking.format(1) + first, thinking.format(2) + second}, 2)
+    empty = "<think>\n\n</think>\n\n"
+    assert answers(reasoning="drop") == ({empty + first, empty + second}, 2)
+    # the prompt holds the empty thought already
+    assert answers(reasoning="drop", chat_template_kwargs={"enable_thinking": False})[0] == ends

@@ -75,9 +75,9 @@ REFUSED = {
         "a turn calls tools, which the chat template does not render",
     ),
     "reasoning": (
-        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": '
-        b'"c"}]}',
-        "reasoning stands beside the text",
+        b'{"messages": [{"role": "user", "content": "a", "reasoning_content": "c"}, '
+        b'{"role": "assistant", "content": "b"}]}',
+        "the row has reasoning that cannot be used",
     ),
     "an empty value": (row(ASKED, ("gpt", "")), "text is empty"),
     "white space": (row(ASKED, ("gpt", " \n")), "text is empty"),

@@ -66,7 +66,6 @@ def test_each_row_is_read_as_its_author_meant_it(
 @pytest.mark.parametrize(
     ("file", "fault", "detail"),
     [
-        ("04-reasoning-content/07_reasoning.jsonl", "reasoning", "turn 2: the key reasoning_content"),
         ("22-kto-label-false/kto.jsonl", "labels", "the column label"),
         ("23-image-column/mm.jsonl", "media", "the column images"),
     ],
@@ -85,3 +84,11 @@ def test_keys_that_parquet_fills_with_null_change_no_row(material: Path) -> None
     folder = material / "cases" / "37-mixed-keys-in-parquet"
     lines, table = (parsed_file(folder / f"mixed_keys.{ending}") for ending in ("jsonl", "parquet"))
     assert [row.conversation for row in lines] == [row.conversation for row in table]
+
+
+def test_reasoning_beside_the_answers_is_kept(material: Path) -> None:
+    found = parsed_file(material / "cases" / "04-reasoning-content" / "07_reasoning.jsonl")
+    assert len(found) == 24
+    for row in found:
+        assert row.conversation.thoughts
+        assert {name for name, count in row.faults.items() if count} == {"reasoning_turns"}

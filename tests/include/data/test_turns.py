@@ -60,8 +60,8 @@ PICTURE = {"type": "image_url", "image_url": {"url": "x"}}
         ({"content": None}, "non_text_values", "the value is not a text (null)"),
         ({"content": None, "image": "x"}, "media", "the key image"),
         ({"content": "hi", "images": ["x"]}, "media", "the key images"),
-        ({"content": "hi", "reasoning_content": "x"}, "reasoning", "the key reasoning_content"),
-        ({"content": "hi", "thinking": "x"}, "reasoning", "the key thinking"),
+        ({"content": "hi", "reasoning_content": 7}, "reasoning", "the key reasoning_content is not a text"),
+        ({"content": "hi", "thoughts": "x"}, "reasoning", "the key thoughts"),
         ({"content": "hi", "tools": [{"name": "f"}]}, "bad_tool_lists", "the key tools"),
         ({"content": "hi", "value": "ha"}, "malformed_turns", "value and content differ"),
         ({"content": "hi", "from": "system"}, "malformed_turns", "from and role differ"),
@@ -120,3 +120,60 @@ def test_a_tool_may_answer_several_calls_in_a_row() -> None:
         parsed = parse(USER, called, *answers, ASSISTANT, merge_turns=merge)
         assert not parsed.faults["order_errors"]
         assert parsed.conversation.roles == ("user", "assistant", "tool", "tool", "assistant")
+
+
+ANSWER = "The answer."
+
+
+@pytest.mark.parametrize(
+    ("turn", "repairs"),
+    [
+        ({"content": ANSWER, "reasoning_content": " I think. \n"}, []),
+        ({"content": ANSWER, "thinking": "I think."}, []),
+        ({"content": f"<think>\nI think.\n</think>\n\n{ANSWER}"}, ["reasoning in the text is read as reasoning"]),
+        (
+            {"content": f"<think>I think.</think>{ANSWER}", "reasoning": "I think."},
+            ["reasoning in the text is read as reasoning"],
+        ),
+    ],
+)
+def test_the_reasoning_of_an_answer_is_kept_dropped_or_refused(turn: dict[str, Any], repairs: list[str]) -> None:
+    question = {"role": "user", "content": "Why? <think>no</think>"}
+    raw = json.dumps({"messages": [question, {"role": "assistant", **turn}]}).encode()
+    kept, dropped, refused = (parse_row(raw, reasoning=choice) for choice in ("keep", "drop", "refuse"))
+    assert (kept.conversation.contents, kept.conversation.thoughts) == (
+        [question["content"], ANSWER],
+        ((1, "I think."),),
+    )
+    assert {name for name, count in kept.faults.items() if count} == {"reasoning_turns"}
+    assert kept.repairs == repairs
+    assert (dropped.conversation.contents, dropped.conversation.thoughts) == ([question["content"], ANSWER], ())
+    assert not any(dropped.faults.values())
+    assert dropped.repairs == [*repairs, "reasoning dropped"]
+    assert {name for name, count in refused.faults.items() if count} == {"reasoning"}
+
+
+@pytest.mark.parametrize(
+    ("turns", "detail"),
+    [
+        ([{"thinking": "A."}, {}], "turn 1: the key thinking of a turn of the role user"),
+        (
+            [{}, {"thinking": "A.", "reasoning": "B."}],
+            "turn 2: the key reasoning and another one have different reasoning",
+        ),
+    ],
+)
+def test_reasoning_that_nobody_can_place_refuses_the_row(turns: list[dict[str, str]], detail: str) -> None:
+    plain = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": ANSWER}]
+    found = parse_row(json.dumps({"messages": [p | turn for p, turn in zip(plain, turns, strict=True)]}).encode())
+    assert found.faults["reasoning"] == 1
+    assert found.detail == detail
+
+
+def test_preference_rows_with_reasoning_in_their_answers_are_refused_unless_it_is_dropped() -> None:
+    row = {"prompt": "Why?", "chosen": f"<think>A.</think>{ANSWER}", "rejected": "No."}
+    raw = json.dumps(row).encode()
+    assert parse_row(raw, pairs=True).faults["reasoning"] == 1
+    dropped = parse_row(raw, pairs=True, reasoning="drop")
+    assert (dropped.conversation.contents[-1], dropped.conversation.rejected) == (ANSWER, "No.")
+    assert not any(dropped.faults.values())
