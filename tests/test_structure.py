@@ -203,7 +203,7 @@ def test_the_dag_file_is_parsed_fast_and_without_the_heavy_libraries(tmp_path: P
     parsed = min((parse() for _ in range(2)), key=lambda result: result["cost"])  # the first may compile the sources
     assert not HEAVY & set(parsed["modules"])
     assert parsed["cost"] < 1, "the DAG file costs no more CPU time than Airflow's SDK, on any machine"
-    assert parsed["dags"] == ["demo", "llama32_3b_finetome", "smollm2_135m_cpu"]
+    assert parsed["dags"] == ["demo", "demo_real", "llama32_3b_finetome", "smollm2_135m_cpu"]
 
 
 def test_the_demos_dataset_is_what_its_generator_writes(tmp_path: Path) -> None:
