@@ -12,7 +12,7 @@ import orjson
 
 from include.base_model import fetch_base
 from include.chat.template import ChatTemplate, renders_calls, renders_tools, template_source
-from include.chat.tool_calls import call_fault, calls_template
+from include.chat.tool_calls import call_fault, calls_template, tools_fault
 from include.data.conversation import FAULTS, ParsedRow
 from include.data.expectations import CALL_RULES, PAIRS, RAW_ROWS, TOOL_RULES, Suite, ValidationResult
 from include.data.parallel import in_order
@@ -43,7 +43,7 @@ def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool 
 
 
 @stage(
-    version=10,
+    version=11,
     recipe_fields=("method", "dataset_format", "merge_turns", "reasoning", "max_refused_share", "check_limits"),
     other_fields=(
         "chat_template",
@@ -179,8 +179,10 @@ def _read_group(source: Path, index: int, out: Path, recipe: Recipe, template: C
 
 
 def _try_calls(template: ChatTemplate, readings: list[ParsedRow]) -> None:
-    """Count the rows whose tool calls the chat template cannot write."""
+    """Count the rows whose tools or tool calls the chat template cannot write."""
     for reading in readings:
+        if fault := tools_fault(template, reading.conversation):
+            reading.add_fault("bad_tool_lists", fault)
         sound = reading.conversation.calls and not (reading.faults["order_errors"] or reading.faults["unknown_roles"])
         if sound and (fault := call_fault(template, reading.conversation)):
             reading.add_fault("bad_tool_calls", fault)

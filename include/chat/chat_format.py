@@ -151,7 +151,9 @@ class ChatFormat:
 
     def changed_text(self, conversation: Conversation) -> tuple[int, str] | None:
         """Return the first turn whose text the template changes, and the part of the text that it looks for."""
-        for turn, content in enumerate(conversation.contents):
+        last = len(conversation.contents) - 1
+        texts = [*enumerate(conversation.contents), *conversation.thoughts, (last, conversation.rejected or "")]
+        for turn, content in texts if self.template.markup else ():
             for text in self.template.markup:
                 if text in content:
                     return turn, text

@@ -7,7 +7,7 @@ template's text: a control token that a user writes stays text, unless the recip
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -155,39 +155,34 @@ class ConversationEncoder:
 
     def _build(self, form: Form, answers: tuple[int, ...] | None, apart: bool) -> list[Layout]:
         if answers is None:
-            return [self._build_layout(prompt_of(self.template, form), ())[0]]
-        alone = [*answers] if apart else []
-        while True:
-            made = sequences(self.template, form, answers, alone)
-            built = [self._build_layout(s, [b for b, _ in s.trained] if apart else ()) for s in made]
-            joined = [begin for _, begin in built if begin is not None]
-            if not joined:
-                return [layout for layout, _ in built]
-            # the begin of the answer is the template's own text: so it is in every conversation of this form
-            alone, apart = [*answers], True
+            return [self._build_layout(prompt_of(self.template, form), apart)[0]]
+        made = [self._build_layout(s, apart) for s in sequences(self.template, form, answers, apart)]
+        if any(joined for _, joined in made):  # by the template's own text, in every conversation of this form
+            return self._build(form, answers, apart=True)
+        return [layout for layout, _ in made]
 
-    def _build_layout(self, sequence: Sequence, cuts: Collection[int]) -> tuple[Layout, int | None]:
+    def _build_layout(self, sequence: Sequence, apart: bool) -> tuple[Layout, bool]:
         """Encode all text between two control tokens that holds no content.
 
         A token can cover both template text and content, so text around a content is encoded together with it.
 
         Returns:
-            The layout, and a number if a trained stretch in such a text changes the tokens before it, or None.
+            The layout, and whether the begin of an answer in such a text changes the tokens before it.
         """
-        layout = Layout([], 0)
+        parts: list[FixedSegment | list[Piece]] = []
         between: list[Piece] = []
-        joined: list[int] = []
-        bos = 0
+        joined, bos = False, 0
 
         def add_fixed(segment: FixedSegment) -> None:
-            if layout.parts and isinstance(layout.parts[-1], FixedSegment):
-                layout.parts[-1] = layout.parts[-1].joined(segment)
+            if parts and isinstance(parts[-1], FixedSegment):
+                parts[-1] = parts[-1].joined(segment)
             else:
-                layout.parts.append(segment)
+                parts.append(segment)
 
         def add_between() -> None:
+            nonlocal joined
             if any(piece.turn is not None for piece in between):
-                layout.parts.append(list(between))
+                parts.append(list(between))
             elif between:
                 text, spans = "", list[tuple[int, int]]()
                 for piece in between:
@@ -195,11 +190,11 @@ class ConversationEncoder:
                         _extend(spans, len(text), len(text) + len(piece.text))
                     text += piece.text
                 tokens = self.text_encoder.encode([text], [spans])
-                joined.extend(_joined_texts(self.text_encoder, [text], [spans], tokens))
+                joined = joined or len(_joined_texts(self.text_encoder, [text], [spans], tokens)) > 0
                 add_fixed(FixedSegment(tuple(tokens.ids.tolist()), tuple(tokens.mask.tolist())))
             between.clear()
 
-        for piece in pieces(self.template, sequence, cuts):
+        for piece in pieces(self.template, sequence, apart):
             if piece.cut:
                 add_between()
             if piece.token is None:
@@ -209,7 +204,7 @@ class ConversationEncoder:
             add_fixed(FixedSegment((piece.token,), (piece.in_loss,)))
             bos += piece.token == self._bos
         add_between()
-        return Layout(layout.parts, bos), joined[0] if joined else None
+        return Layout(parts, bos), joined
 
 
 def _extend(spans: Spans, begin: int, end: int) -> None:

@@ -80,14 +80,12 @@ def prompt_of(template: ChatTemplate, form: Form) -> Sequence:
     )
 
 
-def sequences(
-    template: ChatTemplate, form: Form, answers: Collection[int], alone: Collection[int] = ()
-) -> list[Sequence]:
+def sequences(template: ChatTemplate, form: Form, answers: Collection[int], apart: bool = False) -> list[Sequence]:
     """Return the sequences in which answers are trained, each answer once.
 
     Args:
         answers: the indices of the assistant turns to train on, ascending.
-        alone: of these, the answers that have no further answer behind them in their sequence.
+        apart: whether each answer has a sequence of its own.
 
     Raises:
         BadData: the template does not accept the order of roles, or does not write each content once and in order, or
@@ -98,16 +96,14 @@ def sequences(
 
     def made(style: Style) -> list[Sequence]:
         found: list[Sequence] = []
-        last = -1
         for turn in answers:
             prompt, answer, rest = _answer(template, form, style, turn)
             after = len(prompt) + len(answer)
-            if not (found and last not in alone and prompt.startswith(found[-1].text[: found[-1].trained[-1][1]])):
+            if apart or not (found and prompt.startswith(found[-1].text[: found[-1].trained[-1][1]])):
                 found.append(Sequence(""))
             found[-1].text = prompt + answer + rest
             found[-1].trained.append((len(prompt), after))
             found[-1].ends.append(template.control_tokens_in(answer)[-1])
-            last = turn
         return found
 
     return _in_some_style(template, form, made)
@@ -269,18 +265,18 @@ def _leaves(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def pieces(template: ChatTemplate, sequence: Sequence, cuts: Collection[int] = ()) -> list[Piece]:
+def pieces(template: ChatTemplate, sequence: Sequence, apart: bool = False) -> list[Piece]:
     """Return the pieces of a sequence, in their order.
 
     Args:
-        cuts: begins of trained stretches: the text before such a begin is encoded apart.
+        apart: whether each answer is encoded apart from the text before it.
     """
     found: list[Piece] = []
     borders = sorted({0, len(sequence.text), *(border for span in sequence.trained for border in span)})
     for begin, end in pairwise(borders):
         in_loss = any(span[0] <= begin < span[1] for span in sequence.trained)
         part = [replace(piece, in_loss=in_loss) for piece in _parse(template, sequence.text[begin:end])]
-        if begin in cuts and part:
+        if apart and in_loss:
             part[0] = replace(part[0], cut=True)
         found += part
     return _swallow_blanks(template, found)

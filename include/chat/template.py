@@ -164,13 +164,13 @@ class ChatTemplate:
     @cached_property
     def markup(self) -> tuple[str, ...]:
         """Return the texts that the template looks for in contents, such as `</think>`: it changes these contents."""
-        from jinja2 import Environment, nodes
+        from jinja2 import Environment, TemplateError, nodes
 
         environment = Environment(extensions=["jinja2.ext.loopcontrols"])
         found: set[str] = set()
         try:
             tree = environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.source))
-        except Exception:  # an error of the template is told by its first rendering
+        except TemplateError:  # told by the first rendering
             return ()
         for compare in tree.find_all(nodes.Compare):
             if any(operand.op in ("in", "notin") for operand in compare.ops) and isinstance(compare.expr, nodes.Const):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from include.chat.sequences import sequences
 from include.chat.template import ChatTemplate, Form
-from include.chat.tokenizer import AddedTokens, ChatTokenizer
+from include.chat.tokenizer import LIKE_CONTROL_TOKEN, AddedTokens, ChatTokenizer
 from include.data.conversation import Conversation
 from include.errors import RetuneError
 
@@ -28,13 +31,24 @@ def calls_template(name: str, source: str, folder: Path | None, variables: Mappi
     return ChatTemplate(name, source, tokenizer.named_tokens, tokenizer.added, variables)
 
 
+def tools_fault(template: ChatTemplate, conversation: Conversation) -> str:
+    """Return why a chat template cannot write the list of tools of a conversation; "" if it can."""
+    found = _control_token_in(template, conversation.tools) if conversation.tools else None
+    return f"the list of tools contains {found}, which would become a special token" if found else ""
+
+
+def _control_token_in(template: ChatTemplate, written: str) -> str | None:
+    """Return the first control token in a JSON text; without a vocabulary also a text with the form of one."""
+    plain = orjson.dumps(orjson.loads(written)).decode()
+    others = [] if template.added.ids else re.findall(LIKE_CONTROL_TOKEN, plain)
+    return next(iter([*template.control_tokens_in(plain), *others]), None)
+
+
 def call_fault(template: ChatTemplate, conversation: Conversation) -> str:
     """Return why a chat template cannot write the tool calls of a conversation; "" if it can."""
     for turn, calls in conversation.calls:
-        if found := template.control_tokens_in(calls):
-            return f"turn {turn + 1}: the tool call contains {found[0]}, which would become a special token"
-    if found := template.control_tokens_in(conversation.tools or ""):
-        return f"the list of tools contains {found[0]}, which would become a special token"
+        if found := _control_token_in(template, calls):
+            return f"turn {turn + 1}: the tool call contains {found}, which would become a special token"
     try:
         sequences(template, Form.of(conversation), [turn for turn, _ in conversation.calls])
     except RetuneError as error:

@@ -49,7 +49,7 @@ RAW_ROWS = (
     Rule("unknown_roles", "a turn has an unknown role"),
     Rule("tool_turns", "a turn has a tool role, which the chat template does not render"),
     Rule("tool_lists", "the row lists tools, which the chat template does not render"),
-    Rule("bad_tool_lists", "the tools are not one list of objects in the column tools or functions"),
+    Rule("bad_tool_lists", "the tools are not one list of objects, or the chat template cannot render them"),
     Rule("tool_calls", "a turn calls tools, which the chat template does not render"),
     Rule("bad_tool_calls", "the chat template cannot render the tool calls of a turn"),
     Rule("media", "the row has an image, audio or video; only texts can be trained on"),

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
+
+# what `apply_chat_template` and Retune hand to a chat template
+DECIDED_VARIABLES = {
+    "messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt", "strftime_now",
+    "continue_final_message", "return_assistant_tokens_mask", "bos_token", "eos_token",
+}  # fmt: skip
 
 
 class Model(BaseModel):
@@ -30,6 +36,14 @@ class Model(BaseModel):
         description="Values for variables of the chat template, for example `enable_thinking: false`. Training, smoke "
         "test and evaluation use them; whoever serves the model must set them, too.",
     )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _no_own_arguments(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        if own := DECIDED_VARIABLES & variables.keys():
+            raise ValueError(f"'{sorted(own)[0]}' is not allowed here: Retune decides it")
+        return variables
+
     missing_special_tokens: Literal["refuse", "split"] = Field(
         "refuse",
         description="Action if the chat template writes special tokens that the base's vocabulary does not have. "

@@ -203,3 +203,20 @@ def test_reasoning_is_trained_as_the_template_writes_it(
     assert answers(reasoning="drop") == ({empty + first, empty + second}, 2)
     # the prompt holds the empty thought already
     assert answers(reasoning="drop", chat_template_kwargs={"enable_thinking": False})[0] == ends
+
+
+def test_a_row_with_markup_that_the_template_would_change_is_left_out(
+    material: Path, tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, left_out: Callable
+) -> None:
+    base = next((material / "cases").glob("10-*")) / "qwen3"
+    rows = [conversation(f"Question {i}?", f"Answer {i}.") for i in range(40)]
+    rows += [conversation("What does </think> mean?", "The end."), conversation("And now?", "A </think> B")]
+    file = tmp_path / "markup.jsonl"
+    file.write_bytes(lines(rows))
+    own = {"dataset": str(file), "base_model": str(base), "holdout_share": 0.4, "near_duplicate_similarity": 1.0}
+    made = artifact(pipeline(small_recipe(chat_template="tokenizer", **own), "template"))
+    reason = "the text of a turn has markup of the chat template, which the template would change"
+    assert left_out(made) == [{"row": 40, "reasons": [reason], "turn": 1}, {"row": 41, "reasons": [reason], "turn": 2}]
+    # a template that does not look for it writes it as text
+    own.pop("base_model")
+    assert left_out(artifact(pipeline(small_recipe(**own), "template"))) == []

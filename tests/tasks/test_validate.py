@@ -197,11 +197,14 @@ def test_rows_whose_tool_calls_the_template_cannot_write_are_refused(
          "functions": [{"name": "f"}]}
         for i, turn in enumerate(called)
     ]  # fmt: skip
+    # never written by the template itself, and still a special token of Llama
+    rows += [{"messages": [user("Q9"), assistant("b")], "functions": [{"name": "f", "description": "<|python_tag|>"}]}]
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(ROWS) + lines(rows))
     lineage = pipeline(small_recipe(dataset=str(path), max_refused_share=0.1), "standardize")
     refused = listed(artifact(lineage, "validate"), "quarantine.jsonl")
     reasons = {row: entry["reasons"] for row, entry in refused.items()}
+    assert reasons.pop(45)[1] == "the list of tools contains <|python_tag|>, which would become a special token"
     assert list(reasons) == [42, 43, 44]
     assert {found[0] for found in reasons.values()} == {"the chat template cannot render the tool calls of a turn"}
     parts = ("does not write the turns user, assistant, tool, assistant once", "single tool-calls", "<|eot_id|>")

@@ -25,6 +25,7 @@ from include.recipe.schema import SECTIONS
         ({"lora_dropout": 1.0}, "field 'lora_dropout': input should be less than 1"),
         ({"learning_rate": float("nan")}, "field 'learning_rate'"),
         ({"chat_template": "lama"}, "field 'chat_template': input should be 'llama-3.1'"),
+        ({"chat_template_kwargs": {"tools": []}}, "field 'chat_template_kwargs': 'tools' is not allowed here"),
         ({"max_steps": 0}, "max_steps is 0"),
         (
             {"registry": "s3://bucket"},
