@@ -175,3 +175,53 @@ def test_answers_are_trained_behind_what_the_model_is_asked(
     for ids, labels in sequences:
         assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     assert sorted(found) == sorted(pairs), "each answer once, behind exactly its prompt, and nothing else"
+
+
+@pytest.fixture(scope="module")
+def chat_of(tmp_path_factory: pytest.TempPathFactory, material: Path, published: Any) -> Callable[[str], ChatFormat]:
+    """Returns the chat format of a family."""
+
+    def make(name: str) -> ChatFormat:
+        folder = f.make_folder(FAMILIES[name], tmp_path_factory.mktemp("family") / "base", material, published)
+        return ChatFormat(folder, chat_template="tokenizer", base_name="tests/base")
+
+    return make
+
+
+def test_an_added_token_that_the_template_names_stays_text_in_a_question(chat_of: Callable[[str], ChatFormat]) -> None:
+    chat = chat_of("Qwen3")
+    token = chat.tokenizer.added.ids["<tool_call>"]
+    assert "<tool_call>" not in chat.tokenizer.added.special
+    ids = chat.prompt([{"role": "user", "content": "What does <tool_call> mean?"}])
+    assert token not in ids
+    assert "What does <tool_call> mean?" in chat.decode(ids)
+    call = Conversation.of(f.calling("object"))
+    call.tools = json.dumps(f.TOOLS)
+    assert token in chat.encode([call]).ids, "the template itself writes it"
+
+
+def test_generation_stops_at_each_token_that_ends_an_answer(chat_of: Callable[[str], ChatFormat]) -> None:
+    for name, ends in (("gpt-oss", ["<|return|>", "<|call|>"]), ("trl/glm4moe", ["<|user|>", "<|observation|>"])):
+        chat = chat_of(name)
+        assert {chat.tokenizer.added.ids[end] for end in ends} <= {*chat.stop_tokens}, name
+
+
+def test_a_template_that_leaves_out_one_of_two_equal_calls_is_refused(chat_of: Callable[[str], ChatFormat]) -> None:
+    chat = chat_of("gpt-oss")
+    messages = f.calling("object", 2)
+    messages[1]["tool_calls"][1]["function"] = messages[1]["tool_calls"][0]["function"]
+    conversation = Conversation.of(messages)
+    conversation.tools = json.dumps(f.TOOLS)
+    with pytest.raises(BadData, match="does not write the tool calls in the place of an answer"):
+        chat.encode([conversation])
+
+
+def test_results_get_the_names_and_ids_of_their_calls(chat_of: Callable[[str], ChatFormat]) -> None:
+    messages = f.calling("object", 2)
+    for result in messages[2:4]:
+        del result["name"], result["tool_call_id"]
+    results = chat_of("Qwen3").template.messages_of(Conversation.of(messages))[2:4]
+    assert [(r["name"], r["tool_call_id"]) for r in results] == [
+        ("get_weather", "call00000"),
+        ("get_weather", "call00001"),
+    ]

@@ -255,6 +255,14 @@ def test_of_a_conversation_the_last_answer_alone_is_trained_on() -> None:
     assert mask_all_but_last(Conversation(ROLES, ["One?", "First."])).masked == ()
 
 
+def test_pieces_of_a_long_conversation_keep_their_thoughts(llama: ChatFormat) -> None:
+    one = Conversation(ROLES, ["Why? " * 40, "So."], thoughts=((1, "I think."),))
+    whole = Conversation(ROLES * 2, one.contents * 2, thoughts=((1, "I think."), (3, "I think.")))
+    encoded = llama.encode([one])
+    assert "<think>\nI think.\n</think>\n\nSo.<|eot_id|>" in llama.decode(encoded.ids.tolist())
+    assert split_conversation(llama, whole, len(encoded.ids)) == ([one, one], [])
+
+
 def test_pieces_of_a_long_conversation_keep_their_tool_calls(llama: ChatFormat) -> None:
     call = '[{"type":"function","function":{"name":"look","arguments":{"n":7}}}]'
     roles = ("user", "assistant", "tool", "assistant")
