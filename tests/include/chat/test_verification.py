@@ -124,6 +124,14 @@ def test_an_answer_never_changes_the_tokens_of_its_prompt(llama: ChatFormat, tin
                 assert len(encoded) == (2 if answer == "\nSeven" else 1)
 
 
+def test_conversations_with_several_sequences_keep_their_place(llama: ChatFormat) -> None:
+    several = Conversation((*ROLES, *ROLES), ["What is it?", "\nSeven", "Are you sure?", "\nYes."])
+    rows = [TWO_EXCHANGES, several, ROWS[0], several]
+    encoded = llama.encode(rows)
+    assert encoded.origin.tolist() == [0, 1, 1, 2, 3, 3]
+    assert list(encoded.rows()) == [sequence for row in rows for sequence in llama.encode([row]).rows()]
+
+
 def counts(chat: ChatFormat, conversation: Conversation, ids: list[int], mask: list[bool]) -> dict[str, int]:
     """The rules that fire for one conversation, between two good ones; the good ones must not fire."""
     good = chat.encode([TWO_EXCHANGES])
