@@ -70,9 +70,9 @@ def make_base(folder: str, device: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
 
 
-def make_rows(folder: str, rows: str, longest: str) -> None:
-    """Write prepared rows: random ids, 5 of 8 trained. Lengths are like FineTome's (mean 378, median 282 tokens) if
-    `longest` is 2,040, and in proportion otherwise.
+def make_rows(folder: str, rows: str, longest: str, vocabulary: str = "8000") -> None:
+    """Write prepared rows: random ids below `vocabulary`, 5 of 8 trained. Lengths are like FineTome's (mean 378, median
+    282 tokens) if `longest` is 2,040, and in proportion otherwise.
     """
     import numpy as np
 
@@ -81,7 +81,7 @@ def make_rows(folder: str, rows: str, longest: str) -> None:
     random = np.random.default_rng(0)
     lengths = (np.clip(random.lognormal(5.8, 0.75, int(rows)), 20, 2040) * int(longest) / 2040).astype(int)
     ends, numbers = lengths.cumsum(), np.arange(len(lengths))
-    ids = random.integers(10, 8000, ends[-1]).astype(np.int32)
+    ids = random.integers(10, int(vocabulary), ends[-1]).astype(np.int32)
     trained = np.arange(len(ids)) - np.repeat(ends - lengths, lengths) >= np.repeat(lengths * 3 // 8, lengths)
     Path(folder).mkdir()
     write_rows(Path(folder) / "00000.arrow", [batch(Encoded(ids, trained, ends), numbers, numbers)])

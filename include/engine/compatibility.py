@@ -1,8 +1,10 @@
-"""Check that a base model fits a recipe by its config.json alone, before anything is downloaded or trained."""
+"""The layers of a base model, and whether it fits a recipe: by its config.json alone, before anything is trained."""
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,11 @@ from include.errors import BadRecipe
 from include.recipe import ALL_LINEAR, Recipe
 
 HEAD_AND_EMBEDDINGS = ("embed_tokens", "lm_head")
+# the layer that holds several of Llama's projections in one, as in Phi-3 and GLM-4
+FUSED = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}  # fmt: skip
 
 
 def check_base(recipe: Recipe, folder: Path) -> None:
@@ -26,24 +33,44 @@ def check_base(recipe: Recipe, folder: Path) -> None:
     """
     name, config = recipe.base_model, orjson.loads((folder / "config.json").read_bytes())
     _check_quantization(recipe, config.get("quantization_config") or {})
-    model = _empty_model(name, folder, config)
+    model = empty_model(folder, name)
     if recipe.full_finetuning:
         return
     failures = []
     for candidate in recipe.candidates().values():
         try:
-            adapted = [module for module in candidate.target_modules if module != ALL_LINEAR]
-            _check_modules("target_modules", adapted, adaptable_names(model))
-            _check_modules("modules_to_save", candidate.modules_to_save, _names_with_weights(model))
+            _check_modules("target_modules", layers_to_adapt(candidate.target_modules, model), model)
+            _check_modules("modules_to_save", candidate.modules_to_save, model)
             return  # a sweep goes on with the candidates that can train
         except BadRecipe as error:
             failures.append(error)
     raise failures[0]
 
 
-def adaptable_names(model: Any) -> list[str]:
-    """Return the names of the layers that can get an adapter, the last part of each path, sorted."""
-    return sorted({path.rpartition(".")[2] for path, module in model.named_modules() if _is_adaptable(module)})
+def layers_to_adapt(target_modules: Iterable[str], model: Any) -> list[str]:
+    """Return the names of the layers that entries of `target_modules` stand for, each once.
+
+    `all-linear` stands for the linear layers between embeddings and head, and a projection of Llama for the layer that
+    holds it where the base has only that (`FUSED`).
+    """
+    known, found = _names(adaptable_layers(model)), []
+    for name in target_modules:
+        if name == ALL_LINEAR:
+            found += linear_names(model)
+        else:
+            found.append(FUSED[name] if name not in known and FUSED.get(name) in known else name)
+    return list(dict.fromkeys(found))
+
+
+def adaptable_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield path and module of each layer that can get an adapter: of the text model only, not of a vision tower."""
+    from torch.nn import Embedding, Linear
+    from transformers.pytorch_utils import Conv1D
+
+    beside = other_towers(model)
+    for path, module in model.named_modules():
+        if isinstance(module, (Linear, Embedding, Conv1D)) and not (beside and re.fullmatch(beside, path)):
+            yield path, module
 
 
 def linear_names(model: Any) -> list[str]:
@@ -51,37 +78,51 @@ def linear_names(model: Any) -> list[str]:
     from torch.nn import Embedding
 
     outside = (model.get_input_embeddings(), model.get_output_embeddings())
-    return sorted(
-        {
-            path.rpartition(".")[2]
-            for path, module in model.named_modules()
-            if _is_adaptable(module) and not isinstance(module, Embedding) and not any(module is o for o in outside)
-        }
+    return _names(
+        (path, module)
+        for path, module in adaptable_layers(model)
+        if not isinstance(module, Embedding) and not any(module is o for o in outside)
     )
 
 
-def _is_adaptable(module: Any) -> bool:
-    from torch.nn import Embedding, Linear
-    from transformers.pytorch_utils import Conv1D
+def other_towers(model: Any) -> str | None:
+    """Return a regular expression for the paths of the modules beside text model and head, such as a vision tower; None
+    if there are none. A projection there has the name of one in the text model, and no row trains it.
+    """
+    text, head = model.get_decoder(), model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is text), "")
+    found = []
+    while path:
+        parent, _, name = path.rpartition(".")
+        for sibling, module in model.get_submodule(parent).named_children():
+            if sibling != name and module is not head and any(True for _ in module.parameters()):
+                found.append(re.escape(f"{parent}.{sibling}".lstrip(".")))
+        path = parent
+    return rf"({'|'.join(sorted(found))})(\..*)?" if found else None
 
-    return isinstance(module, (Linear, Embedding, Conv1D))
+
+def _names(layers: Iterable[tuple[str, Any]]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path, _ in layers})
 
 
 def _names_with_weights(model: Any) -> list[str]:
-    found = {
-        path.rpartition(".")[2] for path, module in model.named_modules() if any(True for _ in module.parameters())
-    }
-    return sorted(name for name in found if name and not name.isdigit())
+    found = _names((path, module) for path, module in model.named_modules() if any(True for _ in module.parameters()))
+    return [name for name in found if name and not name.isdigit()]
 
 
-def _check_modules(field: str, wanted: list[str], known: list[str]) -> None:
+def _check_modules(field: str, wanted: list[str], model: Any) -> None:
+    known = _names(adaptable_layers(model)) if field == "target_modules" else _names_with_weights(model)
     # a name may be a path's end: `self_attn.q_proj`
-    if unknown := [name for name in wanted if name.rpartition(".")[2] not in known]:
-        choices = [ALL_LINEAR, *known] if field == "target_modules" else known
-        raise BadRecipe(
-            f"field '{field}': the base has no layer {', '.join(unknown)} that can be trained",
-            f"Choose from: {', '.join(choices)}",
-        )
+    unknown = [name for name in wanted if name.rpartition(".")[2] not in known]
+    if not unknown:
+        return
+    choices = known
+    if field == "target_modules":
+        choices = [f"{ALL_LINEAR} (here: {', '.join(linear_names(model))})", *known]
+    raise BadRecipe(
+        f"field '{field}': the base has no layer {', '.join(unknown)} that can be trained",
+        f"Choose from: {', '.join(choices)}",
+    )
 
 
 def _check_quantization(recipe: Recipe, quantization: dict[str, Any]) -> None:
@@ -107,8 +148,12 @@ def _check_quantization(recipe: Recipe, quantization: dict[str, Any]) -> None:
         )
 
 
-def _empty_model(name: str, folder: Path, config: dict[str, Any]) -> Any:
+def empty_model(folder: Path, name: str) -> Any:
     """Return the base's model without memory for its weights.
+
+    Args:
+        folder: has the base's config.json; needs no weights.
+        name: of the base, for messages.
 
     Raises:
         BadRecipe: transformers does not know it, or it needs code of its own.
@@ -118,6 +163,7 @@ def _empty_model(name: str, folder: Path, config: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    config = orjson.loads((folder / "config.json").read_bytes())
     kind, release = config.get("model_type"), f"transformers {transformers.__version__}"
     other = "Choose a base that is built into transformers"
     if kind not in CONFIG_MAPPING_NAMES:

@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from include.engine.compatibility import HEAD_AND_EMBEDDINGS, adaptable_layers, empty_model, layers_to_adapt
 from include.engine.distributed import RANK, WORLD_SIZE, all_reduce_max
 from include.errors import BadRecipe
-from include.recipe import ALL_LINEAR, Recipe
+from include.recipe import Recipe
 
 PLAN = "plan.json"
 HEADROOM = 1.15  # free memory over predicted memory
@@ -50,7 +49,7 @@ class Plan(Device):
         liger: whether Liger's kernels replace those of transformers.
         attention: how transformers computes it; `varlen` is `include.engine.attention`.
         shrunk: whether the micro-batch is the largest that may be tried, after a larger one did not fit.
-        predicted_bytes: device memory at the peak; 0 on a CPU.
+        predicted_bytes: device memory at the peak; 0 on a CPU, and where it is not known.
         notes: where the plan differs from the recipe, and why; for people.
     """
 
@@ -143,7 +142,8 @@ def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan
     batch stays. On a CPU, return the plan unchanged.
 
     The host launches the kernels of one micro-step at a time, so that speed grows with the micro-batch; checkpointing
-    halves it (both measured, see bench/train.json).
+    halves it (both measured, see bench/train.json). For an architecture whose memory is not known, the recipe's own
+    micro-batch is used with checkpointing; after running out of memory, training goes on with a smaller one.
 
     Args:
         base: the base model's folder.
@@ -154,10 +154,13 @@ def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan
         return plan
     if recipe.device_memory_gib:
         free = min(free, int(recipe.device_memory_gib * 2**30))
-    config = orjson.loads((base / "config.json").read_bytes())
     batch = plan.micro_batch * plan.accumulation
     largest = plan.micro_batch if plan.shrunk else batch
     checkpointed: bool | str = "unsloth" if plan.engine == "unsloth" else True
+    model = empty_model(base, recipe.base_model)
+    if reason := unpredictable(model.config.get_text_config()):
+        note = f"this base's memory is not predicted ({reason}); if it does not fit, a smaller micro-batch is tried"
+        return replace(plan, gradient_checkpointing=checkpointed, notes=[*plan.notes, note])
     choices = [
         replace(plan, micro_batch=micro, accumulation=batch // micro, gradient_checkpointing=checkpointing)
         for micro in range(1, largest + 1)
@@ -167,7 +170,7 @@ def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan
     for choice in choices:
         sequences = choice.micro_batch * (2 if recipe.method == "dpo" else 1)
         tokens = sequences * (recipe.max_seq_length if recipe.packing else longest)
-        choice.predicted_bytes = predict_peak(config, recipe, choice, tokens)
+        choice.predicted_bytes = predict_peak(model, recipe, choice, tokens)
     fitting = [choice for choice in choices if choice.predicted_bytes * HEADROOM <= free]
     best = max(fitting or choices[1:2], key=lambda c: c.micro_batch * (1 if c.gradient_checkpointing else 2))
     best.notes.append(
@@ -184,8 +187,22 @@ def free_memory(device: str) -> int:
     return -all_reduce_max(-torch.cuda.mem_get_info()[0], device) if device == "cuda" else 0
 
 
-def predict_peak(config: dict[str, Any], recipe: Recipe, plan: Plan, tokens: int) -> int:
-    """Return the bytes of device memory at the peak of a training step, for a Llama-like model.
+def unpredictable(config: Any) -> str | None:
+    """Return why `predict_peak` does not hold for a text model, or None where it does.
+
+    Args:
+        config: the text model's, of transformers.
+    """
+    if any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
+        return "mixture of experts"
+    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if others or not getattr(config, "intermediate_size", None):
+        return f"layers of other kinds than attention: {', '.join(sorted(others)) or config.model_type}"
+    return None
+
+
+def predict_peak(model: Any, recipe: Recipe, plan: Plan, tokens: int) -> int:
+    """Return the bytes of device memory at the peak of a training step, for layers of attention and a gated MLP.
 
     The sum of: the weights by their bits; the trained parameters with gradients and optimizer states; for each token
     and layer the inputs that the backward pass needs (of the two norms, the projections and the gate, in 16 bits), or
@@ -193,30 +210,32 @@ def predict_peak(config: dict[str, Any], recipe: Recipe, plan: Plan, tokens: int
     logits.
 
     Args:
-        config: the model's config.json.
+        model: of transformers, without weights (`empty_model`).
         tokens: of the largest micro-batch, padding included.
     """
-    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
-    head_dim = config.get("head_dim") or hidden // heads
-    sizes = {
-        "q_proj": (hidden, heads * head_dim), "k_proj": (hidden, groups * head_dim),
-        "v_proj": (hidden, groups * head_dim), "o_proj": (heads * head_dim, hidden), "gate_proj": (hidden, inner),
-        "up_proj": (hidden, inner), "down_proj": (inner, hidden),
-    }  # fmt: skip
-    in_layers = layers * sum(a * b for a, b in sizes.values())
-    vocabulary = config["vocab_size"]
-    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    from torch.nn import Linear
+
+    config = model.config.get_text_config()
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    head = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear) and m is not head)
+    others = sum(p.numel() for p in model.parameters()) - linear
+    vocabulary = head.weight.shape[0]
     adam_bytes = 2 if plan.optim.endswith("_8bit") else 8  # for each parameter
     if recipe.full_finetuning:
-        weights, trained = 0.0, (in_layers + embeddings) * (4 + 4 + adam_bytes)
+        weights, trained = 0.0, (linear + others) * (4 + 4 + adam_bytes)
     else:
         weight_bytes = 0.53 if recipe.load_in_4bit else 1.03 if recipe.load_in_8bit else 2  # with their scales
-        weights = in_layers * weight_bytes + embeddings * 2
-        modules = {*sizes, *recipe.target_modules} if ALL_LINEAR in recipe.target_modules else {*recipe.target_modules}
-        adapted = layers * sum(a + b for name, (a, b) in sizes.items() if name in modules)
-        adapted += sum(vocabulary + hidden for name in ("embed_tokens", "lm_head") if name in modules)
-        whole = sum(vocabulary * hidden for name in ("embed_tokens", "lm_head") if name in recipe.modules_to_save)
+        weights = linear * weight_bytes + others * 2
+        adapted_names = layers_to_adapt(recipe.target_modules, model)
+        adapted = sum(
+            sum(module.weight.shape)
+            for path, module in adaptable_layers(model)
+            if any(f".{path}".endswith(f".{name}") for name in adapted_names)
+        )
+        whole = sum(vocabulary * hidden for name in HEAD_AND_EMBEDDINGS if name in recipe.modules_to_save)
         trained = (recipe.r * adapted + whole) * (4 + 4 + adam_bytes)
     in_layer = 2 * (4 * hidden + (heads + 2 * groups) * head_dim + 3 * inner)
     overhead = 1 if plan.engine == "unsloth" else 1.2 if plan.liger else 2  # of transformers' own kernels (measured)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from include.engine.compatibility import linear_names
+from include.engine.compatibility import layers_to_adapt, other_towers
 from include.engine.device_plan import Device, Plan
 from include.errors import BadRecipe, NotFound
-from include.recipe import ALL_LINEAR, Recipe
+from include.recipe import Recipe
 
 
 def weight_bits(recipe: Recipe) -> int:
@@ -96,8 +96,9 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
         )  # fmt: skip
     else:
         model = load_base(base, plan, weight_bits(recipe))
-    modules = [name for module in recipe.target_modules for name in _expand(module, model)]
-    lora["target_modules"] = list(dict.fromkeys(modules))
+    lora["target_modules"] = layers_to_adapt(recipe.target_modules, model)
+    if towers := other_towers(model):
+        lora["exclude_modules"] = towers
     try:
         if plan.engine == "unsloth":
             return FastLanguageModel.get_peft_model(
@@ -109,11 +110,6 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=whole, **lora))
     except ValueError as error:
         raise BadRecipe(f"field 'target_modules': {error}", "Name projections that the base model has") from error
-
-
-def _expand(module: str, model: Any) -> list[str]:
-    """Return the layers that an entry of `target_modules` stands for."""
-    return linear_names(model) if module == ALL_LINEAR else [module]
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from include.chat.tokenized import load_rows, sample
 from include.chat.tokenizer import copy_tokenizer
 from include.engine.arguments import training_config
-from include.engine.attention import use_varlen
+from include.engine.attention import check_packing, use_varlen
 from include.engine.checkpoints import ADAPTER, CHECKPOINTS, newest_checkpoint
 from include.engine.device_plan import PLAN, Plan, fit, free_memory, make_plan
 from include.engine.distributed import RANK, init_process_group
@@ -47,8 +47,11 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
     if plan.engine == "transformers":
         set_seed(recipe.seed)  # for the adapter's first weights; Unsloth sets the seed itself
     model = load_trainable(job.base, recipe, plan)
+    plain = model if recipe.full_finetuning else model.get_base_model()
     if plan.attention == "varlen":
-        use_varlen(model if recipe.full_finetuning else model.get_base_model())
+        use_varlen(plain)
+    if recipe.packing and plan.engine == "transformers":  # Unsloth has another way to say where rows begin
+        check_packing(plain)
     config = training_config(recipe, plan, job.out, job.run_name)
     if RANK == 0:
         atomic_write(job.out / PLAN, to_json(plan.as_dict()))

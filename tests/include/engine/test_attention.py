@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from include.engine.attention import use_varlen
 from include.errors import BadRecipe
+from tests.include.engine.architectures import config_of
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")
-def test_packed_rows_have_the_logits_and_gradients_that_they_have_alone() -> None:
+@pytest.mark.parametrize("window", [None, 16])
+def test_packed_rows_have_the_logits_and_gradients_that_they_have_alone(window: int | None) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, initializer_range=0.2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    shape: dict[str, Any] = {
+        "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.2,
+    }  # fmt: skip
+    config = MistralConfig(**shape, sliding_window=window) if window else LlamaConfig(**shape)
+    model: Any = AutoModelForCausalLM.from_config(config).to("cuda", torch.bfloat16)
     rows = [torch.randint(0, 512, (1, length), device="cuda") for length in (70, 1, 129, 33)]
     alone = torch.cat([model(row).logits for row in rows], 1)
     alone.float().pow(2).mean().backward()
@@ -34,13 +39,8 @@ def test_packed_rows_have_the_logits_and_gradients_that_they_have_alone() -> Non
     assert (seeing - alone).abs().max() > 0.2 * alone.abs().max(), "it would show if a row saw the ones before it"
 
 
-def test_a_base_whose_attention_has_windows_is_not_packed_wrongly() -> None:
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, sliding_window=8,
-        )
-    )  # fmt: skip
+def test_a_base_whose_attention_has_sinks_is_not_packed_wrongly() -> None:
+    model = AutoModelForCausalLM.from_config(config_of("gpt-oss"))
     use_varlen(model)
-    with pytest.raises(BadRecipe, match="field 'packing': the base's attention has sliding_window"):
+    with pytest.raises(BadRecipe, match="field 'packing': the base's attention has s_aux"):
         model(torch.zeros(1, 4, dtype=torch.long), position_ids=torch.arange(4)[None])

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from bench.train import SIZES
+from include.engine.compatibility import empty_model
 from include.engine.device_plan import Plan, _gpu_engine, fit, predict_peak, trains_head
 from include.recipe import validate_recipe
 from tests.conftest import PROJECT
+from tests.include.engine.architectures import config_of
 
 MEASURED = json.loads((PROJECT / "bench" / "train.json").read_text())
 
@@ -19,7 +21,9 @@ MEASURED = json.loads((PROJECT / "bench" / "train.json").read_text())
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A folder with the shape of Llama-3.2-3B."""
-    (tmp_path / "config.json").write_text(json.dumps({**SIZES["cuda"], "tie_word_embeddings": True}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**SIZES["cuda"], "model_type": "llama", "tie_word_embeddings": True})
+    )
     return tmp_path
 
 
@@ -52,6 +56,17 @@ def test_the_plan_uses_the_free_memory_and_keeps_the_effective_batch(
     if recipe.fit_device:
         assert f"{plan.micro_batch} x {plan.accumulation}" in plan.notes[-1]
         assert plan.predicted_bytes > 2 * 2**30
+
+
+def test_without_a_prediction_the_recipes_batch_is_tried_with_checkpointing(tmp_path: Path) -> None:
+    config_of("gpt-oss").save_pretrained(tmp_path)
+    recipe = validate_recipe({"name": "x"}, "x")
+    plan = fit(gpu_plan(micro_batch=2, accumulation=4), recipe, tmp_path, longest=2040, free=79 * 2**30)
+    assert (plan.micro_batch, plan.accumulation, plan.gradient_checkpointing) == (2, 4, "unsloth")
+    assert plan.notes == [
+        "this base's memory is not predicted (mixture of experts); if it does not fit, a smaller micro-batch is tried"
+    ]
+    assert plan.predicted_bytes == 0
 
 
 def test_after_out_of_memory_no_larger_micro_batch_is_tried(base: Path) -> None:
@@ -91,6 +106,6 @@ def test_embeddings_and_head_are_trained_by_transformers_and_their_memory_counts
     assert engine == "transformers"
     assert "embed_tokens, lm_head or modules_to_save, of which unsloth trains others" in notes[0]
     assert trains_head(recipe) is head
-    config, plan = json.loads((base / "config.json").read_text()), gpu_plan(micro_batch=2, accumulation=4)
-    more = predict_peak(config, recipe, plan, 4096) - predict_peak(config, plain, plan, 4096)
+    model, plan = empty_model(base, "base"), gpu_plan(micro_batch=2, accumulation=4)
+    more = predict_peak(model, recipe, plan, 4096) - predict_peak(model, plain, plan, 4096)
     assert (more > 2**30) is head, "the logits of all tokens"
