@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from include.engine.compatibility import HEAD_AND_EMBEDDINGS, adaptable_layers, empty_model, layers_to_adapt
 from include.engine.distributed import RANK, WORLD_SIZE, all_reduce_max
 from include.errors import BadRecipe
@@ -16,6 +18,10 @@ from include.recipe import Recipe
 
 PLAN = "plan.json"
 HEADROOM = 1.15  # free memory over predicted memory
+# architectures (`model_type`) that Unsloth has trained on a GPU, packed and unpacked, with the losses of transformers
+WITH_UNSLOTH = {
+    "llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "phi3", "granite", "glm4", "smollm3",
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -81,10 +87,11 @@ def find_device() -> Device:
     return Device(device="cuda", device_name=torch.cuda.get_device_name(), dtype=dtype)
 
 
-def make_plan(recipe: Recipe, micro_batch: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, base: Path, micro_batch: int | None = None) -> Plan:
     """Choose engine, precision and optimizer of a training on this process's device.
 
     Args:
+        base: the base model's folder.
         micro_batch: the largest one that may be tried, after a larger one did not fit into memory.
 
     Raises:
@@ -126,7 +133,8 @@ def make_plan(recipe: Recipe, micro_batch: int | None = None) -> Plan:
         return plan
     bf16 = plan.dtype == "bfloat16"
     liger = importlib.util.find_spec("liger_kernel") is not None
-    plan.engine, plan.notes = _gpu_engine(recipe, liger and bf16)
+    architecture = orjson.loads((base / "config.json").read_bytes()).get("model_type")
+    plan.engine, plan.notes = _gpu_engine(recipe, architecture, liger and bf16)
     if plan.engine == "unsloth":
         plan.gradient_checkpointing = "unsloth"
     else:
@@ -158,7 +166,7 @@ def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan
     largest = plan.micro_batch if plan.shrunk else batch
     checkpointed: bool | str = "unsloth" if plan.engine == "unsloth" else True
     model = empty_model(base, recipe.base_model)
-    if reason := unpredictable(model.config.get_text_config()):
+    if reason := unusual_layers(model.config.get_text_config()):
         note = f"this base's memory is not predicted ({reason}); if it does not fit, a smaller micro-batch is tried"
         return replace(plan, gradient_checkpointing=checkpointed, notes=[*plan.notes, note])
     choices = [
@@ -187,8 +195,8 @@ def free_memory(device: str) -> int:
     return -all_reduce_max(-torch.cuda.mem_get_info()[0], device) if device == "cuda" else 0
 
 
-def unpredictable(config: Any) -> str | None:
-    """Return why `predict_peak` does not hold for a text model, or None where it does.
+def unusual_layers(config: Any) -> str | None:
+    """Return the layers of a text model for which `predict_peak` does not hold, or None if there are none.
 
     Args:
         config: the text model's, of transformers.
@@ -259,20 +267,30 @@ def _trains_outside_layers(recipe: Recipe) -> bool:
     return bool({"embed_tokens", "lm_head"} & set(recipe.target_modules) or recipe.modules_to_save)
 
 
-def _gpu_engine(recipe: Recipe, fast_packing: bool) -> tuple[str, list[str]]:
+def _gpu_engine(recipe: Recipe, architecture: str | None, fast_packing: bool) -> tuple[str, list[str]]:
     """Return the engine, and a note if it is not Unsloth although the recipe leaves the choice.
+
+    Raises:
+        BadRecipe: the recipe asks for Unsloth, and it cannot be imported, or may mix packed rows.
 
     Packed rows are trained by transformers with Liger's kernels and `include.engine.attention`: 28,900 tokens/s in
     bench/train.json, against 15,100 with Unsloth on such a device.
     """
     if recipe.engine == "transformers":
         return "transformers", []
+    unknown = architecture not in WITH_UNSLOTH
+    if recipe.engine == "unsloth" and recipe.packing and unknown:
+        raise BadRecipe(
+            f"field 'packing': it is not known whether Unsloth keeps packed rows of a {architecture} apart",
+            "Set packing to false, or engine: transformers, which proves it when training begins",
+        )
     reasons = {
         "method: dpo": recipe.method == "dpo",
         "full_finetuning": recipe.full_finetuning,
         "several processes": recipe.num_processes > 1,
         "embed_tokens, lm_head or modules_to_save, of which unsloth trains others": _trains_outside_layers(recipe),
         "packed rows": recipe.packing and recipe.engine == "auto" and fast_packing,
+        f"unsloth was not tried with {architecture}": recipe.engine == "auto" and unknown,
     }
     if applying := [reason for reason, applies in reasons.items() if applies]:
         return "transformers", [f"transformers replaces unsloth: {', '.join(applying)}"]

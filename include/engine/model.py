@@ -75,7 +75,7 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
 
     Raises:
         NotFound: see `load_base`.
-        BadRecipe: the base has none of the `target_modules`.
+        BadRecipe: the base has none of the `target_modules`, or Unsloth leaves out one of them.
     """
     if recipe.full_finetuning:
         return load_base(base, plan, dtype="float32")  # in 16 bits small updates would be lost
@@ -101,15 +101,31 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
         lora["exclude_modules"] = towers
     try:
         if plan.engine == "unsloth":
-            return FastLanguageModel.get_peft_model(
+            adapted = FastLanguageModel.get_peft_model(
                 model, **lora, use_gradient_checkpointing=plan.gradient_checkpointing, random_state=recipe.seed
             )
+            _check_adapted(adapted, lora["target_modules"])
+            return adapted
         from peft import LoraConfig, get_peft_model
 
         whole = recipe.modules_to_save or None
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=whole, **lora))
     except ValueError as error:
         raise BadRecipe(f"field 'target_modules': {error}", "Name projections that the base model has") from error
+
+
+def _check_adapted(model: Any, wanted: list[str]) -> None:
+    """Check that each of the named layers got an adapter: Unsloth leaves some out without a word.
+
+    Raises:
+        BadRecipe: one has none.
+    """
+    paths = [path for path, module in model.named_modules() if hasattr(module, "lora_A")]
+    if left_out := [name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in paths)]:
+        raise BadRecipe(
+            f"field 'target_modules': Unsloth gives no adapter to {', '.join(left_out)} in this base",
+            "Leave them out, or set engine: transformers",
+        )
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

@@ -142,7 +142,7 @@ def run(name: str, work: Path, engine: str, wide: bool) -> dict[str, Any]:
         )  # fmt: skip
         began = time.monotonic()
         try:
-            result = _train(job, engine)
+            result = _train(job)
         except Exception as error:
             if not isinstance(error, BadRecipe):
                 raise
@@ -181,11 +181,13 @@ def run(name: str, work: Path, engine: str, wide: bool) -> dict[str, Any]:
     return found
 
 
-def _train(job: Any, engine: str) -> Any:
+def _train(job: Any) -> Any:
+    import torch
+
     from include.engine import supervise
     from include.engine.train import train
 
-    if engine == "unsloth":  # it changes transformers, so it has a process of its own
+    if torch.cuda.is_available():  # Unsloth and Liger change transformers and PyTorch: training has its own process
         return supervise.run(job, job.out, lambda _: None)
     return train(job, lambda *_, **__: None)
 
@@ -196,7 +198,7 @@ def main() -> None:
     parser.add_argument("--size", choices=["tiny", "wide"], default="tiny")
     parser.add_argument("--engine", choices=["transformers", "unsloth"], default="transformers")
     parser.add_argument("names", nargs="*")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     wide = arguments.size == "wide"
     for name in arguments.names or ARCHITECTURES:
         work = arguments.folder / name

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from include.engine.attention import check_packing
 from include.engine.compatibility import empty_model, layers_to_adapt, other_towers
-from include.engine.device_plan import unpredictable
+from include.engine.device_plan import unusual_layers
 from include.errors import BadRecipe
 from include.recipe import ALL_LINEAR, PROJECTIONS
 from tests.conftest import PROJECT
@@ -105,7 +105,7 @@ def test_a_vision_tower_gets_no_adapter(tmp_path: Path) -> None:
     ],
 )
 def test_memory_is_predicted_only_for_layers_of_attention_and_mlp(name: str, reason: str | None) -> None:
-    assert unpredictable(config_of(name).get_text_config()) == reason
+    assert unusual_layers(config_of(name).get_text_config()) == reason
 
 
 def test_a_row_that_sees_the_row_before_it_is_noticed_although_its_logits_hardly_change() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from bench.train import SIZES
 from include.engine.compatibility import empty_model
 from include.engine.device_plan import Plan, _gpu_engine, fit, predict_peak, trains_head
-from include.recipe import validate_recipe
+from include.errors import BadRecipe
+from include.recipe import Recipe, validate_recipe
 from tests.conftest import PROJECT
 from tests.include.engine.architectures import config_of
 
@@ -102,10 +104,28 @@ def test_embeddings_and_head_are_trained_by_transformers_and_their_memory_counts
         validate_recipe({"name": "x", "engine": "unsloth", **fields}, "x"),
         validate_recipe({"name": "x"}, "x"),
     )
-    engine, notes = _gpu_engine(recipe, True)
+    engine, notes = _gpu_engine(recipe, "llama", True)
     assert engine == "transformers"
     assert "embed_tokens, lm_head or modules_to_save, of which unsloth trains others" in notes[0]
     assert trains_head(recipe) is head
     model, plan = empty_model(base, "base"), gpu_plan(micro_batch=2, accumulation=4)
     more = predict_peak(model, recipe, plan, 4096) - predict_peak(model, plain, plan, 4096)
     assert (more > 2**30) is head, "the logits of all tokens"
+
+
+def test_unsloth_trains_the_architectures_that_it_was_tried_with() -> None:
+    def recipe(**fields: Any) -> Recipe:
+        return validate_recipe({"name": "x", **fields}, "x")
+
+    engine, notes = _gpu_engine(recipe(), "gpt_oss", True)
+    assert (engine, notes) == ("transformers", ["transformers replaces unsloth: unsloth was not tried with gpt_oss"])
+    with pytest.raises(BadRecipe, match="field 'packing': it is not known whether Unsloth keeps packed rows of a lfm2"):
+        _gpu_engine(recipe(engine="unsloth", packing=True), "lfm2", True)
+    for fields, architecture in (({}, "qwen3"), ({"engine": "unsloth"}, "lfm2")):
+        if importlib.util.find_spec("unsloth"):
+            assert _gpu_engine(recipe(**fields), architecture, True) == ("unsloth", [])
+        elif fields:
+            with pytest.raises(BadRecipe, match="unsloth cannot be imported"):
+                _gpu_engine(recipe(**fields), architecture, True)
+        else:
+            assert "cannot be imported" in _gpu_engine(recipe(**fields), architecture, True)[1][0]

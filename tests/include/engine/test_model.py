@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from include.engine.device_plan import Device, Plan
-from include.engine.model import load_base, load_trainable, variants
+from include.engine.model import _check_adapted, load_base, load_trainable, variants
 from include.errors import BadRecipe, NotFound
 from include.recipe import MODULE_SETS, PROJECTIONS, validate_recipe
 
@@ -58,6 +58,16 @@ def test_layers_that_are_trained_whole_leave_the_base_as_it_was(tiny_base: Path,
         after = {name: model(ids).logits for name, model in variants(tiny_base, adapters, device, 16)}
     assert torch.equal(alone["other"], after["other"]), "the first adapter's embeddings do not stay in the base"
     assert not torch.equal(after["one"], after["other"])
+
+
+def test_a_layer_that_got_no_adapter_is_named(tiny_base: Path) -> None:
+    recipe = validate_recipe(
+        {"name": "x", "target_modules": ["q_proj", "self_attn.v_proj"], "load_in_4bit": False}, "x"
+    )
+    model = load_trainable(tiny_base, recipe, CPU_PLAN)
+    _check_adapted(model, ["q_proj", "self_attn.v_proj", "v_proj"])
+    with pytest.raises(BadRecipe, match="field 'target_modules': Unsloth gives no adapter to k_proj in this base"):
+        _check_adapted(model, ["q_proj", "k_proj"])
 
 
 def test_a_missing_base_and_a_wrong_projection_are_named(tiny_base: Path, tmp_path: Path) -> None:

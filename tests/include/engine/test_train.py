@@ -367,6 +367,6 @@ def test_a_tracker_that_is_not_installed_is_named(train_job: Callable, tmp_path:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_unsloth_without_a_gpu_is_refused_with_the_remedy() -> None:
+def test_unsloth_without_a_gpu_is_refused_with_the_remedy(tiny_base: Path) -> None:
     with pytest.raises(BadRecipe, match="field 'engine': unsloth needs a GPU"):
-        make_plan(validate_recipe({"name": "x", "engine": "unsloth"}, "x"))
+        make_plan(validate_recipe({"name": "x", "engine": "unsloth"}, "x"), tiny_base)
