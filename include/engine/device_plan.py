@@ -18,10 +18,9 @@ from include.recipe import Recipe
 
 PLAN = "plan.json"
 HEADROOM = 1.15  # free memory over predicted memory
-# architectures (`model_type`) that Unsloth has trained on a GPU, packed and unpacked, with the losses of transformers
-WITH_UNSLOTH = {
-    "llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "phi3", "granite", "glm4", "smollm3",
-}  # fmt: skip
+# architectures (`model_type`) that Unsloth has trained on a GPU with the losses and about the memory of transformers
+# (bench/architectures.json); of Gemma 3 it takes twice the memory, and gpt-oss gets an adapter that fits no other model
+WITH_UNSLOTH = {"llama", "mistral", "qwen3", "phi3", "granite", "glm4", "smollm3"}
 
 
 @dataclass(kw_only=True)
@@ -251,8 +250,8 @@ def predict_peak(model: Any, recipe: Recipe, plan: Plan, tokens: int) -> int:
         activations = tokens * layers * in_layer * overhead
     else:
         activations = tokens * in_layer * overhead + (0 if plan.engine == "unsloth" else tokens * layers * hidden * 2)
-    # with a trained head the loss is not computed in chunks: logits and their gradient, in 16 and in 32 bits
-    logits = tokens * vocabulary * 12 if trains_head(recipe) else 0
+    # without a loss in chunks: logits in 16 and 32 bits and their gradient; with a trained head a gradient in both
+    logits = tokens * vocabulary * (12 if trains_head(recipe) else 8 if hasattr(config, "logits_scaling") else 0)
     return int(weights + trained + activations + logits + 2**30 // overhead)
 
 
@@ -281,7 +280,7 @@ def _gpu_engine(recipe: Recipe, architecture: str | None, fast_packing: bool) ->
     unknown = architecture not in WITH_UNSLOTH
     if recipe.engine == "unsloth" and recipe.packing and unknown:
         raise BadRecipe(
-            f"field 'packing': it is not known whether Unsloth keeps packed rows of a {architecture} apart",
+            f"field 'packing': it is not known whether Unsloth keeps packed rows of type {architecture} apart",
             "Set packing to false, or engine: transformers, which proves it when training begins",
         )
     reasons = {
@@ -290,7 +289,7 @@ def _gpu_engine(recipe: Recipe, architecture: str | None, fast_packing: bool) ->
         "several processes": recipe.num_processes > 1,
         "embed_tokens, lm_head or modules_to_save, of which unsloth trains others": _trains_outside_layers(recipe),
         "packed rows": recipe.packing and recipe.engine == "auto" and fast_packing,
-        f"unsloth was not tried with {architecture}": recipe.engine == "auto" and unknown,
+        f"it does not train {architecture} as well": recipe.engine == "auto" and unknown,
     }
     if applying := [reason for reason, applies in reasons.items() if applies]:
         return "transformers", [f"transformers replaces unsloth: {', '.join(applying)}"]

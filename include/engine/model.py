@@ -115,16 +115,20 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
 
 
 def _check_adapted(model: Any, wanted: list[str]) -> None:
-    """Check that each of the named layers got an adapter: Unsloth leaves some out without a word.
+    """Check that the named layers got an adapter and no others: Unsloth leaves some out and adds some without a word.
 
     Raises:
-        BadRecipe: one has none.
+        BadRecipe: the layers differ.
     """
-    paths = [path for path, module in model.named_modules() if hasattr(module, "lora_A")]
-    if left_out := [name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in paths)]:
+    paths = [f".{path}" for path, module in model.named_modules() if getattr(module, "lora_A", None)]
+    left_out = [name for name in wanted if not any(path.endswith(f".{name}") for path in paths)]
+    added = sorted(path for path in paths if not path.endswith(tuple(f".{name}" for name in wanted)))
+    if left_out or added:
+        differences = [*(f"none to {name}" for name in left_out), *(f"one to {path[1:]}" for path in added[:1])]
         raise BadRecipe(
-            f"field 'target_modules': Unsloth gives no adapter to {', '.join(left_out)} in this base",
-            "Leave them out, or set engine: transformers",
+            f"field 'engine': Unsloth gives other layers of this base an adapter than target_modules names: "
+            f"{', '.join(differences)}",
+            "Set engine: transformers",
         )
 
 

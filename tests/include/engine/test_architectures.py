@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench.architectures import ARCHITECTURES, RESULTS, config_of
 from include.engine.attention import check_packing
 from include.engine.compatibility import empty_model, layers_to_adapt, other_towers
 from include.engine.device_plan import unusual_layers
 from include.errors import BadRecipe
 from include.recipe import ALL_LINEAR, PROJECTIONS
 from tests.conftest import PROJECT
-from tests.include.engine.architectures import ARCHITECTURES, RESULTS, config_of
 
 pytestmark = pytest.mark.xdist_group("architectures")  # which share one process of the engine
 MIXING = ("gpt-oss", "LFM2")  # attention with sinks, convolutions
@@ -37,7 +37,7 @@ NOT_STANDARD = {
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the engine's jobs returned for each architecture."""
     folder = tmp_path_factory.mktemp("architectures")
-    command = [sys.executable, "-m", "tests.include.engine.architectures", str(folder)]
+    command = [sys.executable, "-m", "bench.architectures", str(folder)]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=os.environ | {"RETUNE_VAR": ""})
     assert done.returncode == 0, done.stderr[-3000:]
     lines = map(json.loads, (folder / RESULTS).read_text().splitlines())

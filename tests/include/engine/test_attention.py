@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
+from bench.architectures import config_of
 from include.engine.attention import use_varlen
 from include.errors import BadRecipe
-from tests.include.engine.architectures import config_of
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")

@@ -60,14 +60,14 @@ def test_layers_that_are_trained_whole_leave_the_base_as_it_was(tiny_base: Path,
     assert not torch.equal(after["one"], after["other"])
 
 
-def test_a_layer_that_got_no_adapter_is_named(tiny_base: Path) -> None:
-    recipe = validate_recipe(
-        {"name": "x", "target_modules": ["q_proj", "self_attn.v_proj"], "load_in_4bit": False}, "x"
-    )
-    model = load_trainable(tiny_base, recipe, CPU_PLAN)
-    _check_adapted(model, ["q_proj", "self_attn.v_proj", "v_proj"])
-    with pytest.raises(BadRecipe, match="field 'target_modules': Unsloth gives no adapter to k_proj in this base"):
-        _check_adapted(model, ["q_proj", "k_proj"])
+def test_an_adapter_of_other_layers_than_the_named_ones_is_noticed(tiny_base: Path) -> None:
+    fields = {"name": "x", "target_modules": ["q_proj", "self_attn.v_proj"], "load_in_4bit": False}
+    model = load_trainable(tiny_base, validate_recipe(fields, "x"), CPU_PLAN)
+    _check_adapted(model, ["q_proj", "self_attn.v_proj"])
+    with pytest.raises(BadRecipe, match="field 'engine': .* than target_modules names: none to k_proj. Set"):
+        _check_adapted(model, ["q_proj", "v_proj", "k_proj"])
+    with pytest.raises(BadRecipe, match=r"names: one to base_model.model.model.layers.0.self_attn.v_proj. Set"):
+        _check_adapted(model, ["q_proj"])
 
 
 def test_a_missing_base_and_a_wrong_projection_are_named(tiny_base: Path, tmp_path: Path) -> None:

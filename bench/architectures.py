@@ -1,6 +1,6 @@
 """Models of the architectures that people fine-tune, with random weights, and all jobs of the engine on each.
 
-    python -m tests.include.engine.architectures FOLDER [--size tiny|wide] [--engine transformers|unsloth] [NAME ...]
+    python -m bench.architectures FOLDER [--size tiny|wide] [--engine transformers|unsloth] [NAME ...]
 
 writes one line of JSON for each architecture into FOLDER/results.jsonl. `tiny` takes seconds on a CPU; `wide` has the
 widths of published models and shows on a GPU how well memory was predicted.
