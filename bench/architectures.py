@@ -128,7 +128,8 @@ def run(name: str, work: Path, engine: str, wide: bool) -> dict[str, Any]:
     from include.recipe import Recipe, validate_recipe
 
     base, rows, prompts = work / "base", [work / "rows" / "00000.arrow"], [[5, 6, 7, 8], [9, 10, 11]]
-    found: dict[str, Any] = {"name": name, "engine": engine}
+    model_type = json.loads((base / "config.json").read_text())["model_type"]
+    found: dict[str, Any] = {"name": name, "model_type": model_type, "engine": engine}
 
     def recipe(**fields: Any) -> Recipe:
         fields = {"max_steps": STEPS, "warmup_steps": 0, "max_seq_length": 2048, "max_new_tokens": 4, **fields}

@@ -15,8 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.conftest import LLAMA_3_SPLIT
 
 Message = dict[str, Any]
 TODAY = date(2024, 7, 26)  # for templates that write the date
@@ -38,6 +40,8 @@ class Family:
             corrects that by the type of the model.
         special: added tokens of the small tokenizer, that are special; `bos`, `eos` and `pad` too.
         plain: its added tokens that are not special.
+        gpt2_split: whether the small tokenizer splits texts as GPT-2 does, so that the last line break of a prompt
+            depends on what follows it; else as Llama 3 does.
         swallows: whether its special tokens swallow the blanks behind them (rstrip), as Phi-3's do.
     """
 
@@ -52,6 +56,7 @@ class Family:
     eos: str | None = None
     pad: str | None = None
     swallows: bool = False
+    gpt2_split: bool = False
 
 
 _IM = {"ends": ("<|im_end|>",), "eos": "<|im_end|>", "special": "<|im_start|>"}
@@ -170,6 +175,7 @@ FAMILIES: dict[str, Family] = {
             "qwen3_instruct_2507": _QWEN,
         }.items()
     },
+    "trl/llama3, split as GPT-2 does": Family(template="llama3", gpt2_split=True, **_LLAMA),  # type: ignore[arg-type]
 }
 _GEMMA4_TOKENS = "<|turn> <turn|> <|channel> <channel|> <|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> " + (
     '<tool_response|> <|"|> <|think|>'
@@ -203,7 +209,12 @@ def make_folder(family: Family, folder: Path, material: Path, published: Callabl
 def _small_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of 400 tokens and add the family's own."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *([] if family.gpt2_split else [pre_tokenizers.Split(Regex(LLAMA_3_SPLIT), "isolated")]),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family.gpt2_split),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))

