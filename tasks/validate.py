@@ -43,7 +43,7 @@ def _tools_rendered(context: StageContext, **_: Output[DownloadOutput]) -> bool 
 
 
 @stage(
-    version=11,
+    version=12,
     recipe_fields=("method", "dataset_format", "merge_turns", "reasoning", "max_refused_share", "check_limits"),
     other_fields=(
         "chat_template",

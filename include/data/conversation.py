@@ -57,9 +57,8 @@ class Conversation:
         for i, message in enumerate(messages):
             if message["role"] == "assistant" and (found := split_thoughts(contents[i])):
                 thoughts[i], contents[i] = found
-        return cls(
-            tuple(m["role"] for m in messages), contents, calls=tuple(calls), thoughts=tuple(sorted(thoughts.items()))
-        )
+        thought = tuple(sorted((i, text) for i, text in thoughts.items() if text))
+        return cls(tuple(m["role"] for m in messages), contents, calls=tuple(calls), thoughts=thought)
 
     @property
     def messages(self) -> list[Message]:
@@ -121,9 +120,11 @@ class Unreadable(Exception):
 
 
 def split_thoughts(content: str) -> tuple[str, str] | None:
-    """Return the thoughts and the answer of a text that begins with `<think>...</think>`, or None."""
+    """Return the thoughts and the answer of a text that begins with `<think>...</think>`, or None; "" for thoughts that
+    are empty, as in the answers of models that may think or not.
+    """
     found = re.match(rf"\s*{THINK}(.*?){END_THINK}(.*)", content, re.DOTALL)
-    return (found[1].strip(), found[2].strip("\n")) if found and found[1].strip() else None
+    return (found[1].strip(), found[2].strip("\n")) if found else None
 
 
 def kind_of(value: Any) -> str:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from include.data.conversation import END_THINK, Conversation, ParsedRow, is_absent, kind_of, split_thoughts
+from include.data.conversation import END_THINK, THINK, Conversation, ParsedRow, is_absent, kind_of, split_thoughts
 from include.data.tool_calls import CALL_KEYS, read_calls
 from include.data.train_flags import TRAIN_FLAGS, UNREAD_FLAGS, read_train_flag
 
@@ -87,7 +87,7 @@ def read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool, first: in
                 numbers.append(number)
                 continue
         thought = ""
-        if len(turn) > 2 or (role == "assistant" and END_THINK in text):
+        if len(turn) > 2 or (role == "assistant" and THINK in text):
             thought, text = _read_thoughts(turn, role, text, parsed, number, reasoning)
         if "\x00" in text:
             text = text.replace("\x00", "")
@@ -222,6 +222,8 @@ def _read_thoughts(
         parsed.add_fault("reasoning", f"{place} of a turn of the role {role}")
     elif len(texts) > 1:
         parsed.add_fault("reasoning", f"{place} and another one have different reasoning")
+    elif role == "assistant" and not found and text.lstrip().startswith(THINK):
+        parsed.add_fault("reasoning", f"turn {number}: the reasoning in the text does not end ({END_THINK})")
     elif texts and reasoning == "refuse":
         parsed.add_fault("reasoning", place)
     elif texts:
@@ -230,6 +232,9 @@ def _read_thoughts(
         if reasoning == "drop":
             parsed.add_repair("reasoning dropped")
         return "" if reasoning == "drop" else texts.pop(), found[1] if found else text
+    elif found:
+        parsed.add_repair("empty reasoning removed")
+        return "", found[1]
     return "", text
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from include.data.conversation import ParsedRow
+from include.data.conversation import Conversation, ParsedRow
 from include.data.expectations import RAW_ROWS
 from include.data.sharegpt import parse_row
 
@@ -161,6 +161,7 @@ def test_the_reasoning_of_an_answer_is_kept_dropped_or_refused(turn: dict[str, A
             [{}, {"thinking": "A.", "reasoning": "B."}],
             "turn 2: the key reasoning and another one have different reasoning",
         ),
+        ([{}, {"content": "\n<think>\nLet me see, and"}], "turn 2: the reasoning in the text does not end (</think>)"),
     ],
 )
 def test_reasoning_that_nobody_can_place_refuses_the_row(turns: list[dict[str, str]], detail: str) -> None:
@@ -168,6 +169,21 @@ def test_reasoning_that_nobody_can_place_refuses_the_row(turns: list[dict[str, s
     found = parse_row(json.dumps({"messages": [p | turn for p, turn in zip(plain, turns, strict=True)]}).encode())
     assert found.faults["reasoning"] == 1
     assert found.detail == detail
+
+
+@pytest.mark.parametrize("reasoning", ["keep", "drop", "refuse"])
+def test_empty_reasoning_is_none_and_a_tag_within_an_answer_is_text(reasoning: str) -> None:
+    question = {"role": "user", "content": "<think> Why?"}
+    for given, answer, repairs in (
+        (f"<think>\n\n</think>\n\n{ANSWER}", ANSWER, ["empty reasoning removed"]),
+        ("It writes <think> first.", "It writes <think> first.", []),
+    ):
+        raw = json.dumps({"messages": [question, {"role": "assistant", "content": given}]}).encode()
+        parsed = parse_row(raw, reasoning=reasoning)
+        assert (parsed.conversation.contents[1], parsed.conversation.thoughts) == (answer, ())
+        assert not any(parsed.faults.values())
+        assert parsed.repairs == repairs
+        assert Conversation.of([question, {"role": "assistant", "content": given}]) == parsed.conversation
 
 
 def test_preference_rows_with_reasoning_in_their_answers_are_refused_unless_it_is_dropped() -> None:
