@@ -7,8 +7,10 @@ Three ways, one after another in one run:
   counted, with both Great Expectations suites and their docs;
 - notebook: what the reference notebook does: `datasets.map` with `apply_chat_template`, then TRL's own preparation.
 
+Then the leg with other tokenizers and their own templates, against the tokenizer's own encoding of the same texts.
+
 The ids of Retune and of the tokenizer's `apply_chat_template` are compared on a sample; a difference is an error.
-Speed is for people to read. Needs the Llama 3.2 tokenizer of ../shared/material.
+Speed is for people to read. Needs the Llama 3.2 tokenizer of ../shared/material, and what its fetch.py brings.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 MATERIAL = PROJECT.parent / "shared" / "material"
 TOKENIZER = MATERIAL / "tokenizers" / "llama-3.2"
 SAMPLE = 200
+OTHERS = {"Qwen3": "qwen3", "Gemma 3": "gemma3"}  # names for people, and in fetch.py
 
 
 def generate(path: str, rows: str) -> dict[str, Any]:
@@ -97,6 +100,22 @@ def _floor_part(start: int) -> int:
     return sum(len(_floor_encoding.encode_ordinary(text)) for text in _floor_texts[start : start + 5_000])
 
 
+def tokenizer_floor(path: str, folder: str) -> dict[str, Any]:
+    """Encode every text with the tokenizer itself, on all cores."""
+    from tokenizers import Tokenizer
+
+    tokenizer: Any = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    seconds, tokens = 0.0, 0
+    with open(path, "rb") as file:
+        while lines := list(islice(file, 5_000)):
+            texts = [turn["value"] for line in lines for turn in json.loads(line)["conversations"]]
+            began = time.monotonic()
+            encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            seconds += time.monotonic() - began
+            tokens += sum(len(one.ids) for one in encoded)
+    return {"seconds": seconds, "tokens": tokens}
+
+
 def notebook(path: str) -> dict[str, Any]:
     """The reference notebook's way: text by `datasets.map`, ids and masks by TRL."""
     import torch
@@ -135,18 +154,20 @@ def notebook(path: str) -> dict[str, Any]:
     return {"seconds": time.monotonic() - began, "tokens": sum(len(row) for row in ids)}
 
 
-def retune(path: Path, var: Path) -> dict[str, Any]:
-    """Seconds and peak memory (MB, the largest process) of each stage, in a process of its own, with its imports."""
+def retune(path: Path, var: Path, tokenizer: Path = TOKENIZER, template: str = "llama-3.1") -> dict[str, Any]:
+    """Run each stage in a process of its own, imports counted; return its seconds and peak memory (MB, the largest
+    process), the number of `compared` rows, and the `encoder` that ran.
+    """
     recipe = var / "bench.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
     base = var / "base"
     base.mkdir(exist_ok=True)
-    for file in TOKENIZER.iterdir():
+    for file in tokenizer.iterdir():
         (base / file.name).unlink(missing_ok=True)
         (base / file.name).symlink_to(file)
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text('{"model_type": "llama"}')
     (base / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # no tensors: only the tokenizer is read
-    recipe.write_text(f"dataset: {path}\nbase_model: {base}\nholdout_share: 0.01\n")
+    recipe.write_text(f"dataset: {path}\nbase_model: {base}\nholdout_share: 0.01\nchat_template: {template}\n")
     environment = {"RETUNE_VAR": str(var), "RETUNE_RECIPES": str(recipe)}
     os.environ.update(environment)
     from tasks.resolve import resolve
@@ -155,7 +176,9 @@ def retune(path: Path, var: Path) -> dict[str, Any]:
     for stage in ("download", "validate", "standardize", "template"):
         measure = in_process("task", stage, json.dumps(lineage))
         lineage, found[stage] = measure.pop("lineage"), measure
-    found["compared"] = in_process("compare", str(var))["rows"]
+    found["compared"] = in_process("compare", str(var), str(tokenizer), template)["rows"]
+    (manifest,) = var.glob("store/bench/template/*/manifest.json")
+    found["encoder"] = json.loads(manifest.read_text())["metadata"]["encoder"]
     return found
 
 
@@ -166,8 +189,10 @@ def task(stage: str, lineage: str) -> dict[str, Any]:
     return {"lineage": getattr(importlib.import_module(f"tasks.{stage}"), stage)(json.loads(lineage))}
 
 
-def compare(state: str) -> dict[str, Any]:
-    """Compare the ids of a sample with `apply_chat_template`; returns how many `rows` were equal.
+def compare(state: str, folder: str, template: str) -> dict[str, Any]:
+    """Compare the ids of a sample with `apply_chat_template`; return how many `rows` were equal.
+
+    Of a conversation in several sequences the last one is compared: it holds the whole conversation as it is rendered.
 
     Raises:
         AssertionError: a row differs.
@@ -178,13 +203,15 @@ def compare(state: str) -> dict[str, Any]:
     from include.data.conversation import conversations_in
     from include.data.tables import read_table
 
-    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(TOKENIZER)
-    tokenizer.chat_template = (PROJECT / "include" / "templates" / "llama-3.1.jinja").read_text()
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+    if template != "tokenizer":
+        tokenizer.chat_template = (PROJECT / "include" / "templates" / f"{template}.jinja").read_text()
     (prepared,) = Path(state).glob("store/bench/template/*/train")
     (messages,) = Path(state).glob("store/bench/standardize/*/messages")
     rows = load_rows(sorted(prepared.iterdir()))
-    chosen = rows.select(random.Random(1).sample(range(len(rows)), min(SAMPLE, len(rows))))
-    wanted = dict(zip(chosen["row"], chosen["input_ids"], strict=True))
+    last = {row: place for place, row in enumerate(rows["row"])}
+    sample = random.Random(1).sample(sorted(last), min(SAMPLE, len(last)))
+    wanted = {row: rows[last[row]]["input_ids"] for row in sample}
     for file in messages.iterdir():
         table = read_table(file)
         for row, conversation in zip(table["row"].to_pylist(), conversations_in(table), strict=True):
@@ -192,7 +219,7 @@ def compare(state: str) -> dict[str, Any]:
                 theirs = tokenizer.apply_chat_template(conversation.messages, tokenize=True, return_dict=False)
                 assert list(wanted.pop(row)) == list(theirs), f"row {row} differs"
     assert not wanted
-    return {"rows": len(chosen)}
+    return {"rows": len(sample)}
 
 
 def in_process(way: str, *arguments: str) -> dict[str, Any]:
@@ -226,7 +253,11 @@ def main() -> None:
     parser.add_argument(
         "--skip-notebook", action="store_true", help="it takes minutes; above 100,000 rows it is left out"
     )
+    parser.add_argument("--tokenizers", type=int, metavar="ROWS", help="only the table of tokenizers, for so many rows")
     arguments = parser.parse_args()
+    if arguments.tokenizers:
+        compare_tokenizers(arguments.tokenizers)
+        return
     results = []
     print(f"{'rows':>9} {'way':<28} {'seconds':>8} {'x floor':>8} {'peak MB':>8}")
     for rows in arguments.rows:
@@ -247,7 +278,7 @@ def main() -> None:
             "whole_seconds": whole, "notebook_seconds": book and book["seconds"], "leg_by_floor": leg / base["seconds"],
             "whole_by_floor": whole / base["seconds"], "notebook_by_whole": book and book["seconds"] / whole,
             "floor_peak_mb": base["peak_mb"], "peak_mb": peak, "notebook_peak_mb": book and book["peak_mb"],
-            "compared_rows": stages.pop("compared"), "stages": stages,
+            "compared_rows": stages.pop("compared"), "encoder": stages.pop("encoder"), "stages": stages,
         }  # fmt: skip
         results.append(result)
         lines = [("floor: tiktoken alone", base["seconds"], base["peak_mb"])]
@@ -263,10 +294,34 @@ def main() -> None:
     report.write_text(json.dumps(sorted([*kept, *results], key=lambda entry: entry["rows"]), indent=2) + "\n")
 
 
+def compare_tokenizers(rows: int) -> None:
+    """Run the leg with each tokenizer, print the table, put it into bench/tokenizers.json."""
+    from tests.services.published import published
+
+    places = {"Llama 3.2": (TOKENIZER, "llama-3.1")}
+    places |= {name: (published(MATERIAL, short), "tokenizer") for name, short in OTHERS.items()}
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        in_process("generate", str(path), str(rows))
+        for name, (tokenizer, template) in places.items():
+            own = in_process("tokenizer_floor", str(path), str(tokenizer))
+            stages = retune(path, Path(folder) / name, tokenizer, template)
+            leg = stages["standardize"]["seconds"] + stages["template"]["seconds"]
+            results.append(
+                {"tokenizer": name, "rows": rows, "encoder": stages.pop("encoder"), "tokens_in_texts": own["tokens"],
+                 "tokenizer_seconds": own["seconds"], "leg_seconds": leg, "compared_rows": stages.pop("compared"),
+                 "stages": stages}
+            )  # fmt: skip
+            print(f"{name:<10} {results[-1]['encoder']:<12} {leg:>7.1f} s, tokenizer alone {own['seconds']:>7.1f} s")
+    (PROJECT / "bench" / "tokenizers.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
 if __name__ == "__main__":
     ways: dict[str, Any] = {
         "generate": generate,
         "floor": floor,
+        "tokenizer_floor": tokenizer_floor,
         "notebook": notebook,
         "task": task,
         "compare": compare,

@@ -3,8 +3,8 @@
 gigatoken encodes byte-level vocabularies many times faster than Hugging Face's tokenizers. The two can differ in how
 they classify a character, because their Unicode tables are of different years. Therefore a text with a character that
 the tokenizer's tables do not have goes to the tokenizer, and each other character of the data is compared in a few
-contexts before a text that contains it goes to gigatoken. In addition, `include.chat.verification.verify_encoding`
-compares whole rows at every run.
+contexts before a text that contains it goes to gigatoken. So does a text that the tokenizer would first bring into
+Unicode's normal form C. In addition, `include.chat.verification.verify_encoding` compares whole rows at every run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from include.data.parallel import no_collection
 
 Spans = list[tuple[int, int]]  # begin and end in characters of a text; the end is not included
 CODE_POINTS = 0x110000  # of Unicode
+NORMAL_FORM_C = {"type": "NFC"}  # in tokenizer.json
 # contexts in which a different class of the character {0} gives different tokens
 CONTEXTS = ("{0}", "a{0}b", " {0}", "1{0}2", "{0}{0}", ".{0}\n", " {0} x", "'{0}", "{0}'s", "x{0}'re")
 
@@ -90,12 +91,13 @@ class GigatokenEncoder:
     Args:
         encoder: a `gigatoken.Tokenizer` over the tokenizer's vocabulary.
         tokenizer_encoder: the tokenizer.
+        normalizer: brings texts into normal form C, of `tokenizers`; None if the tokenizer leaves texts as they are.
     """
 
     name = "gigatoken"
 
-    def __init__(self, encoder: Any, tokenizer_encoder: TokenizersEncoder):
-        self._encoder, self._tokenizer_encoder = encoder, tokenizer_encoder
+    def __init__(self, encoder: Any, tokenizer_encoder: TokenizersEncoder, normalizer: Any = None):
+        self._encoder, self._tokenizer_encoder, self._normalizer = encoder, tokenizer_encoder, normalizer
         vocabulary = encoder.vocab
         self._token_bytes = np.zeros(max(vocabulary) + 1, np.int64)  # length of each token in bytes
         for id, token in vocabulary.items():
@@ -112,14 +114,18 @@ class GigatokenEncoder:
         present[_code_points("".join(text for text in texts if not text.isascii()))] = True
         if len(new := np.flatnonzero(present & ~self._compared)):
             self._compare(new)
-        if (present & self._differs).any() or self._differs[:128].any():
+        if (present & self._differs).any() or self._differs[:128].any() or (self._normalizer and present.any()):
             by_tokenizer = np.array([self.differs_on(text) for text in texts])
             if by_tokenizer.any():
                 return self._encode_by_both(texts, spans, by_tokenizer)
         return self._encode(texts, spans)
 
     def differs_on(self, text: str) -> bool:
-        """Return whether the text has a compared character on which gigatoken can differ from the tokenizer."""
+        """Return whether gigatoken can differ from the tokenizer on a compared character of the text, or the tokenizer
+        would normalize the text.
+        """
+        if self._normalizer and not text.isascii() and self._normalizer.normalize_str(text) != text:
+            return True
         return bool(self._differs[_code_points(text)].any())
 
     def _encode(self, texts: list[str], spans: list[Spans]) -> Tokens:
@@ -189,7 +195,7 @@ def _byte_span(text: str, span: tuple[int, int]) -> tuple[int, int]:
 
 
 def fast_encoder(backend: Any, file: Path, as_text: Collection[str]) -> Encoder:
-    """Return a gigatoken encoder if gigatoken supports the tokenizer and the tokenizer has no normalizer.
+    """Return a gigatoken encoder if gigatoken supports the tokenizer, and it normalizes no text or into normal form C.
 
     For every other tokenizer, return the encoder of the tokenizer itself.
 
@@ -202,15 +208,18 @@ def fast_encoder(backend: Any, file: Path, as_text: Collection[str]) -> Encoder:
     from gigatoken.gigatoken_rs import BPETokenizer
 
     tokenizer_encoder = TokenizersEncoder(backend)
-    if backend.normalizer is not None:
-        return tokenizer_encoder  # spans are counted in the bytes of the text before normalization
     try:
         with no_collection():
             settings = orjson.loads(file.read_bytes())
+            normalizer = settings.pop("normalizer", None)
+            if normalizer not in (None, NORMAL_FORM_C, {"type": "Sequence", "normalizers": []}):
+                return tokenizer_encoder
             others = [token for token in settings["added_tokens"] if token["content"] not in as_text]
             settings.update(added_tokens=others, post_processor=None)
             encoder = gigatoken.Tokenizer.from_json(orjson.dumps(settings))
     except Exception:  # gigatoken raises several types for tokenizers that it does not support
         return tokenizer_encoder
     supported = isinstance(encoder.backend, BPETokenizer)
-    return GigatokenEncoder(encoder, tokenizer_encoder) if supported else tokenizer_encoder
+    if not supported:
+        return tokenizer_encoder
+    return GigatokenEncoder(encoder, tokenizer_encoder, backend.normalizer if normalizer == NORMAL_FORM_C else None)

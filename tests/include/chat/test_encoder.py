@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from include.chat.chat_format import ChatFormat
 from include.chat.conversation_encoder import ConversationEncoder
-from include.chat.encoder import GigatokenEncoder, Spans, TokenizersEncoder
+from include.chat.encoder import GigatokenEncoder, Spans, TokenizersEncoder, fast_encoder
 from include.data.conversation import Conversation
 from tests.include.chat.conftest import MakeFormat
 
@@ -105,3 +106,24 @@ def test_a_vocabulary_that_does_not_keep_the_bytes_of_a_text_is_encoded_by_the_t
     stories: Path, chat_format: MakeFormat
 ) -> None:
     assert chat_format(stories, "vicuna").encoder.name == "tokenizers"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm2", "deepseek_v3", "gptoss", "gemma3", "llama2"])
+def test_published_tokenizers_get_the_fast_encoder_where_it_gives_their_ids(
+    name: str, published: Callable[[str], Path]
+) -> None:
+    file = published(name) / "tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    backend.encode_special_tokens = True
+    added = [token["content"] for token in json.loads(file.read_bytes())["added_tokens"]]
+    fast, exact = fast_encoder(backend, file, added), TokenizersEncoder(backend)
+    # two are of SentencePiece, and SmolLM2's vocabulary lacks some bytes
+    assert fast.name == ("tokenizers" if name in ("gemma3", "llama2", "smollm2") else "gigatoken")
+    texts = [*AWKWARD, "cafe\u0301 and caf\u00e9", "\u212b", "q\u0307\u0323", "\u1100\u1161\u11a8", "10 = 2 * 5"]
+    texts += [f"{one} {other}" for one in texts for other in texts[:8]]
+    spans: list[Spans] = [[(0, len(text) // 2)] for text in texts]
+    assert fast.encode(texts, spans).ids.tolist() == exact.encode(texts, spans).ids.tolist()
+    assert fast.encode(texts, spans).mask.tolist() == exact.encode(texts, spans).mask.tolist()
+    if isinstance(fast, GigatokenEncoder):
+        assert fast.differs_on("cafe\u0301") is (name == "qwen3"), "Qwen3's tokenizer composes the two characters"
+        assert not fast.differs_on("caf\u00e9")
