@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from include.engine.compatibility import layers_to_adapt, other_towers
 from include.engine.device_plan import Device, Plan
 from include.errors import BadRecipe, NotFound
@@ -31,9 +33,10 @@ def load_base(base: Path, device: Device, bits: int = 16, dtype: str | None = No
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.quantization_config import Mxfp4Config
 
     compute = getattr(torch, device.dtype)
-    quantization = None
+    quantization: Any = None
     if bits == 4:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -43,6 +46,8 @@ def load_base(base: Path, device: Device, bits: int = 16, dtype: str | None = No
         )
     elif bits == 8:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
+    elif _stored_as(base) == "mxfp4":  # gpt-oss: its kernels for 4 bits have no backward pass
+        quantization = Mxfp4Config(dequantize=True)
     automatic: Any = AutoModelForCausalLM
     try:
         model, loaded = automatic.from_pretrained(
@@ -68,6 +73,13 @@ def load_base(base: Path, device: Device, bits: int = 16, dtype: str | None = No
             # differently from training, has no gradient afterwards, and needs widths that are multiples of 32.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _stored_as(base: Path) -> str | None:
+    """Return the method by which the base's weights are quantized, or None."""
+    config = base / "config.json"
+    stored = orjson.loads(config.read_bytes()).get("quantization_config") if config.exists() else None
+    return (stored or {}).get("quant_method")
 
 
 def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from bench.architectures import make_base
+from include.engine.compatibility import check_base
 from include.engine.device_plan import Device, Plan
 from include.engine.model import _check_adapted, load_base, load_trainable, variants
 from include.errors import BadRecipe, NotFound
@@ -76,3 +80,37 @@ def test_a_missing_base_and_a_wrong_projection_are_named(tiny_base: Path, tmp_pa
     recipe = validate_recipe({"name": "x", "target_modules": ["w_proj"], "load_in_4bit": False}, "x")
     with pytest.raises(BadRecipe, match="field 'target_modules'"):
         load_trainable(tiny_base, recipe, CPU_PLAN)
+
+
+def test_gpt_oss_trains_from_weights_that_are_stored_in_mxfp4(tmp_path: Path) -> None:
+    make_base("gpt-oss", tmp_path)
+    _store_experts_as_mxfp4(tmp_path)
+    fields: dict[str, Any] = {"name": "x", "base_model": "owner/gpt-oss", "target_modules": "all-linear"}
+    with pytest.raises(
+        BadRecipe, match="stored in mxfp4, which excludes load_in_4bit. .* set load_in_4bit to false"
+    ):
+        check_base(validate_recipe(fields, "x"), tmp_path)
+    recipe = validate_recipe({**fields, "load_in_4bit": False}, "x")
+    check_base(recipe, tmp_path)
+    model = load_trainable(tmp_path, recipe, CPU_PLAN)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert all(gradient is not None and gradient.any() for gradient in gradients)
+
+
+def _store_experts_as_mxfp4(folder: Path) -> None:
+    """Give a model of gpt-oss experts in blocks of 32 values of 4 bits, with a scale each, as OpenAI publishes them."""
+    weights, stored = load_file(folder / "model.safetensors"), {}
+    for name, tensor in weights.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inputs, outputs = tensor.shape
+            blocks = (experts, outputs, inputs // 32)
+            stored[f"{name}_blocks"] = torch.randint(0, 256, (*blocks, 16), dtype=torch.uint8)
+            stored[f"{name}_scales"] = torch.randint(118, 122, blocks, dtype=torch.uint8)
+        else:
+            stored[name] = tensor
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
