@@ -1,7 +1,9 @@
-"""pretrain: make the demo's base model, once. Recipes with a real base do not have this stage."""
+"""pretrain: make the base model of a demo, once. Recipes with another base do not have this stage."""
 
 from __future__ import annotations
 
+from include.base_model import SMOLLM2
+from include.paths import var
 from include.pipeline.contracts import PretrainOutput
 from include.pipeline.stage import Result, StageContext, stage
 
@@ -12,9 +14,13 @@ from include.pipeline.stage import Result, StageContext, stage
     fingerprint_fn=lambda context: str(context.recipe.base_revision),
 )
 def pretrain(context: StageContext) -> Result[PretrainOutput]:
-    """Pretrain the small Llama of `include/demo` and keep it in the store under its revision."""
+    """Pretrain the small Llama of `include/demo`, or convert SmolLM2; keep it in the store under its revision."""
+    if context.recipe.base_model == SMOLLM2:
+        from include.demo.smollm2 import make_smollm2
+
+        made = PretrainOutput(**make_smollm2(context.out, var() / "cache" / "packages", context.progress))
+        return Result(f"{made.parameters / 1e6:.1f} M parameters, pretrained by others, from {made.source}", made)
     from include.demo.pretraining import pretrain as train_little_llama
 
     made = PretrainOutput(**train_little_llama(context.out, context.progress))
-    summary = f"{made.parameters / 1e6:.1f} M parameters, loss {made.first_loss:.2f} -> {made.last_loss:.2f}"
-    return Result(summary, made)
+    return Result(f"{made.parameters / 1e6:.1f} M parameters, loss {made.first_loss:.2f} -> {made.last_loss:.2f}", made)

@@ -138,13 +138,17 @@ class ResolveOutput(Contract, stage="resolve"):
 
 
 class PretrainOutput(Contract, stage="pretrain"):
-    """The demo's base model in the artifact's folder. Losses are means over ten steps, in nats per token."""
+    """The base model of a demo in the artifact's folder. Losses are means over ten steps, in nats per token.
+
+    A base that was taken from a package has a `source`; one that was pretrained has tokens and losses.
+    """
 
     parameters: int
-    tokens: int
     seconds: float
-    first_loss: float
-    last_loss: float
+    source: str | None = None
+    tokens: int | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
 
 
 class DownloadOutput(Contract, stage="download"):

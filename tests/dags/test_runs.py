@@ -160,7 +160,7 @@ def airflow(var: Path, airflow_home: Path, small_recipe: Callable) -> Iterator[A
 
 
 def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var: Path) -> None:
-    recipes = {"demo", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken", "mistyped"}
+    recipes = {"demo", "demo_real", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken", "mistyped"}
     expected = recipes | {"rollback", "maintenance"}
 
     def known() -> dict[str, dict] | bool:
