@@ -18,7 +18,7 @@ from include.recipe import find_recipe, load_recipe
 from tests.conftest import PROJECT, made_once
 
 ROWS = PROJECT / "include" / "recipes" / "demo_real.jsonl"
-FORM = {"intent", "urgency", "reply"}
+FORM = ["intent", "reply"]
 INTENTS = {"delivery", "return", "damage", "payment", "account", "product"}
 
 
@@ -58,10 +58,8 @@ def test_every_row_of_the_desk_has_the_form_and_no_prompt_is_a_row() -> None:
     assert len(rows) - len(answers) >= 30, "ordinary questions keep the base's knowledge"
     for answer, form in answers:
         assert "\n" not in answer
-        assert set(form) == FORM
+        assert list(form) == FORM
         assert form["intent"] in INTENTS
-        assert form["urgency"] in ("low", "normal", "high")
-        assert (form["urgency"] == "low") == (form["intent"] == "product")
     assert {form["intent"] for _, form in answers} == INTENTS
     for prompt in recipe.prompts:
         for question, _, _ in rows:
