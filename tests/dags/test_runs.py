@@ -53,7 +53,7 @@ def test_a_template_that_the_vocabulary_cannot_write_is_reported(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "dmeo"], "there is no recipe 'dmeo'. Choose one of: demo, llama32_3b_finetome"),
+        (["run", "dmeo"], "there is no recipe 'dmeo'. Choose one of: demo, demo_real, llama32_3b_finetome"),
         (["run", "demo", "--set", "lora_rank=8"], "unknown field 'lora_rank'"),
         (["run", "demo", "--set", "r=many"], "field 'r': input should be a valid integer"),
         (["run", "demo", "--set", "r=0"], "field 'r': input should be greater than or equal to 1"),
