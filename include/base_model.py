@@ -1,6 +1,7 @@
 """Base models: pin one to a revision, and fetch the pinned one.
 
-A base model is a Hub id (`owner/name`), a local folder, or `demo://little-llama`, which the project pretrains itself.
+A base model is a Hub id (`owner/name`), a local folder, or one of the demos' bases, which the stage `make_base` makes:
+`demo://little-llama`, pretrained by the project, and `demo://smollm2-135m-instruct`, taken from a Python package.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from include.storage.files import file_digest, fingerprint
 from include.storage.hub import hub_api, hub_errors, hub_file_system
 from include.storage.tensors import find_matrices, read_matrix_rows
 
-DEMO_BASE = "demo://little-llama"
+LITTLE_LLAMA, SMOLLM2 = "demo://little-llama", "demo://smollm2-135m-instruct"
+DEMO_BASES = {  # by the base's name, the files of include/demo/ that decide its weights
+    LITTLE_LLAMA: ("village.py", "pretraining.py"),
+    SMOLLM2: ("smollm2.py",),
+}
+DEMO_LICENSES = {SMOLLM2: {"license": "apache-2.0"}}  # as the package's metadata and the GGUF file name it
 ADAPTER_CONFIG = "adapter_config.json"
-DEMO_SOURCES = ("village.py", "pretraining.py")  # files of include/demo/ that decide the weights of the demo's base
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "config.json", "chat_template*", "generation_config.json"]
 
 # one row per token: the input embeddings and, where it is not the same matrix, the output layer
@@ -43,8 +48,8 @@ def pin_base(recipe: Recipe) -> str:
         Unreachable: the Hub does not answer.
     """
     name = recipe.base_model
-    if name == DEMO_BASE:
-        return fingerprint([[name, file_digest(PROJECT / "include" / "demo" / name)] for name in DEMO_SOURCES])
+    if name in DEMO_BASES:
+        return fingerprint([[file, file_digest(PROJECT / "include" / "demo" / file)] for file in DEMO_BASES[name]])
     if is_hub_id(name):
         with hub_errors(f"the model {name}", "base_model"):
             info = hub_api().model_info(name, revision=recipe.base_revision)
@@ -67,12 +72,12 @@ def pin_base(recipe: Recipe) -> str:
 
 
 def fetch_config(recipe: Recipe) -> Path | None:
-    """Return a local folder with the config.json of the pinned base; None for the demo's base, which is made later.
+    """Return a local folder with the config.json of the pinned base; None for a demo's base, which is made later.
 
     Raises:
         NotFound, NoPermission, Unreachable: see `pin_base`.
     """
-    if recipe.base_model == DEMO_BASE:
+    if recipe.base_model in DEMO_BASES:
         return None
     if not is_hub_id(recipe.base_model):
         return Path(absolute_path(recipe.base_model))
@@ -101,17 +106,17 @@ def fetch_base(recipe: Recipe, store: Store, tokenizer_only: bool = False) -> Pa
 
     Args:
         recipe: its `base_revision` is the pinned one.
-        store: the artifact store, which has the demo's base model.
+        store: the artifact store, which has the demos' base models.
         tokenizer_only: fetch no weights from the Hub.
 
     Raises:
         NotFound, NoPermission, Unreachable: see `pin_base`.
     """
-    if recipe.base_model == DEMO_BASE:
-        artifact = store.find(recipe.name, "pretrain", str(recipe.base_revision))
+    if recipe.base_model in DEMO_BASES:
+        artifact = store.find(recipe.name, "make_base", str(recipe.base_revision))
         if artifact is None:
             raise NotFound(
-                f"the demo's base model {recipe.base_revision} is not in {store.uri}", "Clear the task pretrain"
+                f"the demo's base model {recipe.base_revision} is not in {store.uri}", "Clear the task make_base"
             )
         return artifact.local()
     if is_hub_id(recipe.base_model):
@@ -138,10 +143,12 @@ def base_license(recipe: Recipe) -> dict[str, str]:
     from huggingface_hub import ModelCard
 
     card: Any = None
+    if recipe.base_model in DEMO_BASES:
+        return dict(DEMO_LICENSES.get(recipe.base_model, {}))
     if is_hub_id(recipe.base_model):
         with hub_errors(f"the model {recipe.base_model}", "base_model"):
             card = hub_api().model_info(recipe.base_model, revision=recipe.base_revision).card_data
-    elif recipe.base_model != DEMO_BASE:
+    else:
         readme = Path(absolute_path(recipe.base_model)) / "README.md"
         card = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else None
     values = {name: card.get(name) for name in ("license", "license_name", "license_link")} if card else {}

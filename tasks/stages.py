@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from include.base_model import DEMO_BASE
+from include.base_model import DEMO_BASES
 from include.errors import BadRecipe, PermanentError
 from include.pipeline.records import Lineage
 from include.recipe import Recipe, find_recipe, load_recipe
@@ -56,8 +56,8 @@ def _has_sweep(recipe: Recipe) -> bool:
 PIPELINE = (
     PipelineStage("resolve", 0.5, "checks the recipe and the values given for this run; pins data and base"),
     PipelineStage(
-        "pretrain", 2, "makes the demo's base model; no other recipe has it",
-        applies=lambda recipe: recipe.base_model == DEMO_BASE,
+        "make_base", 2, "makes the base model of a demo; no other recipe has it",
+        applies=lambda recipe: recipe.base_model in DEMO_BASES,
     ),
     PipelineStage("download", 6, "fetches the rows, untouched"),
     PipelineStage("validate", 6, "reads every row, repairs what needs no guess, checks it with Great Expectations"),

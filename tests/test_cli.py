@@ -76,8 +76,8 @@ def test_the_help_needs_neither_airflow_nor_a_heavy_library() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stage", "demo", "--until", "tempalte"], "there is no stage 'tempalte'. Choose one of: resolve, pretrain,"),
-        (["stage", "dmeo"], "there is no recipe 'dmeo'. Choose one of: demo, llama32_3b_finetome"),
+        (["stage", "demo", "--until", "tempalte"], "there is no stage 'tempalte'. Choose one of: resolve, make_base,"),
+        (["stage", "dmeo"], "there is no recipe 'dmeo'. Choose one of: demo, demo_real, llama32_3b_finetome"),
         (["stage", "demo", "--set", "lora_rank=8"], "unknown field 'lora_rank'"),
         (["report", "demo"], "no run of demo has ended in"),
         (["maintain", "dmeo"], "there is no recipe 'dmeo'"),

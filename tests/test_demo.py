@@ -64,7 +64,7 @@ def test_the_demo_survives_being_killed_and_is_published_once(var: Path, retune:
     summary = last_run(var)
     assert (summary["recipe"], summary["verdict"], summary["version"]) == ("demo", "published", "v1")
     assert tuple(summary["stages"]) == tuple(stage for stage in NAMES if stage not in ("candidates", "choose"))
-    assert summary["stages"]["pretrain"]["reused"]
+    assert summary["stages"]["make_base"]["reused"]
     assert "resumed from checkpoint-1" in summary["stages"]["train"]["summary"], "a checkpoint of step 100 or later"
     assert all(Path(s["folder"].removeprefix("file://")).is_dir() for s in summary["stages"].values())
 

@@ -1,1 +1,1 @@
-"""The demo: the invented village that `make demo` trains on, and the pretraining of its base model."""
+"""The demos: the invented village of `make demo`, the pretraining of its base, and the base of `make demo-real`."""

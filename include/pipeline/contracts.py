@@ -137,14 +137,18 @@ class ResolveOutput(Contract, stage="resolve"):
     RECIPE: ClassVar = "recipe.json"
 
 
-class PretrainOutput(Contract, stage="pretrain"):
-    """The demo's base model in the artifact's folder. Losses are means over ten steps, in nats per token."""
+class MakeBaseOutput(Contract, stage="make_base"):
+    """The base model of a demo in the artifact's folder. Losses are means over ten steps, in nats per token.
+
+    A base that was taken from a package has a `source`; one that was pretrained has tokens and losses.
+    """
 
     parameters: int
-    tokens: int
     seconds: float
-    first_loss: float
-    last_loss: float
+    source: str | None = None
+    tokens: int | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
 
 
 class DownloadOutput(Contract, stage="download"):

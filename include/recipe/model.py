@@ -19,8 +19,9 @@ class Model(BaseModel):
     base_model: str = Field(
         "unsloth/Llama-3.2-3B-Instruct",
         min_length=1,
-        description="A model on the Hugging Face Hub (`owner/name`), a local folder, or `demo://little-llama`, a small "
-        "model that the project pretrains itself.",
+        description="A model on the Hugging Face Hub (`owner/name`), a local folder, or a base of the demos: "
+        "`demo://little-llama`, which the project pretrains itself, or `demo://smollm2-135m-instruct`, which pip "
+        "fetches.",
     )
     base_revision: str | None = Field(
         None,

@@ -107,6 +107,11 @@ def test_a_whole_run_and_a_rollback_with_a_marked_token_and_every_fault(
         assert f"evaluated only on `c.jsonl, d.jsonl` (revision `{'4' * 64}`) and on the prompts" in readme
         result = ModelCard(readme).data.eval_results[0]
         assert (result.dataset_name, result.dataset_revision) == ("c.jsonl, d.jsonl (held out)", None)
+        assert "<sup>" not in readme and "The base is not on the Hub." not in readme
+        manifest["smoke_test"]["answers"][0]["system"] = "Be brief."
+        readme = model_card({**manifest, "base": {"name": "demo://x", "revision": "5"}}, "")
+        assert "? <sup>1</sup> |" in readme and "\n<sup>1</sup> with the system message: Be brief.\n" in readme
+        assert "The base is made by Retune's stage `make_base`." in readme
         manifest["smoke_test"]["answers"][0]["answer"] = "<script>|a| **b**\n# c"
         assert r"| &lt;script&gt;\|a\| \*\*b\*\* \# c |" in model_card(manifest, ""), "what it says is no markup"
         rows = [json.loads(row)["conversations"][0]["value"] for row in dataset.read_text().splitlines()]

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from include.base_model import DEMO_SOURCES, BaseLimits, base_limits, untrained_tokens
+from include.base_model import (
+    DEMO_BASES,
+    LITTLE_LLAMA,
+    SMOLLM2,
+    BaseLimits,
+    base_license,
+    base_limits,
+    untrained_tokens,
+)
 from include.errors import BadRecipe
 from include.paths import PROJECT
 from include.recipe import validate_recipe
@@ -18,9 +26,14 @@ from include.storage.tensors import INDEX
 from tests.services.hub import Hub
 
 
-def test_the_demos_base_has_another_revision_when_any_of_its_sources_changes() -> None:
+def test_a_demos_base_has_another_revision_when_any_of_its_sources_changes() -> None:
     modules = {path.name for path in (PROJECT / "include" / "demo").glob("*.py")} - {"__init__.py"}
-    assert set(DEMO_SOURCES) == modules
+    assert {file for files in DEMO_BASES.values() for file in files} == modules
+
+
+def test_the_card_of_an_adapter_has_the_licence_of_a_demos_base() -> None:
+    found = {name: base_license(validate_recipe({"name": "x", "base_model": name}, "x")) for name in DEMO_BASES}
+    assert found == {LITTLE_LLAMA: {}, SMOLLM2: {"license": "apache-2.0"}}
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,9 @@ def test_every_declared_stage_is_there_with_the_contract_of_its_name() -> None:
 
 def test_a_recipe_has_the_stages_that_it_needs() -> None:
     plain = [stage.name for stage in stages_of(recipe())]
-    assert not {"pretrain", "candidates", "choose"} & set(plain)
-    assert [stage.name for stage in stages_of(recipe(sweep={"r": [4, 8]}))] == [n for n in NAMES if n != "pretrain"]
-    assert "pretrain" in [stage.name for stage in stages_of(recipe(base_model="demo://little-llama"))]
+    assert not {"make_base", "candidates", "choose"} & set(plain)
+    assert [stage.name for stage in stages_of(recipe(sweep={"r": [4, 8]}))] == [n for n in NAMES if n != "make_base"]
+    assert "make_base" in [stage.name for stage in stages_of(recipe(base_model="demo://little-llama"))]
     assert [stage.name for stage in PIPELINE if stage.gpu] == ["train", "smoke_test", "evaluate"]
     mapped = NAMES[NAMES.index("candidates") + 1 : NAMES.index("choose")]
     assert [stage.name for stage in PIPELINE if stage.per_candidate] == [*mapped], "the DAG maps all of them"
@@ -59,7 +59,7 @@ def test_timeouts_are_the_stages_own_or_the_recipes() -> None:
     assert timeout_of(recipe(timeout_hours={"train": 100}), train) == timedelta(hours=100)
     assert timeout_of(recipe(), STAGES["approve"]) is None, "a person decides"
     for name in ("trian", "approve"):
-        message = f"field 'timeout_hours': there is no stage '{name}' with a time limit. Use one of: resolve, pretrain"
+        message = f"field 'timeout_hours': there is no stage '{name}' with a time limit. Use one of: resolve, make_base"
         with pytest.raises(BadRecipe, match=message):
             timeout_of(recipe(timeout_hours={name: 1}), train)
 

@@ -36,8 +36,8 @@ def details(candidate: list[float], answer: str = "Mill Lane.", **failures: str)
     live = LiveVersion(name="v7", revision="v7")
     checks: dict[str, bool | None] = {name: name not in failures for name in CHECKS}
     asked = Answer(
-        prompt="Where?", system=None, expect=None, contains=None, expect_json=None, answer=answer, base="Who who",
-        stopped=True, checks=checks, failures=failures,
+        prompt="Where?", system="Be brief.", expect=None, contains=None, expect_json=None, answer=answer,
+        base="Who who", stopped=True, checks=checks, failures=failures,
     )  # fmt: skip
     made = {
         "smoke_test": SmokeTestOutput(answers=[asked], required=["stops"], failed=[], passed=1),
@@ -78,6 +78,8 @@ def test_failed_checks_are_shown_by_whether_they_are_required() -> None:
 def test_answers_of_models_are_text_in_the_page() -> None:
     page = report_page(summary("refused"), details(BASE, answer="<script>alert(1)</script>{{ 7 * 7 }}"))
     assert "&lt;script&gt;alert(1)&lt;/script&gt;{{ 7 * 7 }}" in page
+    assert '<p class="soft">System message: Be brief.</p>' in page
+    assert '<div class="answer">Who who</div>' in page, "long answers of the base are cut, too"
     assert "<script" not in page
 
 
