@@ -26,6 +26,7 @@ LLAMA_3_SPLIT = (
 )
 
 PROJECT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted(path.stem for path in (PROJECT / "include" / "recipes").glob("*.yaml"))
 MATERIAL = PROJECT.parent / "shared" / "material"
 
 os.environ.update(

@@ -77,7 +77,7 @@ def test_the_help_needs_neither_airflow_nor_a_heavy_library() -> None:
     ("arguments", "message"),
     [
         (["stage", "demo", "--until", "tempalte"], "there is no stage 'tempalte'. Choose one of: resolve, make_base,"),
-        (["stage", "dmeo"], "there is no recipe 'dmeo'. Choose one of: demo, demo_real, llama32_3b_finetome"),
+        (["stage", "dmeo"], "there is no recipe 'dmeo'. Choose one of: demo, demo_real, dpo_preferences, gemma3_4b"),
         (["stage", "demo", "--set", "lora_rank=8"], "unknown field 'lora_rank'"),
         (["report", "demo"], "no run of demo has ended in"),
         (["maintain", "dmeo"], "there is no recipe 'dmeo'"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from include.registry import FolderRegistry
-from tests.conftest import PROJECT, last_run
+from tests.conftest import PROJECT, SHIPPED, last_run
 from tests.services.airflow import Airflow, eventually, up
 from tests.services.hub import Hub
 from tests.test_demo import processes
@@ -53,7 +53,7 @@ def test_a_template_that_the_vocabulary_cannot_write_is_reported(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "dmeo"], "there is no recipe 'dmeo'. Choose one of: demo, demo_real, llama32_3b_finetome"),
+        (["run", "dmeo"], "there is no recipe 'dmeo'. Choose one of: demo, demo_real, dpo_preferences, gemma3_4b"),
         (["run", "demo", "--set", "lora_rank=8"], "unknown field 'lora_rank'"),
         (["run", "demo", "--set", "r=many"], "field 'r': input should be a valid integer"),
         (["run", "demo", "--set", "r=0"], "field 'r': input should be greater than or equal to 1"),
@@ -160,7 +160,7 @@ def airflow(var: Path, airflow_home: Path, small_recipe: Callable) -> Iterator[A
 
 
 def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var: Path) -> None:
-    recipes = {"demo", "demo_real", "llama32_3b_finetome", "smollm2_135m_cpu", "small", "broken", "mistyped"}
+    recipes = {*SHIPPED, "small", "broken", "mistyped"}
     expected = recipes | {"rollback", "maintenance"}
 
     def known() -> dict[str, dict] | bool:

@@ -86,9 +86,7 @@ def test_gpt_oss_trains_from_weights_that_are_stored_in_mxfp4(tmp_path: Path) ->
     make_base("gpt-oss", tmp_path)
     _store_experts_as_mxfp4(tmp_path)
     fields: dict[str, Any] = {"name": "x", "base_model": "owner/gpt-oss", "target_modules": "all-linear"}
-    with pytest.raises(
-        BadRecipe, match="stored in mxfp4, which excludes load_in_4bit. .* set load_in_4bit to false"
-    ):
+    with pytest.raises(BadRecipe, match="stored in mxfp4, which excludes load_in_4bit. .* set load_in_4bit to false"):
         check_base(validate_recipe(fields, "x"), tmp_path)
     recipe = validate_recipe({**fields, "load_in_4bit": False}, "x")
     check_base(recipe, tmp_path)

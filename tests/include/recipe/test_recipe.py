@@ -134,7 +134,7 @@ def test_a_file_that_is_not_a_recipe_is_refused_in_one_line(tmp_path: Path) -> N
 
 
 def test_an_unknown_recipe_lists_those_there_are() -> None:
-    with pytest.raises(NotFound, match="demo, demo_real, llama32_3b_finetome"):
+    with pytest.raises(NotFound, match="demo, demo_real, dpo_preferences, gemma3_4b"):
         find_recipe("dmeo")
     with pytest.raises(NotFound, match="no recipe file"):
         find_recipe("nowhere/dmeo.yaml")
