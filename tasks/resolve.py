@@ -64,10 +64,11 @@ def resolve(
                 "registry": registry_uri(recipe.name, recipe.registry),
             }
         )
-        if folder := fetch_config(pinned):
-            check_base(pinned, folder)
         from_recipe_file = recipe == load_recipe(find_recipe(recipe_file))
         earlier = find_outcome(store, pinned)
+        # what a run has trained on this base fits it; the check imports PyTorch, for some seconds
+        if not earlier and (folder := fetch_config(pinned)):
+            check_base(pinned, folder)
         if earlier and not force:
             if from_recipe_file and not earlier["from_recipe_file"]:
                 # an earlier run had these values from the form; now the file has them, and the watch need not run

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -18,6 +19,9 @@ from filelock import FileLock
 from tests.services import published as packages
 from tests.services.s3 import S3
 from tests.tiers import cost, missing_marker, starts
+
+if TYPE_CHECKING:
+    from tests.services.airflow import SharedAirflow
 
 # how the tokenizer of Llama 3 splits texts, from its tokenizer.json
 LLAMA_3_SPLIT = (
@@ -207,9 +211,14 @@ def trained(var: Path, small_run: Path, tmp_path_factory: pytest.TempPathFactory
 
     The recipe is `small_recipe(dataset=str(trained))`.
     """
-    for stage in ("download", "validate", "standardize", "template", "train", "smoke_test"):
-        shutil.copytree(small_run / "store" / "small" / stage, var / "store" / "small" / stage)
+    reuse_training(small_run, var, "small")
     return made_once(tmp_path_factory, "rows", _make_rows) / "rows.jsonl"
+
+
+def reuse_training(small_run: Path, var: Path, recipe: str) -> None:
+    """Copy the artifacts of `small_run` to the store of another state folder, as those of a recipe."""
+    for stage in ("download", "validate", "standardize", "template", "train", "smoke_test"):
+        shutil.copytree(small_run / "store" / "small" / stage, var / "store" / recipe / stage)
 
 
 @pytest.fixture
@@ -283,11 +292,38 @@ def migrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def airflow_home(var: Path, migrated_home: Path) -> Path:
     """The folder of this test's Airflow homes, whose databases need no migration: a copy of one that was migrated."""
     for name in ("headless", "ui"):
-        home = var / "airflow" / name
-        home.mkdir(parents=True)
-        for file in (migrated_home / "airflow.db", *migrated_home.glob(".migrated-*")):
-            shutil.copy2(file, home)
+        copy_home(migrated_home, var / "airflow" / name)
     return var / "airflow"
+
+
+@pytest.fixture(scope="session")
+def shared_airflow(tmp_path_factory: pytest.TempPathFactory, migrated_home: Path) -> Iterator[SharedAirflow]:
+    """One `retune up` for all tests of the group `up`. A start takes 25 seconds of CPU, a recipe more takes none."""
+    from tests.services.airflow import SharedAirflow, up
+
+    folder = tmp_path_factory.mktemp("up")
+    copy_home(migrated_home, folder / "var" / "airflow" / "ui")
+    (folder / "recipes").mkdir()
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RETUNE_VAR", str(folder / "var"))
+            patch.setenv("RETUNE_RECIPES", str(folder / "recipes"))
+            airflow = stack.enter_context(up(folder / "var"))
+        yield SharedAirflow(airflow, folder / "var", folder / "recipes")
+
+
+@pytest.fixture
+def shared(var: Path, shared_airflow: SharedAirflow, monkeypatch: pytest.MonkeyPatch) -> SharedAirflow:
+    """The shared Airflow, whose state folder is this test's, too. Each test adds recipes with names of its own."""
+    monkeypatch.setenv("RETUNE_VAR", str(shared_airflow.var))
+    return shared_airflow
+
+
+def copy_home(migrated: Path, home: Path) -> None:
+    """Make an Airflow home whose database needs no migration."""
+    home.mkdir(parents=True)
+    for file in (migrated / "airflow.db", *migrated.glob(".migrated-*")):
+        shutil.copy2(file, home)
 
 
 def unlock(*places: Path) -> None:

@@ -70,12 +70,10 @@ def done(worker: subprocess.Popen[str]) -> dict[str, str]:
     return json.loads(out)
 
 
-def run(name: str, run_id: str, disks: Path) -> dict[str, str]:
-    """All stages, those of the GPU on another machine; every disk is empty at first."""
+def run(name: str, run_id: str, disks: Path, *machines: str) -> dict[str, str]:
+    """Run stages, those of each machine in a process; every disk is empty at first."""
     lineage = {"recipe": name, "run": run_id}
-    for number, stages in enumerate(
-        ("resolve,download,validate", "standardize,template", ",".join(GPU), "approve,publish", "verify")
-    ):
+    for number, stages in enumerate(machines):
         lineage = done(start(stages, lineage, disks / f"{run_id}-{number}"))
     return lineage
 
@@ -86,7 +84,8 @@ def test_a_run_in_separate_processes_with_separate_disks_is_published_reported_r
 ) -> None:
     recipe = apart(gate_margin=20, keep_days=1)
     disks = tmp_path / "disks"
-    lineage = run("small", "first", disks)
+    data, gpu = ("resolve,download,validate", "standardize,template"), ",".join(GPU)
+    lineage = run("small", "first", disks, *data, gpu, "approve,publish", "verify")
     summary = report("small", "first")
     assert (summary["verdict"], summary["version"]) == ("published", "v1")
     assert summary["place"] == "s3://retune/registry/small/versions/v1"
@@ -101,7 +100,7 @@ def test_a_run_in_separate_processes_with_separate_disks_is_published_reported_r
     assert not (var / "registry").exists() and not (var / "store").exists()
 
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "max_steps": 6}))
-    run("small", "second", disks)
+    run("small", "second", disks, ",".join((*data, gpu, "approve,publish")))
     assert report("small", "second")["version"] == "v2"
     assert rollback("small", "v1", "to see").startswith("v1 is live again instead of v2: s3://retune/registry/small/")
     assert registry.live().name == "v1"

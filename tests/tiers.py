@@ -9,6 +9,8 @@ import ast
 import inspect
 import textwrap
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from tasks.stages import PIPELINE
 ON_CPU = PIPELINE[: [stage.gpu for stage in PIPELINE].index(True)]  # these stages start no process of the engine
 DATA_STAGES = {stage.name for stage in ON_CPU}
 FIXTURES = {
-    "airflow": ("airflow", "airflow"), "airflow_home": ("airflow",), "running": ("cluster",), "train_job": ("engine",),
+    "shared": ("airflow", "airflow"), "airflow_home": ("airflow",), "running": ("cluster",), "train_job": ("engine",),
     "trained": ("engine",),
 }  # fmt: skip
 TIERS = {"engine": 1, "airflow": 3, "cluster": 100}  # how long a start takes, roughly, compared with the engine's
@@ -26,12 +28,18 @@ HIDDEN = 3  # starts that a marker in a test's file stands for, roughly
 
 
 def starts(item: pytest.Function) -> Counter[str]:
-    """Return how often a test's fixtures and calls ask for each tier, as far as its own code shows.
+    """Return how often a test's fixtures and calls ask for each tier, as far as its own code shows."""
+    return _calls(item.function) + Counter(tier for name in item.fixturenames for tier in FIXTURES.get(name, ()))
+
+
+@cache  # a function may be hundreds of tests
+def _calls(function: Callable[..., object]) -> Counter[str]:
+    """Return how often the calls in a function ask for each tier.
 
     Airflow with its UI counts as two: it has four processes of its own, and one for each task.
     """
-    found = Counter(tier for name in item.fixturenames for tier in FIXTURES.get(name, ()))
-    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(item.function)))):
+    found = Counter[str]()
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
         if isinstance(node, ast.Call):
             words = [word.value for word in ast.walk(node) if isinstance(word, ast.Constant)]
             name = ast.unparse(node.func)

@@ -9,14 +9,14 @@ import signal
 import subprocess
 import sys
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from include.registry import FolderRegistry
 from tests.conftest import PROJECT, SHIPPED, last_run
-from tests.services.airflow import Airflow, eventually, up
+from tests.services.airflow import SharedAirflow, eventually
 from tests.services.hub import Hub
 from tests.test_demo import processes
 
@@ -74,19 +74,6 @@ def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path, retune: Call
     assert done.returncode == 1
     assert "error: the store" in done.stdout
     assert "cannot be written" in done.stdout
-
-
-def test_a_missing_file_fails_at_once_and_the_report_says_so(
-    var: Path, airflow_home: Path, small_recipe: Callable, retune: Callable
-) -> None:
-    done = retune("run", "small", RETUNE_RECIPES=str(small_recipe(dataset="/nowhere/rows.jsonl")))
-    assert done.returncode == 1
-    assert "Failed after" in done.stdout
-    assert done.stdout.count("field 'dataset': there is no file /nowhere/rows.jsonl") == 2, "the stage and the end"
-    summary = last_run(var)
-    assert summary["verdict"] == "failed"
-    assert summary["error"]["kind"] == "NotFound"
-    assert list(summary["stages"]) == ["resolve"]
 
 
 def test_an_error_of_the_network_names_the_field_that_needs_it(write_recipe: Callable, pipeline: Callable) -> None:
@@ -149,36 +136,29 @@ def test_data_base_and_registry_on_the_hub(var: Path, small_recipe: Callable, ti
         assert last_run(var)["place"] == f"{hub.url}/{owner}/adapter/tree/{repository.head.sha}"
 
 
-@pytest.fixture
-def airflow(var: Path, airflow_home: Path, small_recipe: Callable) -> Iterator[Airflow]:
+@pytest.mark.xdist_group("up")
+def test_the_scheduler_runs_a_recipe_triggered_with_values(
+    shared: SharedAirflow, small_recipe: Callable, tmp_path: Path
+) -> None:
     mistyped = small_recipe("mistyped", timeout_hours={"trian": 1})
-    broken = small_recipe().parent / "broken.yaml"
+    broken = mistyped.with_name("broken.yaml")
     broken.write_text("lora_rank: 8\n")
-    os.environ["RETUNE_RECIPES"] += f":{broken}:{mistyped}"
-    with up(var) as airflow:
-        yield airflow
-
-
-def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var: Path) -> None:
-    recipes = {*SHIPPED, "small", "broken", "mistyped"}
-    expected = recipes | {"rollback", "maintenance"}
-
-    def known() -> dict[str, dict] | bool:
-        dags = {dag["dag_id"]: dag for dag in airflow.call("GET", "/api/v2/dags")["dags"]}
-        return expected <= set(dags) and dags
-
-    dags = eventually(known)  # each file is parsed by itself
+    shared.add(small_recipe("typed"), broken, mistyped)
+    airflow, var = shared.api, shared.var
+    recipes = {*SHIPPED, "typed", "broken", "mistyped"}
+    dags = {dag["dag_id"]: dag for dag in airflow.call("GET", "/api/v2/dags")["dags"]}
+    assert recipes | {"rollback", "maintenance"} <= set(dags)
     assert "unknown field 'lora_rank'" in dags["broken"]["description"]
     assert "there is no stage 'trian'" in dags["mistyped"]["description"], "and the other recipes keep their DAGs"
     assert airflow.call("GET", "/api/v2/importErrors")["total_entries"] == 0
 
     with pytest.raises(urllib.error.HTTPError) as refused:
-        airflow.call("POST", "/api/v2/dags/small/dagRuns", {"logical_date": None, "conf": {"r": 0}})
+        airflow.call("POST", "/api/v2/dags/typed/dagRuns", {"logical_date": None, "conf": {"r": 0}})
     assert refused.value.code == 400
     assert "0 is less than the minimum of 1" in refused.value.read().decode()
 
-    run = airflow.trigger("small", max_steps=5)
-    state, tasks = airflow.ended("small", run), airflow.tasks("small", run)
+    run = airflow.trigger("typed", max_steps=5)
+    state, tasks = airflow.ended("typed", run), airflow.tasks("typed", run)
     assert state == "success", {name: task["state"] for name, task in tasks.items()}
     assert {name for name, task in tasks.items() if task["queue"] == "gpu"} == {"train", "smoke_test", "evaluate"}
     assert tasks["train"]["pool"] == "gpu"
@@ -186,38 +166,38 @@ def test_the_scheduler_runs_a_recipe_triggered_with_values(airflow: Airflow, var
     summary = last_run(var)
     assert (summary["verdict"], summary["run"]) == ("published", run)
     assert summary["stages"]["train"]["summary"].startswith("5 steps")
-    assert any(line.startswith("step 5/5  loss") for line in airflow.log("small", run, "train"))
+    assert any(line.startswith("step 5/5  loss") for line in airflow.log("typed", run, "train"))
 
     # a rollback, while another run trains
-    registry = FolderRegistry(var / "registry" / "small")
-    folder = var.parent / "two"
+    registry = FolderRegistry(var / "registry" / "typed")
+    folder = tmp_path / "two"
     shutil.copytree(registry.fetch("v1"), folder)
     (folder / "manifest.json").chmod(0o644)
     (folder / "manifest.json").write_text('{"content": "another"}')
     registry.publish(folder, "v1", True)
     assert registry.live().name == "v2"
-    run = airflow.trigger("small", max_steps=5000)
-    eventually(lambda: list(var.glob("work/small/train/*/training_log.jsonl")))
+    run = airflow.trigger("typed", max_steps=5000)
+    eventually(lambda: list(var.glob("work/typed/train/*/training_log.jsonl")))
     for pid in processes(var, "include.engine"):
         os.kill(pid, signal.SIGKILL)
-    said = eventually(lambda: [line for line in airflow.log("small", run, "train") if "tried" in line])
+    said = eventually(lambda: [line for line in airflow.log("typed", run, "train") if "tried" in line])
     assert said[-1].startswith("train failed: the train process was ended by SIGKILL")
     assert said[-1].endswith("It will be tried again: training continues from the last checkpoint (try 2 of 7).")
-    eventually(lambda: airflow.tasks("small", run)["train"]["try_number"] == 2)
+    eventually(lambda: airflow.tasks("typed", run)["train"]["try_number"] == 2)
     for pid in eventually(lambda: processes(var, "include.engine")):
         os.kill(pid, signal.SIGSTOP)  # the training lasts until the rollback has ended
     runs = "/api/v2/dags/rollback/dagRuns"
-    choice = {"recipe": "small", "version": "v1", "reason": "v2 insults people"}
+    choice = {"recipe": "typed", "version": "v1", "reason": "v2 insults people"}
     for wrong in ({"recipe": "smal"}, {"reason": ""}):
         with pytest.raises(urllib.error.HTTPError) as refused:
             airflow.call("POST", runs, {"logical_date": None, "conf": {**choice, **wrong}})
         assert refused.value.code == 400
     back = airflow.trigger("rollback", **choice)
     assert (airflow.ended("rollback", back), registry.live().name) == ("success", "v1")
-    assert airflow.tasks("small", run)["train"]["state"] == "running"
+    assert airflow.tasks("typed", run)["train"]["state"] == "running"
     for pid in processes(var, "include.engine"):
         os.kill(pid, signal.SIGCONT)
-    last = json.loads((var / "registry" / "small" / "history.jsonl").read_text().splitlines()[-1])
+    last = json.loads((var / "registry" / "typed" / "history.jsonl").read_text().splitlines()[-1])
     assert (last["live"], last["instead_of"], last["reason"]) == ("v1", "v2", "v2 insults people")
-    airflow.call("PATCH", f"/api/v2/dags/small/dagRuns/{run}", {"state": "failed"})
+    airflow.call("PATCH", f"/api/v2/dags/typed/dagRuns/{run}", {"state": "failed"})
     eventually(lambda: not processes(var, "include.engine"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,21 +13,13 @@ from urllib.parse import quote
 import pytest
 
 from include.registry import FolderRegistry
-from tests.conftest import last_run
-from tests.services.airflow import Airflow, eventually, up
-
-
-@pytest.fixture
-def airflow(var: Path, airflow_home: Path, small_recipe: Callable, trained: Path) -> Iterator[Airflow]:
-    small_recipe(dataset=str(trained))
-    with up(var) as airflow:
-        yield airflow
+from tests.conftest import last_run, reuse_training
+from tests.services.airflow import Airflow, SharedAirflow, eventually
 
 
 def start(airflow: Airflow, **values: Any) -> str:
     """The path of a new run in the API."""
-    eventually(lambda: "small" in {dag["dag_id"] for dag in airflow.call("GET", "/api/v2/dags")["dags"]})
-    return f"/api/v2/dags/small/dagRuns/{airflow.trigger('small', **values)}"
+    return f"/api/v2/dags/asked/dagRuns/{airflow.trigger('asked', **values)}"
 
 
 def states(airflow: Airflow, path: str) -> dict[str, str]:
@@ -61,22 +53,28 @@ def get(url: str, **headers: str) -> tuple[int, str, Any]:
         return error.code, error.read().decode(), error.headers
 
 
-def test_a_person_decides_what_is_published(airflow: Airflow, var: Path) -> None:
-    registry = FolderRegistry(var / "registry" / "small")
+@pytest.mark.xdist_group("up")
+def test_a_person_decides_what_is_published(
+    shared: SharedAirflow, small_recipe: Callable, small_run: Path, trained: Path
+) -> None:
+    reuse_training(small_run, shared.var, "asked")
+    shared.add(small_recipe("asked", dataset=str(trained)))
+    airflow, var = shared.api, shared.var
+    registry = FolderRegistry(var / "registry" / "asked")
     asked = start(airflow, approve="always")
     wait(airflow, asked, "approve", "awaiting_input")
     for pool in airflow.call("GET", "/api/v2/pools")["pools"]:
         assert pool["occupied_slots"] == 0, "a task that waits for a person holds no worker"
     question = airflow.call("GET", f"{asked}/taskInstances/approve/-1/hitlDetails")
-    assert question["subject"].startswith("May this candidate of small go live? loss ")
+    assert question["subject"].startswith("May this candidate of asked go live? loss ")
     assert "| **candidate** | **" in question["body"] and "| base model | " in question["body"]
     assert "| What is 2 plus 3? | " in question["body"]
-    assert not (var / "last_run.json").exists()
 
     # the report, for those who may see the run, and nothing else
     run_id = asked.rsplit("/", 1)[-1]
+    assert not (var / "last_run.json").exists() or last_run(var)["run"] != run_id
     page = airflow.url + question["body"].split("[Open the report](")[1].split(")")[0]
-    assert page == f"{airflow.url}/retune/report/small/{quote(run_id)}"
+    assert page == f"{airflow.url}/retune/report/asked/{quote(run_id)}"
     assert [get(page)[0], get(page, Authorization="Bearer no")[0]] == [401, 403]
     token = {"Authorization": f"Bearer {airflow.token}"}
     for login in (token, {"Cookie": f"_token={airflow.token}"}):
@@ -85,12 +83,12 @@ def test_a_person_decides_what_is_published(airflow: Airflow, var: Path) -> None
         assert "default-src 'none'" in headers["Content-Security-Policy"]
         assert headers["Cache-Control"] == "no-store"
     (var / "store" / "report.html").write_text("outside")
-    (var / "store" / "small" / "report.html").write_text("outside")
-    for other in ("small/none", "small/..", "small/%2E%2E", "%2E%2E/%2E%2E", "small/..%2F..", "rollback/x", "small"):
+    (var / "store" / "asked" / "report.html").write_text("outside")
+    for other in ("asked/none", "asked/..", "asked/%2E%2E", "%2E%2E/%2E%2E", "asked/..%2F..", "rollback/x", "asked"):
         status, text, _ = get(f"{airflow.url}/retune/report/{other}", **token)
         assert status == 404 and "outside" not in text
-    assert "This run has no report." in get(f"{airflow.url}/retune/report/small/none", **token)[1]
-    assert get(f"{airflow.url}/retune/report/small/none")[0] == 401
+    assert "This run has no report." in get(f"{airflow.url}/retune/report/asked/none", **token)[1]
+    assert get(f"{airflow.url}/retune/report/asked/none")[0] == 401
     (plugin,) = [p for p in airflow.call("GET", "/api/v2/plugins")["plugins"] if p["name"] == "retune_report_page"]
     assert plugin["external_views"][0]["href"] == "/retune/report/{DAG_ID}/{RUN_ID}"
 
@@ -113,7 +111,7 @@ def test_a_person_decides_what_is_published(airflow: Airflow, var: Path) -> None
 
     clear = {"dag_run_id": run_id, "task_ids": ["approve"], "include_downstream": True, "dry_run": False,
              "only_failed": False}  # fmt: skip
-    airflow.call("POST", "/api/v2/dags/small/clearTaskInstances", clear)
+    airflow.call("POST", "/api/v2/dags/asked/clearTaskInstances", clear)
     wait(airflow, asked, "approve", "awaiting_input")
     answer(airflow, asked, "Approve")
     assert wait(airflow, asked, "run", "success", "failed")["run"] == "success"

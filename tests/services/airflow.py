@@ -11,9 +11,11 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from include.storage.files import atomic_write
 from tests.conftest import PROJECT
 from tests.test_demo import processes
 
@@ -75,7 +77,28 @@ class Airflow:
         return eventually(lambda: (state := self.call("GET", path)["state"]) in ENDED and state, seconds, pause)
 
 
-def eventually(look: Callable[[], Any], seconds: float = WAIT, pause: float = 0.5) -> Any:
+@dataclass(frozen=True)
+class SharedAirflow:
+    """A `retune up` that several tests use, one after another.
+
+    Attributes:
+        var: its state folder.
+        recipes: the folder of its recipes.
+    """
+
+    api: Airflow
+    var: Path
+    recipes: Path
+
+    def add(self, *recipes: Path) -> None:
+        """Add recipes, and wait until their DAGs are there."""
+        for recipe in recipes:
+            atomic_write(self.recipes / recipe.name, recipe.read_bytes())
+        names = {recipe.stem for recipe in recipes}
+        eventually(lambda: names <= {dag["dag_id"] for dag in self.api.call("GET", "/api/v2/dags")["dags"]})
+
+
+def eventually(look: Callable[[], Any], seconds: float = WAIT, pause: float = 1.0) -> Any:
     """Return what `look` returns as soon as it is true; called again after pauses of so many seconds."""
     deadline = time.monotonic() + seconds
     while not (found := look()):

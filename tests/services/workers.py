@@ -6,24 +6,30 @@ each) are shared.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 from include.errors import RetuneError, TransientError
+from include.pipeline.stage import Lineage
 from include.registry import FolderRegistry, ObjectRegistry
 from include.storage.artifacts import Store
 from include.storage.files import remove
 
 WAIT_SECONDS = 120.0
+DONE = "done"
+
+STAGES = ("tasks.standardize", "tasks.template", "pandas", "datasets", "tokenizers")
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.services.workers", "s3fs", "aiobotocore.session"])
+context.set_forkserver_preload(["tests.services.workers", "s3fs", "aiobotocore.session", *STAGES])
 
 
 class Worker:
@@ -47,9 +53,14 @@ class Worker:
         """Return whether the process has not ended."""
         return self._process.is_alive()
 
+    @property
+    def pid(self) -> int:
+        """Return the process's id."""
+        return self._process.pid or 0
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the process."""
-        os.kill(self._process.pid or 0, number)
+        os.kill(self.pid, number)
 
     def result(self) -> Any:
         """Wait for the end of the process; return the function's value, or None if the process was killed."""
@@ -112,6 +123,19 @@ def commit(work: Path, by: str, fingerprint: str) -> None:
         (work / f"{number}.bin").write_bytes(by.encode())
     Store().commit(work, "small", "train", fingerprint, summary="", metadata={"by": by}, inputs={})
     Store().write_record("small", "run", fingerprint, {"by": by})
+
+
+def run_stage(stage: str, way: str, lineage: Lineage, step: str, shard: Any) -> str:
+    """Call a method of a sharded stage, or do one of its steps; return the method's value as JSON, or `DONE`.
+
+    The worker leads a process group of its own, with the processes that it forks.
+    """
+    os.setsid()
+    sharded = getattr(import_module(f"tasks.{stage}"), stage)
+    if way != "do":
+        return json.dumps(getattr(sharded, way)(lineage))
+    sharded.run_step(lineage, next(one for one in sharded.steps if one.name == step), shard)
+    return DONE
 
 
 def remove_artifact(fingerprint: str) -> None:

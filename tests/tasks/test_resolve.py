@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,11 @@ from typing import Any
 import pytest
 
 from include.errors import BadRecipe
+from include.paths import PROJECT
+from include.pipeline.outcomes import record_outcome
+from include.pipeline.stage import pinned_recipe
+from include.storage.artifacts import Store
+from tasks.resolve import resolve
 from tests.services.hub import Hub
 
 
@@ -69,3 +76,16 @@ def test_a_base_on_the_hub_is_checked_by_its_config(
         hub.put("owner/adapter", {**files, "adapter_config.json": b"{}"})
         with pytest.raises(BadRecipe, match="field 'base_model': owner/adapter is an adapter"):
             pipeline(small_recipe(base_model="owner/adapter"), "resolve")
+
+
+def test_a_base_that_a_run_has_trained_is_not_checked_again_and_pytorch_not_loaded(small_recipe: Callable) -> None:
+    small_recipe()
+    pinned = pinned_recipe(Store(), resolve("small", {}, "first"))
+    record_outcome(Store(), pinned, "refused", run="first", version=None, from_recipe_file=True)
+    program = (
+        "import sys; from tasks.resolve import resolve; resolve('small', {}, 'next'); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    with pytest.raises(BadRecipe, match="the base has no layer w_proj"):
+        resolve("small", {"target_modules": ["w_proj"]}, "other")

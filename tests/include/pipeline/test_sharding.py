@@ -7,8 +7,6 @@ import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,20 +24,11 @@ from include.storage.files import MANIFEST, file_digest
 from tasks.report import report
 from tasks.standardize import decide, standardize
 from tasks.template import template
-from tests.conftest import PROJECT, conversation, last_run, unlock
+from tests.conftest import conversation, last_run, unlock
 from tests.services.s3 import S3
+from tests.services.workers import DONE, Worker, run_stage
 
 WORDS = [f"{a}{b}" for a in ("ba", "de", "ki", "lo", "mu", "ra", "se", "ti") for b in ("n", "rd", "la", "st", "mmo")]
-STEP = """
-import json, sys
-from importlib import import_module
-_, name, way, lineage, step, shard = sys.argv
-stage, lineage = getattr(import_module(f"tasks.{name}"), name), json.loads(lineage)
-if way == "do":
-    stage.run_step(lineage, next(one for one in stage.steps if one.name == step), json.loads(shard))
-else:
-    print(json.dumps(getattr(stage, way)(lineage)))
-"""
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -92,16 +81,12 @@ class Workers:
     def __init__(self, folder: Path, lineage: dict[str, str]):
         self.folder, self.lineage = folder, lineage
 
-    def start(self, machine: str, stage: str, way: str, step: str = "", shard: Any = None) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", STEP, stage, way, json.dumps(self.lineage), step, json.dumps(shard)],
-            cwd=PROJECT, env={**os.environ, "RETUNE_VAR": str(self.folder / machine), "PYTHONPATH": str(PROJECT)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+    def start(self, machine: str, stage: str, way: str, step: str = "", shard: Any = None) -> Worker:
+        return Worker(run_stage, stage, way, self.lineage, step, shard, RETUNE_VAR=str(self.folder / machine))
 
     def say(self, *arguments: Any) -> Any:
         """What a task of the first machine returned."""
-        return json.loads(ended(self.start("one", *arguments)).splitlines()[-1])
+        return json.loads(ended(self.start("one", *arguments)))
 
     def share(self, stage: str, step: str, shards: list[Any]) -> None:
         """A step's shards on two machines, two at a time."""
@@ -122,10 +107,10 @@ class Workers:
         self.lineage = self.say("template", "finish")
 
 
-def ended(process: subprocess.Popen[str]) -> str:
-    said, trouble = process.communicate(timeout=600)
-    assert process.returncode == 0, trouble[-2000:]
-    return said
+def ended(worker: Worker) -> str:
+    result = worker.result()
+    assert result is not None, "it has failed"
+    return result
 
 
 def test_two_machines_make_what_one_makes(
@@ -202,16 +187,16 @@ def test_a_shard_that_is_killed_or_done_twice_does_no_harm(
     killed = workers.start("one", "standardize", "do", "compare", first)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "one").glob("work/small/standardize/*.compare-0-1")):  # it is at work
-        assert killed.poll() is None and time.monotonic() < deadline
+        assert killed.running and time.monotonic() < deadline
         time.sleep(0.001)
     os.killpg(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    assert killed.result() is None
     assert not list(folder.rglob("compare-*.json"))
     with pytest.raises(RetuneError, match=f"parts of the step compare are not in .*{first['of']}"):
         standardize.run_step(workers.lineage, decide)
 
     at_once = [workers.start(m, "standardize", "do", "compare", first) for m in ("one", "two", "one")]
-    assert [ended(process) for process in at_once] == [""] * 3
+    assert [ended(process) for process in at_once] == [DONE] * 3
     ended(workers.start("two", "standardize", "do", "compare", second))
     record = folder / PARTS / "compare-0-1.json"
     before = record.stat().st_mtime_ns
