@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from include.data.sources import dataset_label
 from include.recipe import Recipe, eval_ref
+from include.recipe.model import template_name
 from include.registry import registry_uri
 
 _APPROVAL = {
@@ -30,7 +31,7 @@ def dag_doc(recipe: Recipe) -> str:
 | | |
 |---|---|
 | data | `{dataset_label(recipe.dataset)}`, {evaluated}, at most {recipe.max_refused_share:.0%} refused |
-| base | `{recipe.base_model}`, template {recipe.chat_template}, at most {recipe.max_seq_length:,} tokens |
+| base | `{recipe.base_model}`, template {template_name(recipe.chat_template)}, at most {recipe.max_seq_length:,} tokens |
 | adapter | {trained} |
 | training | {recipe.method}, {length} of {recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}, \
 lr {recipe.learning_rate:g} |{_sweep(recipe)}

@@ -19,6 +19,7 @@ from include.chat.tokenized import Encoded
 from include.chat.tokenizer import ChatTokenizer
 from include.data.conversation import Conversation, Message
 from include.errors import BadData, BadRecipe
+from include.recipe.model import template_name
 
 # a conversation in which the assistant calls a tool
 CALL = '[{"id": "call00000", "type": "function", "function": {"name": "look_up", "arguments": {"word": "kite"}}}]'
@@ -46,7 +47,7 @@ class ChatFormat:
 
     Args:
         folder: the folder with the tokenizer's files.
-        chat_template: the name of a shipped template, or "tokenizer" for the tokenizer's own.
+        chat_template: the name of a shipped template, jinja text, or "tokenizer" for the tokenizer's own.
         missing_special_tokens: for special tokens that the template writes and the vocabulary does not have: "refuse"
             the template, or "split" the tokens into ordinary ones.
         special_tokens_in_text: for special tokens in a turn's content: "literal" text, or "parse" them into their ids.
@@ -75,13 +76,14 @@ class ChatFormat:
     ):
         self.tokenizer = tokenizer = ChatTokenizer(folder, base_name)
         source = template_source(folder, chat_template, base_name)
+        name = template_name(chat_template)
         self.template = ChatTemplate(
-            chat_template, source, tokenizer.named_tokens, tokenizer.added, dict(chat_template_kwargs or {})
+            name, source, tokenizer.named_tokens, tokenizer.added, dict(chat_template_kwargs or {})
         )
         self.missing = self.template.missing
         if self.missing and missing_special_tokens == "refuse":
             raise BadRecipe(
-                f"field 'chat_template': {chat_template} writes {', '.join(self.missing)}, which the vocabulary of "
+                f"field 'chat_template': {name} writes {', '.join(self.missing)}, which the vocabulary of "
                 f"{base_name} lacks",
                 "Choose a template made for this base (vicuna and alpaca need only its end-of-text token), or accept "
                 "ordinary tokens in their place with missing_special_tokens: split",
