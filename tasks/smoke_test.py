@@ -46,6 +46,7 @@ def smoke_test(
         prompts=[chat.prompt(messages(prompt)) for prompt in recipe.prompts],
         stop=stop,
         pad=chat.id_of("pad_token"),
+        new_tokens=list(template.metadata.new_special_tokens.values()),
     )
     generated = supervise.run(job, context.out, context.progress)
     answers: list[dict[str, Any]] = []

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -188,14 +187,14 @@ def _byte_span(text: str, span: tuple[int, int]) -> tuple[int, int]:
     return begin, begin + len(text[span[0] : span[1]].encode())
 
 
-def fast_encoder(backend: Any, file: Path, as_text: Collection[str]) -> Encoder:
+def fast_encoder(backend: Any, content: bytes, as_text: Collection[str]) -> Encoder:
     """Return a gigatoken encoder if gigatoken supports the tokenizer and the tokenizer has no normalizer.
 
     For every other tokenizer, return the encoder of the tokenizer itself.
 
     Args:
         backend: the tokenizer, as `tokenizers.Tokenizer`.
-        file: its tokenizer.json.
+        content: its tokenizer.json.
         as_text: the added tokens that stay text in a text.
     """
     import gigatoken
@@ -206,7 +205,7 @@ def fast_encoder(backend: Any, file: Path, as_text: Collection[str]) -> Encoder:
         return tokenizer_encoder  # spans are counted in the bytes of the text before normalization
     try:
         with no_collection():
-            settings = orjson.loads(file.read_bytes())
+            settings = orjson.loads(content)
             others = [token for token in settings["added_tokens"] if token["content"] not in as_text]
             settings.update(added_tokens=others, post_processor=None)
             encoder = gigatoken.Tokenizer.from_json(orjson.dumps(settings))

@@ -77,11 +77,12 @@ class Model(BaseModel):
             raise ValueError(f"'{sorted(own)[0]}' is not allowed here: Retune decides it")
         return variables
 
-    missing_special_tokens: Literal["refuse", "split"] = Field(
+    missing_special_tokens: Literal["refuse", "split", "add"] = Field(
         "refuse",
         description="Action if the chat template writes special tokens that the base's vocabulary does not have. "
         "`refuse`: the run fails. `split`: they are encoded as ordinary tokens, with a warning in log, report and "
-        "model card.",
+        "model card. `add`: they become new tokens, whose embeddings are trained and published with the adapter; so "
+        "are those of special tokens that the base has never been trained on.",
     )
     special_tokens_in_text: Literal["literal", "parse"] = Field(
         "literal",
