@@ -82,9 +82,7 @@ def _reply(source: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        rendered = render_jinja_template(
-            chat_template=source, **{"strftime_now": RENDERING_DATE.strftime, **arguments}
-        )
+        rendered = render_jinja_template(chat_template=source, **{"strftime_now": RENDERING_DATE.strftime, **arguments})
         return {"text": rendered[0][0]}
     except TemplateSyntaxError as error:
         return {"line": error.lineno, "problem": _problem(error)}

@@ -235,7 +235,7 @@ def predict_peak(config: dict[str, Any], recipe: Recipe, plan: Plan, tokens: int
 
 
 def trains_head(recipe: Recipe, new_tokens: Collection[int] = ()) -> bool:
-    """Return whether the layer that makes the logits is trained: by an adapter, as a whole, or its rows of new tokens."""
+    """Return whether the layer that makes the logits is trained: by an adapter, whole, or its rows of new tokens."""
     in_head = "lm_head" in (*recipe.target_modules, *recipe.modules_to_save) or bool(new_tokens)
     return in_head and not recipe.full_finetuning
 

@@ -31,7 +31,9 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
         BadData: the loss is not finite, or far too high.
     """
     recipe = job.recipe
-    plan = make_plan(recipe, job.micro_batch, job.new_tokens)  # imports unsloth, if the plan uses it, before transformers
+    plan = make_plan(
+        recipe, job.micro_batch, job.new_tokens
+    )  # imports unsloth, if the plan uses it, before transformers
     import torch
     from transformers import AutoTokenizer, set_seed
 

@@ -60,9 +60,7 @@ class Model(BaseModel):
     @classmethod
     def _is_template(cls, template: str) -> str:
         if not (
-            template in (*SHIPPED_TEMPLATES, TOKENIZER)
-            or re.fullmatch(TEMPLATE_FILE, template)
-            or is_inline(template)
+            template in (*SHIPPED_TEMPLATES, TOKENIZER) or re.fullmatch(TEMPLATE_FILE, template) or is_inline(template)
         ):
             raise ValueError(
                 f"not a chat template: use {', '.join(SHIPPED_TEMPLATES)}, {TOKENIZER}, a path to a .jinja file, or "

@@ -22,20 +22,30 @@ from include.engine.checkpoints import newest_checkpoint
 from include.engine.device_plan import Device
 from include.engine.model import load_base, variants
 from include.engine.new_tokens import make_room
-from include.errors import ProcessLost
+from include.errors import BadRecipe, ProcessLost
 from include.recipe import validate_recipe
 from tests.services.engine import log_of, strike
 from tests.services.older_packages import load_with_older_packages
 
 CPU = Device(device="cpu", device_name="", dtype="float32")
 ADD = {"chat_template": "chatml", "missing_special_tokens": "add"}
+OWN = """<|im_start|>system
+Be {{ mood }}.<|im_end|>
+{% for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
 NEW = {"<|im_end|>": 512, "<|im_start|>": 513}
 
 
-def test_added_tokens_are_trained_published_and_merged_and_load_as_the_card_says(
-    tiny_base: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+def test_added_tokens_of_an_own_template_are_trained_published_and_merged_and_load_as_the_card_says(
+    tiny_base: Path, tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
 ) -> None:
-    lineage = pipeline(small_recipe(**ADD, merged_16bit=True, max_steps=20))
+    own, mood = tmp_path / "own.jinja", {"mood": "brief"}
+    own.write_text(OWN)
+    fields = {**ADD, "chat_template": str(own), "chat_template_kwargs": mood}
+    lineage = pipeline(small_recipe(**fields, merged_16bit=True, max_steps=20))
     prepared, published = artifact(lineage, "template"), artifact(lineage, "publish").metadata
     assert prepared.metadata.new_special_tokens == NEW
     assert prepared.metadata.missing_special_tokens == prepared.metadata.untrained_special_tokens == []
@@ -48,9 +58,11 @@ def test_added_tokens_are_trained_published_and_merged_and_load_as_the_card_says
     assert weights[name].shape == (2, 64) and not torch.equal(*weights[name]), "two rows, and not the embeddings"
 
     # as a user loads it: transformers and PEFT alone
+    assert (folder / "chat_template.jinja").read_bytes() == own.read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "What is 2 plus 3?"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", **mood)["input_ids"]
+    assert "Be brief." in tokenizer.decode(ids[0])
     assert ids[0, 0] == tokenizer.convert_tokens_to_ids("<|im_start|>") == 513
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype="float32")
     base.resize_token_embeddings(len(tokenizer))
@@ -63,6 +75,7 @@ def test_added_tokens_are_trained_published_and_merged_and_load_as_the_card_says
     assert torch.equal(loaded, trained["adapter"]) and torch.equal(automatic, loaded)
     assert not torch.equal(trained["base"], loaded)
     card = (folder / "README.md").read_text("utf-8")
+    assert "| template | chat_template.jinja with `mood=brief` (set them when you serve it, too)" in card
     assert "new special tokens `<|im_end|>`, `<|im_start|>`" in card and "AutoPeftModelForCausalLM" in card
 
     answered = [*messages, {"role": "assistant", "content": "It is 5."}]
@@ -107,7 +120,9 @@ def test_a_killed_training_of_new_tokens_resumes_and_trains_their_rows_in_embedd
         supervise.run(job("killed"), tmp_path / "killed", ignore)
     killer.join()
     checkpoint = newest_checkpoint(tmp_path / "killed" / "checkpoints")
-    assert checkpoint and not [name for name in load_file(checkpoint / "adapter_model.safetensors") if "base_" in name[11:]]
+    assert checkpoint and not [
+        name for name in load_file(checkpoint / "adapter_model.safetensors") if "base_" in name[11:]
+    ]
     assert supervise.run(job("killed"), tmp_path / "killed", ignore).resumed_from
     losses = [[entry["loss"] for entry in log_of(tmp_path / name)] for name in ("straight", "killed")]
     assert losses[0] == losses[1], "bitwise the same losses"
@@ -142,8 +157,6 @@ def test_new_rows_are_the_mean_of_the_others_and_the_others_stay(untied: Path, t
 
 @pytest.mark.parametrize("layers", [{"target_modules": "comprehensive"}, {"modules_to_save": ["lm_head"]}])
 def test_layers_that_are_trained_otherwise_exclude_new_tokens(layers: dict[str, Any]) -> None:
-    from include.errors import BadRecipe
-
     with pytest.raises(BadRecipe, match="missing_special_tokens is add, .*lm_head"):
         validate_recipe({"name": "x", **ADD, **layers}, "x")
     assert validate_recipe({"name": "x", **ADD}, "x")
