@@ -98,7 +98,8 @@ class ChatTokenizer:
 
         counted = Tokenizer.from_str(self.content.decode())
         counted.add_special_tokens(list(tokens))
-        ids = {token: counted.token_to_id(token) for token in tokens}
+        known = counted.get_vocab()
+        ids = {token: known[token] for token in tokens}
         settings = orjson.loads(self.content)
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         settings["added_tokens"] += [{"id": id, "content": token, **flags} for token, id in ids.items()]

@@ -13,7 +13,9 @@ DECIDED_VARIABLES = {
     "continue_final_message", "return_assistant_tokens_mask", "bos_token", "eos_token",
 }  # fmt: skip
 
-SHIPPED_TEMPLATES = ("llama-3.1", "llama-3", "chatml", "alpaca", "vicuna")
+SHIPPED_TEMPLATES = (
+    "llama-3.1", "llama-3", "llama", "chatml", "zephyr", "mistral", "gemma", "phi-3", "alpaca", "vicuna", "vicuna_old",
+)  # fmt: skip
 TOKENIZER = "tokenizer"  # the template of the base's tokenizer
 TEMPLATE_FILE = r"[^\n{}]+\.(jinja2?|j2)"
 JINJA = r"\{\{|\{%"  # only in templates that a recipe has as text

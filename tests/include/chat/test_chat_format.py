@@ -234,7 +234,7 @@ def test_special_tokens_that_the_vocabulary_lacks_are_refused_or_reported(
 def test_a_base_without_a_template_or_a_tokenizer_is_refused_by_name(
     stories: Path, tmp_path: Path, chat_format: MakeFormat
 ) -> None:
-    with pytest.raises(NotFound, match=r"tests/base has no chat template.*alpaca, chatml, llama-3, llama-3.1, vicuna"):
+    with pytest.raises(NotFound, match=r"tests/base has no chat template.*: alpaca, chatml, gemma, .*, zephyr"):
         chat_format(stories, "tokenizer")
     with pytest.raises(NotFound, match=r"tests/base has no tokenizer\.json"):
         chat_format(tmp_path)
