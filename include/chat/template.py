@@ -164,7 +164,7 @@ class ChatTemplate:
         found: set[str] = set()
         try:
             tree = environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.source))
-        except TemplateError:  # told by the first rendering
+        except (TemplateError, RecursionError):  # told by the first rendering
             return ()
         for compare in tree.find_all(nodes.Compare):
             if any(operand.op in ("in", "notin") for operand in compare.ops) and isinstance(compare.expr, nodes.Const):

@@ -14,7 +14,7 @@ import orjson
 from include.errors import NotFound
 
 # how the model families of the shipped templates write special tokens: finds those that a vocabulary lacks
-LIKE_CONTROL_TOKEN = r"<\|[^|<>\s]+\|>|</?s>"
+LIKE_CONTROL_TOKEN = r"<\|[^|<>\s]+\|>|</?s>|<(?:start|end)_of_turn>"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # what transformers writes into tokenizer_config.json about the machine and the class that wrote it
 ABOUT_THE_WRITER = ("auto_map", "backend", "is_local", "local_files_only", "name_or_path", "tokenizer_file")

@@ -246,7 +246,7 @@ def _trains_outside_layers(recipe: Recipe) -> bool:
     return bool({"embed_tokens", "lm_head"} & set(recipe.target_modules) or recipe.modules_to_save)
 
 
-def _gpu_engine(recipe: Recipe, fast_packing: bool, new_tokens: bool) -> tuple[str, list[str]]:
+def _gpu_engine(recipe: Recipe, fast_packing: bool, new_tokens: bool = False) -> tuple[str, list[str]]:
     """Return the engine, and a note if it is not Unsloth although the recipe leaves the choice.
 
     Packed rows are trained by transformers with Liger's kernels and `include.engine.attention`: 28,900 tokens/s in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,15 @@ def test_embeddings_and_head_are_trained_by_transformers_and_their_memory_counts
     config, plan = json.loads((base / "config.json").read_text()), gpu_plan(micro_batch=2, accumulation=4)
     more = predict_peak(config, recipe, plan, 4096) - predict_peak(config, plain, plan, 4096)
     assert (more > 2**30) is head, "the logits of all tokens"
+
+
+def test_new_tokens_are_trained_by_transformers_and_the_head_counts_as_trained(base: Path) -> None:
+    recipe = validate_recipe({"name": "x", "engine": "unsloth"}, "x")
+    engine, notes = _gpu_engine(recipe, True, new_tokens=True)
+    assert engine == "transformers" and "new tokens, whose rows unsloth does not train" in notes[0]
+    assert trains_head(recipe, [512]) and not trains_head(recipe)
+    whole = recipe.model_copy(update={"full_finetuning": True})
+    assert not trains_head(whole, [512]), "TRL's own loss then reads the weights that are trained"
+    config, plan = json.loads((base / "config.json").read_text()), gpu_plan(micro_batch=2, accumulation=4)
+    more = predict_peak(config, recipe, replace(plan, new_tokens=[512]), 4096)
+    assert more - predict_peak(config, recipe, plan, 4096) > 2**30, "the logits of all tokens"

@@ -24,6 +24,7 @@ from include.engine.model import load_base, variants
 from include.engine.new_tokens import make_room
 from include.errors import BadRecipe, ProcessLost
 from include.recipe import validate_recipe
+from include.reporting.model_card import model_card
 from tests.services.engine import log_of, strike
 from tests.services.older_packages import load_with_older_packages
 
@@ -79,6 +80,15 @@ def test_added_tokens_of_an_own_template_are_trained_published_and_merged_and_lo
     assert "new special tokens `<|im_end|>`, `<|im_start|>`" in card and "AutoPeftModelForCausalLM" in card
 
     answered = [*messages, {"role": "assistant", "content": "It is 5."}]
+    manifest = orjson.loads((folder / "manifest.json").read_bytes())
+    manifest["base"]["name"] = "owner/base"
+    on_hub = model_card(manifest, "abc")
+    assert "base.resize_token_embeddings(len(tokenizer))" in on_hub and "FastLanguageModel" not in on_hub
+    assert on_hub.index("resize_token_embeddings") < on_hub.index("PeftModel.from_pretrained")
+    manifest["tokens"]["new_special_tokens"] = {}
+    plain = model_card(manifest, "abc")
+    assert "resize_token_embeddings" not in plain and "FastLanguageModel" in plain and "new special" not in plain
+
     job = {"model": str(tiny_base), "adapter": str(folder), "tokenizer": str(folder), "ids": ids[0].tolist()}
     (older,) = load_with_older_packages([{**job, "messages": answered, "text": "It is 5."}])
     assert older["versions"]["peft"].startswith("0.15")

@@ -25,7 +25,7 @@ from include.recipe.schema import SECTIONS
         ({"r": 0}, "field 'r': input should be greater than or equal to 1, got 0"),
         ({"lora_dropout": 1.0}, "field 'lora_dropout': input should be less than 1"),
         ({"learning_rate": float("nan")}, "field 'learning_rate'"),
-        ({"chat_template": "lama"}, "field 'chat_template': not a chat template: use llama-3.1, llama-3, chatml, "),
+        ({"chat_template": "lama"}, "field 'chat_template': not a chat template: use llama-3.1, llama-3, "),
         ({"chat_template": "own.txt"}, "a path to a .jinja file, or Jinja text, got 'own.txt'"),
         ({"chat_template": "a\nb.jinja"}, "field 'chat_template': not a chat template"),
         ({"chat_template_kwargs": {"tools": []}}, "field 'chat_template_kwargs': 'tools' is not allowed here"),
