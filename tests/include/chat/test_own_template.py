@@ -12,11 +12,13 @@ from transformers import AutoTokenizer
 from include.chat.chat_format import ChatFormat
 from include.chat.own_template import pin_template
 from include.chat.rendering import LARGEST_TEXT, render, render_limited
+from include.chat.tool_calls import call_fault, calls_template
 from include.data.conversation import Conversation
 from include.data.parallel import in_order
 from include.errors import BadData, BadRecipe, NotFound, RetuneError, TooCostly
 from include.paths import PROJECT
 from include.recipe import validate_recipe
+from tests.include.chat import families as f
 from tests.include.chat.conftest import HELLO
 
 OWN = """{% for message in messages %}[{{ message.role }}] {{ message.content }}{{ eos_token }}
@@ -119,3 +121,12 @@ def test_a_refusal_of_the_template_and_its_limits_are_told_apart(base_with: Call
     (folder / "chat_template.jinja").write_text(OWN + "{{ 'x' * 10**(6 * (messages | length)) }}")
     with pytest.raises(TooCostly, match="tokenizer cannot be used"):
         ChatFormat(folder, chat_template="tokenizer").encode([Conversation.of(HELLO)])
+
+
+def test_a_template_that_calls_make_endless_is_not_tried_for_each_row() -> None:
+    source = OWN + "{% for m in messages if m.tool_calls %}{{ m.role * 10**9 }}{% endfor %}{{ tools }}"
+    template = calls_template(source, source, None, {})
+    messages = f.calling("object")
+    assert call_fault(template, Conversation.of(f.PLAIN)) == ""
+    with pytest.raises(TooCostly, match=r"chat_template\.jinja cannot be used: it needs too much memory"):
+        call_fault(template, Conversation.of(messages))

@@ -20,11 +20,12 @@ from include.chat.tokenized import load_rows
 from include.engine import supervise
 from include.engine.checkpoints import newest_checkpoint
 from include.engine.device_plan import Device
-from include.engine.model import load_base, variants
+from include.engine.model import load_base, load_trainable, variants
 from include.engine.new_tokens import make_room
 from include.errors import BadRecipe, ProcessLost
 from include.recipe import validate_recipe
 from include.reporting.model_card import model_card
+from tests.include.engine.test_model import CPU_PLAN
 from tests.services.engine import log_of, strike
 from tests.services.older_packages import load_with_older_packages
 
@@ -44,7 +45,7 @@ def test_added_tokens_of_an_own_template_are_trained_published_and_merged_and_lo
     tiny_base: Path, tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
 ) -> None:
     own, mood = tmp_path / "own.jinja", {"mood": "brief"}
-    own.write_text(OWN)
+    own.write_bytes(OWN.replace("\n", "\r\n").encode())
     fields = {**ADD, "chat_template": str(own), "chat_template_kwargs": mood}
     lineage = pipeline(small_recipe(**fields, merged_16bit=True, max_steps=20))
     prepared, published = artifact(lineage, "template"), artifact(lineage, "publish").metadata
@@ -94,6 +95,7 @@ def test_added_tokens_of_an_own_template_are_trained_published_and_merged_and_lo
     assert older["versions"]["peft"].startswith("0.15")
     assert torch.allclose(torch.tensor(older["logits"]), loaded[0], atol=1e-4)
 
+    assert artifact(lineage, "smoke_test").metadata.failed == []
     assert artifact(lineage, "verify").metadata.largest_difference == 0
     assert artifact(lineage, "verify").metadata.merged.kl < 1e-3
     whole = Path(published.merged.place)
@@ -163,6 +165,14 @@ def test_new_rows_are_the_mean_of_the_others_and_the_others_stay(untied: Path, t
             assert torch.allclose(new.weight[[512, 513]], old.weight[others].mean(0).expand(2, -1), atol=1e-6)
         make_room(before, [])
         assert before.get_input_embeddings().weight.shape[0] == size - (2 if size == 514 else 0)
+
+
+def test_new_rows_are_trained_in_32_bits_also_of_a_base_in_16(tiny_base: Path) -> None:
+    recipe = validate_recipe({"name": "x", "load_in_4bit": False}, "x")
+    model = load_trainable(tiny_base, recipe, replace(CPU_PLAN, dtype="bfloat16", new_tokens=[512, 513]))
+    dtypes = {name.rsplit(".", 2)[1]: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert dtypes["trainable_tokens_delta"] == torch.float32
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("layers", [{"target_modules": "comprehensive"}, {"modules_to_save": ["lm_head"]}])
