@@ -113,9 +113,6 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
         whole, rows = recipe.modules_to_save or None, trainable_rows(model, plan.new_tokens)
         config = LoraConfig(task_type="CAUSAL_LM", modules_to_save=whole, trainable_token_indices=rows, **lora)
         adapted: Any = get_peft_model(model, config)
-        for name, parameter in adapted.named_parameters():
-            if "trainable_tokens_delta" in name:
-                parameter.data = parameter.data.float()  # as PEFT does with an adapter: small updates would be lost
         if rows:  # PEFT would save the enlarged embeddings with each checkpoint
             adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
         return adapted

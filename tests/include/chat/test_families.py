@@ -264,6 +264,8 @@ def test_shipped_templates_write_the_form_of_their_models(name: str, chat_of: Ca
     template, (whole, plain) = chat_of(f"shipped/{name}").template, PROMPTS[name]
     assert template.render(f.turns("One?", "First.", "Two?", system="Be kind."), True) == whole
     assert template.render(f.turns("One?"), True) == plain
+    if name == "gemma":
+        assert template.render(f.turns("One? ", " First.", "\nTwo?", system=" Be kind.\n"), True) == whole
     for wrong in ("critic", "tool"):
         with pytest.raises(BadData, match="does not accept a conversation"):
             template.render([*f.PLAIN, {"role": wrong, "content": "Why?"}])

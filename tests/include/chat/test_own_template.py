@@ -45,6 +45,7 @@ def test_a_path_becomes_the_content_of_its_file_and_text_stays(tmp_path: Path, m
     [
         (None, NotFound, r"field 'chat_template': the file .*own\.jinja cannot be read \(No such file or directory\)"),
         (b"\x89PNG\r\n\x1a\n\0\0", BadRecipe, r"own\.jinja is not a text file \(UTF-8\)"),
+        (b"\xff\xfe{{ messages }}", BadRecipe, r"own\.jinja is not a text file"),
         (b"{{ messages }}\0", BadRecipe, r"own\.jinja is not a text file"),
         (b"", BadRecipe, r"own\.jinja is not a chat template: it does not read the variable messages"),
         (b"{{ message }}", BadRecipe, "does not read the variable messages"),
@@ -109,7 +110,9 @@ def test_templates_render_as_transformers_renders_them_also_in_forked_processes(
     ):
         assert chat.template.source == OWN
         assert chat.template.render(HELLO) == expected
-        assert list(in_order(lambda _, chat=chat: chat.template.render(HELLO), [1, 2, 3])) == [expected] * 3
+        parts = [[{"role": "user", "content": "x" * (1000 * part)}] for part in range(64)]
+        found = in_order(lambda part, chat=chat: {chat.template.render(part) for _ in range(20)}, parts)
+        assert [len(texts) for texts in found] == [1] * 64, "each process gets the answers to its own questions"
         assert chat.template.render(HELLO) == expected, "and in this process after the fork"
 
 
@@ -118,8 +121,8 @@ def test_a_refusal_of_the_template_and_its_limits_are_told_apart(base_with: Call
     chat = ChatFormat(folder, chat_template="tokenizer")
     with pytest.raises(BadData, match=r"tokenizer does not accept .* roles user, assistant, user.*at most two turns"):
         chat.template.render([*HELLO, HELLO[0]])
-    (folder / "chat_template.jinja").write_text(OWN + "{{ 'x' * 10**(6 * (messages | length)) }}")
-    with pytest.raises(TooCostly, match="tokenizer cannot be used"):
+    (folder / "chat_template.jinja").write_text(OWN + "{{ 'x' * (10**6 * (messages | length)) }}")
+    with pytest.raises(TooCostly, match="tokenizer cannot be used: it writes 2,000,0"):
         ChatFormat(folder, chat_template="tokenizer").encode([Conversation.of(HELLO)])
 
 
