@@ -38,6 +38,10 @@ class UndeclaredField(PermanentError):
     """A stage reads a recipe field that it does not declare, so that its fingerprint would not cover the field."""
 
 
+class TooCostly(PermanentError):
+    """A chat template needs too much time or memory, or writes too much."""
+
+
 class BadData(PermanentError):
     """The dataset cannot be used for training."""
 

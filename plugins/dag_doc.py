@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from include.data.sources import dataset_label
 from include.recipe import Recipe, eval_ref
+from include.recipe.model import template_name
 from include.registry import registry_uri
 
 _APPROVAL = {
@@ -23,6 +24,7 @@ def dag_doc(recipe: Recipe) -> str:
     evaluated = f"{recipe.holdout_share:.0%} held out"
     if found := eval_ref(recipe):
         evaluated = f"evaluated on `{dataset_label(found.name)}`" + (f" ({found.split})" if found.has_splits else "")
+    template = template_name(recipe.chat_template)
     return f"""### {recipe.name}
 
 {recipe.description}
@@ -30,7 +32,7 @@ def dag_doc(recipe: Recipe) -> str:
 | | |
 |---|---|
 | data | `{dataset_label(recipe.dataset)}`, {evaluated}, at most {recipe.max_refused_share:.0%} refused |
-| base | `{recipe.base_model}`, template {recipe.chat_template}, at most {recipe.max_seq_length:,} tokens |
+| base | `{recipe.base_model}`, template {template}, at most {recipe.max_seq_length:,} tokens |
 | adapter | {trained} |
 | training | {recipe.method}, {length} of {recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}, \
 lr {recipe.learning_rate:g} |{_sweep(recipe)}

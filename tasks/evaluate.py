@@ -67,6 +67,7 @@ def evaluate(
         rows=[arrow],
         max_rows=count + len(shuffled),
         adapters=adapters,
+        new_tokens=list(template.metadata.new_special_tokens.values()),
     )
     measured = supervise.run(job, context.out, context.progress)
     arrow.unlink()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from include.base_model import fetch_config, pin_base
+from include.chat.own_template import pin_template
 from include.data.sources import absolute_dataset, absolute_source, pin_dataset, short_name
 from include.engine.arguments import check_arguments
 from include.engine.compatibility import check_base
@@ -44,12 +45,14 @@ def resolve(
         UpToDate: a run of the same recipe on the same data and base was published or refused.
         Conflict: the dataset is a file that has changed since the revision that started the run.
         BadRecipe: a field is unknown, of the wrong type or out of range, or does not fit the base; it is named.
+        TooCostly: see `pin_template`.
         NotFound, NoPermission, Unreachable: the dataset or the base model does not exist or cannot be read.
         NoPermission: the store or the registry cannot be written.
     """
     store, name = Store(), Path(recipe_file).stem
     with recorded(store, name, run_id, "resolve") as record:
         recipe = load_recipe(find_recipe(recipe_file), values)
+        template = pin_template(recipe)
         check_arguments(recipe)
         longest_try(recipe)  # refuses stages in timeout_hours that do not exist
         dataset, base = pin_dataset(dataset_ref(recipe), revision), pin_base(recipe)
@@ -61,6 +64,7 @@ def resolve(
                 **evaluation,
                 "base_model": absolute_source(recipe.base_model),
                 "base_revision": base,
+                "chat_template": template,
                 "registry": registry_uri(recipe.name, recipe.registry),
             }
         )

@@ -46,6 +46,7 @@ def smoke_test(
         prompts=[chat.prompt(messages(prompt)) for prompt in recipe.prompts],
         stop=stop,
         pad=chat.id_of("pad_token"),
+        new_tokens=list(template.metadata.new_special_tokens.values()),
     )
     generated = supervise.run(job, context.out, context.progress)
     answers: list[dict[str, Any]] = []
@@ -65,10 +66,10 @@ def smoke_test(
         )
     (context.out / SmokeTestOutput.ANSWERS).write_bytes(to_json(answers))
     failed = _failed(answers, recipe.required_checks)
-    if (train.local() / TrainOutput.ADAPTER / TEMPLATE).read_text("utf-8") != chat.template.source:
+    if (train.local() / TrainOutput.ADAPTER / TEMPLATE).read_bytes() != chat.template.source.encode():
         failed.append(
             f"wrong template: the adapter was trained with another chat template than the current "
-            f"{recipe.chat_template}, with which it was tested"
+            f"{chat.template.name}, with which it was tested"
         )
     passed = sum(not any(name in answer["failures"] for name in recipe.required_checks) for answer in answers)
     summary = f"{passed} of {len(answers)} answers pass the required checks"

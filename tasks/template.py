@@ -45,13 +45,23 @@ def verify_sample(context: ShardedContext, standardize: Output[StandardizeOutput
             f"WARNING: {', '.join(chat.missing)} are not in the base's vocabulary and become ordinary tokens"
         )
     folder = fetch_base(recipe, context.store, tokenizer_only=True)
-    limits = base_limits(folder)
-    _check_embeddings(max(chat.written_tokens.values(), default=0), limits.embeddings, recipe)
-    untrained = untrained_tokens(recipe, folder, chat.written_tokens)
+    limits, new_tokens = base_limits(folder), {**chat.new_tokens}
+    written = {token: id for token, id in chat.written_tokens.items() if token not in new_tokens}
+    if recipe.missing_special_tokens == "add" and limits.embeddings:
+        new_tokens |= {token: id for token, id in written.items() if id >= limits.embeddings}
+        written = {token: id for token, id in written.items() if token not in new_tokens}
+    _check_embeddings(max(written.values(), default=0), limits.embeddings, recipe)
+    untrained = untrained_tokens(recipe, folder, written)
+    if recipe.missing_special_tokens == "add":
+        new_tokens |= {token: written[token] for token in untrained}
+        untrained = []
+    if new_tokens:
+        context.progress(f"the embeddings of {', '.join(new_tokens)} are trained, too")
     if untrained:
         context.progress(
             f"WARNING: {recipe.base_model} was never trained on {', '.join(untrained)}: all their embeddings are zero "
-            "or equal, and an adapter does not change them. Choose another chat_template, or train the embeddings, too"
+            "or equal, and an adapter does not change them. Set missing_special_tokens: add to train them, or choose "
+            "another chat_template"
         )
     if limits.positions and recipe.max_seq_length > limits.positions:
         context.progress(
@@ -68,8 +78,9 @@ def verify_sample(context: ShardedContext, standardize: Output[StandardizeOutput
     context.progress(f"encoding by {chat.encoder.name}; {verified} rows verified against the tokenizer's own ids")
     return {
         "verified_rows": verified, "encoder": chat.encoder.name,
-        "missing_special_tokens": chat.missing, "untrained_special_tokens": untrained,
-        "base_embeddings": limits.embeddings, "base_positions": limits.positions, "stop_tokens": chat.stop_tokens,
+        "missing_special_tokens": chat.missing, "untrained_special_tokens": untrained, "new_special_tokens": new_tokens,
+        "base_embeddings": limits.embeddings and max(limits.embeddings, *(id + 1 for id in new_tokens.values()), 0),
+         "base_positions": limits.positions, "stop_tokens": chat.stop_tokens,
         "template_sha256": hashlib.sha256(chat.template.source.encode()).hexdigest(),
     }  # fmt: skip
 
@@ -96,7 +107,7 @@ def encode(context: ShardedContext, names: list[str], standardize: Output[Standa
 
 
 @sharded(
-    version=9,
+    version=10,
     recipe_fields=(
         "method", "base_model", "base_revision", "chat_template", "chat_template_kwargs", "missing_special_tokens",
         "special_tokens_in_text",

@@ -30,7 +30,7 @@ RESUME_FILES = (TRAINING_LOG, OOM_EVENTS)  # needed to resume a training, beside
 
 
 @stage(
-    version=5,
+    version=6,
     recipe_fields=(
         "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length", "max_holdout_rows",
         *Lora.model_fields, *(field for field in Training.model_fields if field not in ("hang_timeout", "sweep")),
@@ -68,6 +68,7 @@ def train(context: StageContext, template: Output[TemplateOutput]) -> Result[Tra
         holdout=template.files(TemplateOutput.HOLDOUT),
         out=context.out,
         run_name=recipe.name,
+        new_tokens=list(template.metadata.new_special_tokens.values()),
     )
     output = _train_with_what_fits(context, job)
     resumed = f", resumed from {output.resumed_from}" if output.resumed_from else ""

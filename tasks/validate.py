@@ -23,15 +23,16 @@ from include.errors import BadData
 from include.pipeline.contracts import DownloadOutput, ValidateOutput
 from include.pipeline.stage import Output, Result, StageContext, stage
 from include.recipe import Recipe
+from include.recipe.model import SHIPPED_TEMPLATES
 
 SHOWN_UNUSED, KEPT_UNUSED = 10, 100  # names of columns and keys in the log, and in the metadata
 
 
 def _template(context: StageContext) -> ChatTemplate:
-    """Return the chat template, without the tokenizer; it is used only to see what it can write."""
+    """Return the chat template, a shipped one without the tokenizer; it is used only to see what it can write."""
     recipe = context.recipe
-    own = recipe.chat_template == "tokenizer"
-    folder = fetch_base(recipe, context.store, tokenizer_only=True) if own else None
+    shipped = recipe.chat_template in SHIPPED_TEMPLATES
+    folder = None if shipped else fetch_base(recipe, context.store, tokenizer_only=True)
     source = template_source(folder or Path(), recipe.chat_template, recipe.base_model)
     return calls_template(recipe.chat_template, source, folder, recipe.chat_template_kwargs)
 

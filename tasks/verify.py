@@ -68,7 +68,10 @@ def verify(
     chat = ChatFormat.from_recipe(template.local(TemplateOutput.TOKENIZER) / TemplateOutput.TOKENIZER, recipe)
     base, prompts = fetch_base(recipe, context.store), [chat.prompt(messages(prompt)) for prompt in recipe.prompts]
     tested = train.local() / TrainOutput.ADAPTER
-    logits = LogitsJob(recipe=recipe, base=base, tested=tested, published=folder, prompts=prompts)
+    new_tokens = list(template.metadata.new_special_tokens.values())
+    logits = LogitsJob(
+        recipe=recipe, base=base, tested=tested, published=folder, prompts=prompts, new_tokens=new_tokens
+    )
     compared = supervise.run(logits, context.out, context.progress)
     if compared.largest_difference > TOLERANCE or not compared.same_tokens:
         raise PermanentError(

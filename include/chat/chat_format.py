@@ -19,6 +19,7 @@ from include.chat.tokenized import Encoded
 from include.chat.tokenizer import ChatTokenizer
 from include.data.conversation import Conversation, Message
 from include.errors import BadData, BadRecipe
+from include.recipe.model import template_name
 
 # a conversation in which the assistant calls a tool
 CALL = '[{"id": "call00000", "type": "function", "function": {"name": "look_up", "arguments": {"word": "kite"}}}]'
@@ -46,9 +47,9 @@ class ChatFormat:
 
     Args:
         folder: the folder with the tokenizer's files.
-        chat_template: the name of a shipped template, or "tokenizer" for the tokenizer's own.
+        chat_template: the name of a shipped template, jinja text, or "tokenizer" for the tokenizer's own.
         missing_special_tokens: for special tokens that the template writes and the vocabulary does not have: "refuse"
-            the template, or "split" the tokens into ordinary ones.
+            the template, "split" the tokens into ordinary ones, or "add" them to the vocabulary.
         special_tokens_in_text: for special tokens in a turn's content: "literal" text, or "parse" them into their ids.
         chat_template_kwargs: values for variables of the template, such as `enable_thinking`.
         base_name: the base model's name in messages.
@@ -56,6 +57,7 @@ class ChatFormat:
     Attributes:
         tokenizer, template: the two.
         missing: the special tokens that the template writes and the vocabulary does not have.
+        new_tokens: the ids of those that were added, by their texts.
 
     Raises:
         NotFound: the folder has no tokenizer.json, or `chat_template` is "tokenizer" and the tokenizer has none.
@@ -75,21 +77,25 @@ class ChatFormat:
     ):
         self.tokenizer = tokenizer = ChatTokenizer(folder, base_name)
         source = template_source(folder, chat_template, base_name)
-        self.template = ChatTemplate(
-            chat_template, source, tokenizer.named_tokens, tokenizer.added, dict(chat_template_kwargs or {})
-        )
+        name = template_name(chat_template)
+        variables = dict(chat_template_kwargs or {})
+        self.template = ChatTemplate(name, source, tokenizer.named_tokens, tokenizer.added, variables)
+        self.new_tokens: dict[str, int] = {}
+        if self.template.missing and missing_special_tokens == "add":
+            self.new_tokens = tokenizer.add(self.template.missing)
+            self.template = ChatTemplate(name, source, tokenizer.named_tokens, tokenizer.added, variables)
         self.missing = self.template.missing
         if self.missing and missing_special_tokens == "refuse":
             raise BadRecipe(
-                f"field 'chat_template': {chat_template} writes {', '.join(self.missing)}, which the vocabulary of "
+                f"field 'chat_template': {name} writes {', '.join(self.missing)}, which the vocabulary of "
                 f"{base_name} lacks",
-                "Choose a template made for this base (vicuna and alpaca need only its end-of-text token), or accept "
-                "ordinary tokens in their place with missing_special_tokens: split",
+                "Choose a template made for this base (vicuna and alpaca need only its end-of-text token), or set "
+                "missing_special_tokens: add (new tokens are trained) or split (ordinary tokens in their place)",
             )
         tokenizer.keep_as_text(self.template.control_tokens)
         self._conversations = ConversationEncoder(
             self.template,
-            fast_encoder(tokenizer.backend, tokenizer.file, self.template.control_tokens),
+            fast_encoder(tokenizer.backend, tokenizer.content, self.template.control_tokens),
             parsed_tokens=tokenizer.added.ids if special_tokens_in_text == "parse" else {},
         )
 

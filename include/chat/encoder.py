@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -194,14 +193,14 @@ def _byte_span(text: str, span: tuple[int, int]) -> tuple[int, int]:
     return begin, begin + len(text[span[0] : span[1]].encode())
 
 
-def fast_encoder(backend: Any, file: Path, as_text: Collection[str]) -> Encoder:
+def fast_encoder(backend: Any, content: bytes, as_text: Collection[str]) -> Encoder:
     """Return a gigatoken encoder if gigatoken supports the tokenizer, and it normalizes no text or into normal form C.
 
     For every other tokenizer, return the encoder of the tokenizer itself.
 
     Args:
         backend: the tokenizer, as `tokenizers.Tokenizer`.
-        file: its tokenizer.json.
+        content: its tokenizer.json.
         as_text: the added tokens that stay text in a text.
     """
     import gigatoken
@@ -210,7 +209,7 @@ def fast_encoder(backend: Any, file: Path, as_text: Collection[str]) -> Encoder:
     tokenizer_encoder = TokenizersEncoder(backend)
     try:
         with no_collection():
-            settings = orjson.loads(file.read_bytes())
+            settings = orjson.loads(content)
             normalizer = settings.pop("normalizer", None)
             if normalizer not in (None, NORMAL_FORM_C, {"type": "Sequence", "normalizers": []}):
                 return tokenizer_encoder

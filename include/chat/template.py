@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import date
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -18,13 +17,14 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from include.chat.rendering import Refused, render, render_limited
 from include.chat.tokenizer import LIKE_CONTROL_TOKEN, AddedTokens, tokenizer_config
 from include.data.conversation import END_THINK, THINK, Conversation, Message
 from include.errors import BadData, BadRecipe, NotFound
 from include.paths import PROJECT
+from include.recipe.model import SHIPPED_TEMPLATES, TOKENIZER, is_inline
 
-SHIPPED_TEMPLATES = PROJECT / "include" / "templates"
-RENDERING_DATE = date(2024, 7, 26)  # for templates that write the date: ids must not depend on the day of the run
+TEMPLATE_FOLDER = PROJECT / "include" / "templates"
 # private-use characters, which no template and no ordinary text contains, around the number of a turn, `c` for its
 # content or `t` for its thoughts, and in `ChatTemplate.write` the number of the change to it
 PLACEHOLDER = re.compile("\ue000(\\d+)([ct])(\\d*)\ue001")
@@ -40,7 +40,6 @@ CONTENT_TRANSFORMS = (*STRIPS, lambda text: json.dumps(text, ensure_ascii=False)
 # under which names templates read thoughts; None: they stand before the content, as text
 THOUGHT_KEYS = (("reasoning_content", "reasoning", "thinking"), ("reasoning_content",), ("thinking",), None)
 TEXT_METHODS = ("split", "startswith", "endswith", "replace")
-REFUSALS = (TypeError, ValueError, KeyError, IndexError, AttributeError)  # of a template, beside its own exceptions
 
 
 class Form(NamedTuple):
@@ -119,24 +118,19 @@ class ChatTemplate:
         Raises:
             BadData: the template does not accept this order of roles.
         """
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
+        arguments = {
+            **self.named_tokens, **self.variables,
+            "conversations": [messages], "tools": orjson.loads(tools) if tools else None,
+            "add_generation_prompt": generation_prompt,
+        }  # fmt: skip
         try:
-            rendered = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.source,
-                tools=orjson.loads(tools) if tools else None,
-                add_generation_prompt=generation_prompt,
-                **{"strftime_now": RENDERING_DATE.strftime, **self.named_tokens, **self.variables},
-            )
-        except (TemplateError, *REFUSALS) as error:
+            return (render if self.name in SHIPPED_TEMPLATES else render_limited)(self.name, self.source, arguments)
+        except Refused as error:
             roles = ", ".join(message["role"] for message in messages)
             raise Unwritten(
                 f"the chat template {self.name} does not accept a conversation with the roles {roles} ({error})",
                 "Choose another chat_template, or correct the rows",
             ) from error
-        return str(rendered[0][0])
 
     @cached_property
     def missing(self) -> list[str]:
@@ -170,7 +164,7 @@ class ChatTemplate:
         found: set[str] = set()
         try:
             tree = environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.source))
-        except TemplateError:  # told by the first rendering
+        except (TemplateError, RecursionError):  # told by the first rendering
             return ()
         for compare in tree.find_all(nodes.Compare):
             if any(operand.op in ("in", "notin") for operand in compare.ops) and isinstance(compare.expr, nodes.Const):
@@ -289,24 +283,25 @@ def template_source(folder: Path, chat_template: str, base_name: str) -> str:
 
     Args:
         folder: the folder with the tokenizer's files; read only for `chat_template="tokenizer"`.
-        chat_template: the name of a shipped template, or "tokenizer" for the tokenizer's own.
+        chat_template: the name of a shipped template, jinja text, or "tokenizer" for the tokenizer's own.
         base_name: the base model's name in messages.
 
     Raises:
         NotFound: the tokenizer has no chat template.
     """
-    if chat_template != "tokenizer":
-        return (SHIPPED_TEMPLATES / f"{chat_template}.jinja").read_text("utf-8")
+    if is_inline(chat_template):
+        return chat_template
+    if chat_template != TOKENIZER:
+        return (TEMPLATE_FOLDER / f"{chat_template}.jinja").read_text("utf-8")
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text("utf-8")
     source = tokenizer_config(folder).get("chat_template")
     if isinstance(source, list):  # several templates, by name
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     if not source:
-        shipped = ", ".join(sorted(file.stem for file in SHIPPED_TEMPLATES.glob("*.jinja")))
         raise NotFound(
             f"field 'chat_template': the tokenizer of {base_name} has no chat template",
-            f"Choose a shipped template: {shipped}",
+            f"Choose a shipped template: {', '.join(sorted(SHIPPED_TEMPLATES))}",
         )
     return str(source)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import orjson
 from include.errors import NotFound
 
 # how the model families of the shipped templates write special tokens: finds those that a vocabulary lacks
-LIKE_CONTROL_TOKEN = r"<\|[^|<>\s]+\|>|</?s>"
+LIKE_CONTROL_TOKEN = r"<\|[^|<>\s]+\|>|</?s>|<(?:start|end)_of_turn>"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # what transformers writes into tokenizer_config.json about the machine and the class that wrote it
 ABOUT_THE_WRITER = ("auto_map", "backend", "is_local", "local_files_only", "name_or_path", "tokenizer_file")
@@ -69,20 +69,43 @@ class ChatTokenizer:
         from tokenizers import Tokenizer
 
         self.folder, self.file = folder, folder / "tokenizer.json"
+        self._content: bytes | None = None  # with tokens that the file lacks
         if not self.file.is_file():
             raise NotFound(
                 f"field 'base_model': {base_name} has no tokenizer.json",
                 "Choose a base model with a tokenizer.json file",
             )
-        self.backend = Tokenizer.from_file(str(self.file))
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        self.added = AddedTokens.of(self.backend)
+        self._load(Tokenizer.from_file(str(self.file)))
         self.named_tokens = named_tokens(folder)
         if self.id_of("pad_token") is None:
             reserved = next((token for token in self.added.ids if "finetune_right_pad" in token), None)
             self.named_tokens["pad_token"] = reserved or self.named_tokens["eos_token"]
+
+    def _load(self, backend: Any) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend, self.added = backend, AddedTokens.of(backend)
         self.backend.encode_special_tokens = True  # True: special tokens in a text are encoded as ordinary text
+
+    @property
+    def content(self) -> bytes:
+        """Return the content of `tokenizer.json`, with the tokens that `add` has added."""
+        return self._content or self.file.read_bytes()
+
+    def add(self, tokens: Sequence[str]) -> dict[str, int]:
+        """Add special tokens to the vocabulary, behind all others; return their ids by their texts."""
+        from tokenizers import Tokenizer
+
+        counted = Tokenizer.from_str(self.content.decode())
+        counted.add_special_tokens(list(tokens))
+        known = counted.get_vocab()
+        ids = {token: known[token] for token in tokens}
+        settings = orjson.loads(self.content)
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        settings["added_tokens"] += [{"id": id, "content": token, **flags} for token, id in ids.items()]
+        self._content = orjson.dumps(settings)
+        self._load(Tokenizer.from_str(self._content.decode()))
+        return ids
 
     @property
     def keeps_text(self) -> bool:
@@ -135,7 +158,7 @@ class ChatTokenizer:
             template_source: the jinja source of the chat template.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_bytes(self.file.read_bytes())
+        (folder / "tokenizer.json").write_bytes(self.content)
         (folder / "chat_template.jinja").write_text(template_source, encoding="utf-8")
         dropped = ("chat_template", *ABOUT_THE_WRITER, *NAMED_TOKENS)
         config = {name: value for name, value in tokenizer_config(self.folder).items() if name not in dropped}

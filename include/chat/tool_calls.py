@@ -13,7 +13,8 @@ from include.chat.sequences import sequences
 from include.chat.template import ChatTemplate, Form
 from include.chat.tokenizer import LIKE_CONTROL_TOKEN, AddedTokens, ChatTokenizer
 from include.data.conversation import Conversation
-from include.errors import RetuneError
+from include.errors import RetuneError, TooCostly
+from include.recipe.model import template_name
 
 NAMED_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}  # of a shipped template: the check needs no base's own ones
 
@@ -22,9 +23,11 @@ def calls_template(name: str, source: str, folder: Path | None, variables: Mappi
     """Return a chat template for `call_fault`.
 
     Args:
+        name: the recipe's `chat_template`.
         folder: the folder with the tokenizer's files, or None for a shipped template.
         variables: the recipe's `chat_template_kwargs`.
     """
+    name = template_name(name)
     if folder is None:
         return ChatTemplate(name, source, NAMED_TOKENS, AddedTokens(), variables)
     tokenizer = ChatTokenizer(folder, name)
@@ -51,6 +54,8 @@ def call_fault(template: ChatTemplate, conversation: Conversation) -> str:
             return f"turn {turn + 1}: the tool call contains {found}, which would become a special token"
     try:
         sequences(template, Form.of(conversation), [turn for turn, _ in conversation.calls])
+    except TooCostly:  # each row would cost as much
+        raise
     except RetuneError as error:
         return error.what
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Plan(Device):
         liger: whether Liger's kernels replace those of transformers.
         attention: how transformers computes it; `varlen` is `include.engine.attention`.
         shrunk: whether the micro-batch is the largest that may be tried, after a larger one did not fit.
+        new_tokens: ids of tokens whose embeddings are trained beside the adapter.
         predicted_bytes: device memory at the peak; 0 on a CPU, and where it is not known.
         notes: where the plan differs from the recipe, and why; for people.
     """
@@ -67,6 +69,7 @@ class Plan(Device):
     processes: int = 1
     liger: bool = False
     attention: str = "sdpa"
+    new_tokens: list[int] = field(default_factory=list)
     predicted_bytes: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -86,12 +89,13 @@ def find_device() -> Device:
     return Device(device="cuda", device_name=torch.cuda.get_device_name(), dtype=dtype)
 
 
-def make_plan(recipe: Recipe, base: Path, micro_batch: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, base: Path, micro_batch: int | None = None, new_tokens: Collection[int] = ()) -> Plan:
     """Choose engine, precision and optimizer of a training on this process's device.
 
     Args:
         base: the base model's folder.
         micro_batch: the largest one that may be tried, after a larger one did not fit into memory.
+        new_tokens: ids of tokens whose embeddings are trained.
 
     Raises:
         BadRecipe: this machine lacks something that the recipe asks for: a GPU or the package for Unsloth, a GPU for
@@ -124,6 +128,7 @@ def make_plan(recipe: Recipe, base: Path, micro_batch: int | None = None) -> Pla
         accumulation=share // micro,
         shrunk=bool(micro_batch),
         processes=WORLD_SIZE,
+        new_tokens=list(new_tokens),
     )
     if not gpu:
         if plan.optim not in ("adamw_torch", "adafactor"):
@@ -133,12 +138,12 @@ def make_plan(recipe: Recipe, base: Path, micro_batch: int | None = None) -> Pla
     bf16 = plan.dtype == "bfloat16"
     liger = importlib.util.find_spec("liger_kernel") is not None
     architecture = orjson.loads((base / "config.json").read_bytes()).get("model_type")
-    plan.engine, plan.notes = _gpu_engine(recipe, architecture, liger and bf16)
+    plan.engine, plan.notes = _gpu_engine(recipe, architecture, liger and bf16, bool(new_tokens))
     if plan.engine == "unsloth":
         plan.gradient_checkpointing = "unsloth"
     else:
         # for DPO, TRL computes another way with it; it reads the head's own weights, without its adapter
-        plan.liger = liger and recipe.method == "sft" and not trains_head(recipe)
+        plan.liger = liger and recipe.method == "sft" and not trains_head(recipe, new_tokens)
         if bf16 and recipe.packing and importlib.util.find_spec("torch.nn.attention.varlen"):
             plan.attention = "varlen"
     return plan
@@ -251,13 +256,15 @@ def predict_peak(model: Any, recipe: Recipe, plan: Plan, tokens: int) -> int:
     else:
         activations = tokens * in_layer * overhead + (0 if plan.engine == "unsloth" else tokens * layers * hidden * 2)
     # without a loss in chunks: logits in 16 and 32 bits and their gradient; with a trained head a gradient in both
-    logits = tokens * vocabulary * (12 if trains_head(recipe) else 8 if hasattr(config, "logits_scaling") else 0)
+    head_bytes = 12 if trains_head(recipe, plan.new_tokens) else 8 if hasattr(config, "logits_scaling") else 0
+    logits = tokens * vocabulary * head_bytes
     return int(weights + trained + activations + logits + 2**30 // overhead)
 
 
-def trains_head(recipe: Recipe) -> bool:
-    """Return whether the layer that makes the logits is trained, by an adapter or as a whole."""
-    return "lm_head" in (*recipe.target_modules, *recipe.modules_to_save) and not recipe.full_finetuning
+def trains_head(recipe: Recipe, new_tokens: Collection[int] = ()) -> bool:
+    """Return whether the layer that makes the logits is trained: by an adapter, whole, or its rows of new tokens."""
+    in_head = "lm_head" in (*recipe.target_modules, *recipe.modules_to_save) or bool(new_tokens)
+    return in_head and not recipe.full_finetuning
 
 
 def _trains_outside_layers(recipe: Recipe) -> bool:
@@ -266,7 +273,9 @@ def _trains_outside_layers(recipe: Recipe) -> bool:
     return bool({"embed_tokens", "lm_head"} & set(recipe.target_modules) or recipe.modules_to_save)
 
 
-def _gpu_engine(recipe: Recipe, architecture: str | None, fast_packing: bool) -> tuple[str, list[str]]:
+def _gpu_engine(
+    recipe: Recipe, architecture: str | None, fast_packing: bool, new_tokens: bool = False
+) -> tuple[str, list[str]]:
     """Return the engine, and a note if it is not Unsloth although the recipe leaves the choice.
 
     Raises:
@@ -288,6 +297,7 @@ def _gpu_engine(recipe: Recipe, architecture: str | None, fast_packing: bool) ->
         "full_finetuning": recipe.full_finetuning,
         "several processes": recipe.num_processes > 1,
         "embed_tokens, lm_head or modules_to_save, of which unsloth trains others": _trains_outside_layers(recipe),
+        "new tokens, whose rows unsloth does not train": new_tokens,
         "packed rows": recipe.packing and recipe.engine == "auto" and fast_packing,
         f"it does not train {architecture} as well": recipe.engine == "auto" and unknown,
     }

@@ -33,7 +33,7 @@ def generate(job: GenerateJob, progress: Progress) -> GenerateResult:
 
     answers = {}
     with torch.inference_mode():
-        for name, model in variants(job.base, {"adapter": job.adapter}, device, weight_bits(recipe)):
+        for name, model in variants(job.base, {"adapter": job.adapter}, device, weight_bits(recipe), job.new_tokens):
             answers[name] = answer_all(model)
             progress(f"{len(answers[name])} answers by the {name}")
     return GenerateResult(**answers)

@@ -101,6 +101,7 @@ class TrainJob(Job[TrainResult]):
         out: folder of checkpoints, training log and adapter.
         run_name: what trackers (`report_to`) call the run.
         micro_batch: the largest one that may be tried, after a larger one did not fit into memory.
+        new_tokens: ids of tokens whose embeddings are trained.
     """
 
     command: ClassVar[str] = "train"
@@ -114,6 +115,7 @@ class TrainJob(Job[TrainResult]):
     out: Path
     run_name: str
     micro_batch: int | None = None
+    new_tokens: list[int] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -133,6 +135,7 @@ class GenerateJob(Job[GenerateResult]):
         prompts: token ids.
         stop: ids that end an answer.
         pad: id of the padding token, if the tokenizer has one.
+        new_tokens: ids that the base may lack.
     """
 
     command: ClassVar[str] = "generate"
@@ -142,6 +145,7 @@ class GenerateJob(Job[GenerateResult]):
     prompts: list[Ids]
     stop: list[int]
     pad: int | None
+    new_tokens: list[int] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -170,6 +174,7 @@ class LossesJob(Job[LossesResult]):
         rows: files of rows, see `include.chat.tokenized`.
         max_rows: measure the first so many of them.
         adapters: folders by name.
+        new_tokens: ids that the base may lack.
     """
 
     command: ClassVar[str] = "losses"
@@ -178,6 +183,7 @@ class LossesJob(Job[LossesResult]):
     rows: list[Path]
     max_rows: Annotated[int, Field(ge=1)]
     adapters: dict[str, Path]
+    new_tokens: list[int] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -195,7 +201,8 @@ class LogitsResult:
 
 @dataclass(frozen=True, config=CONFIG)
 class LogitsJob(Job[LogitsResult]):
-    """Compare the logits of a tested and of a published adapter (folders) on the same prompts (token ids)."""
+    """Compare the logits of a tested and of a published adapter (folders) on the same prompts (token ids), of which
+    `new_tokens` may be missing in the base."""
 
     command: ClassVar[str] = "logits"
     recipe: AnyRecipe
@@ -203,6 +210,7 @@ class LogitsJob(Job[LogitsResult]):
     tested: Path
     published: Path
     prompts: list[Ids]
+    new_tokens: list[int] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, config=CONFIG)

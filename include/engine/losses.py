@@ -37,7 +37,7 @@ def losses(job: LossesJob, progress: Progress) -> LossesResult:
     losses: dict[str, list[float]] = {}
     references: list[float] = []
     with torch.inference_mode():
-        for name, model in variants(job.base, job.adapters, device, weight_bits(recipe)):
+        for name, model in variants(job.base, job.adapters, device, weight_bits(recipe), job.new_tokens):
             sums = _log_likelihoods(model, sequences, device.device, progress)
             if pairs:
                 margins = [chosen - rejected for chosen, rejected in zip(sums[::2], sums[1::2], strict=True)]
@@ -117,7 +117,7 @@ def logits(job: LogitsJob, progress: Progress) -> LogitsResult:
     device, found = find_device(), {}
     copies = {"tested": job.tested, "published": job.published}
     with torch.inference_mode():
-        for name, model in variants(job.base, copies, device, weight_bits(job.recipe)):
+        for name, model in variants(job.base, copies, device, weight_bits(job.recipe), job.new_tokens):
             prompts = [torch.tensor([ids], device=device.device) for ids in job.prompts]
             found[name] = [model(input_ids=prompt).logits.float() for prompt in prompts]
     both = list(zip(found["tested"], found["published"], strict=True))

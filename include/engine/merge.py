@@ -14,6 +14,7 @@ from include.engine.compatibility import HEAD_AND_EMBEDDINGS
 from include.engine.device_plan import Device, find_device
 from include.engine.jobs import MergedLogitsJob, MergedLogitsResult, MergeJob, MergeResult, Progress
 from include.engine.model import load_adapter, load_base
+from include.engine.new_tokens import make_room, tokens_of_adapter
 from include.engine.save import save_model
 
 
@@ -82,4 +83,6 @@ def _base_and_adapter(base: Path, adapter: Path) -> tuple[Device, Any]:
     config = orjson.loads((base / "config.json").read_bytes())
     own = config.get("dtype") or config.get("torch_dtype")
     device = replace(find_device(), dtype=own if own in ("float16", "bfloat16") else "bfloat16")
-    return device, load_adapter(load_base(base, device), adapter)
+    model = load_base(base, device)
+    make_room(model, tokens_of_adapter(adapter))
+    return device, load_adapter(model, adapter)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import orjson
 
 from include.engine.compatibility import layers_to_adapt, other_towers
 from include.engine.device_plan import Device, Plan
+from include.engine.new_tokens import make_room, tokens_of_adapter, trainable_rows
 from include.errors import BadRecipe, NotFound
 from include.recipe import Recipe
 
@@ -90,7 +92,9 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
         BadRecipe: the base has none of the `target_modules`, or Unsloth leaves out one of them.
     """
     if recipe.full_finetuning:
-        return load_base(base, plan, dtype="float32")  # in 16 bits small updates would be lost
+        model = load_base(base, plan, dtype="float32")  # in 16 bits small updates would be lost
+        make_room(model, plan.new_tokens)
+        return model
     lora: dict[str, Any] = {
         "r": recipe.r,
         "lora_alpha": recipe.lora_alpha,
@@ -108,20 +112,25 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
         )  # fmt: skip
     else:
         model = load_base(base, plan, weight_bits(recipe))
+        make_room(model, plan.new_tokens)
     lora["target_modules"] = layers_to_adapt(recipe.target_modules, model)
     if towers := other_towers(model):
         lora["exclude_modules"] = towers
     try:
         if plan.engine == "unsloth":
-            adapted = FastLanguageModel.get_peft_model(
+            adapted: Any = FastLanguageModel.get_peft_model(
                 model, **lora, use_gradient_checkpointing=plan.gradient_checkpointing, random_state=recipe.seed
             )
             _check_adapted(adapted, lora["target_modules"])
             return adapted
         from peft import LoraConfig, get_peft_model
 
-        whole = recipe.modules_to_save or None
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", modules_to_save=whole, **lora))
+        whole, rows = recipe.modules_to_save or None, trainable_rows(model, plan.new_tokens)
+        config = LoraConfig(task_type="CAUSAL_LM", modules_to_save=whole, trainable_token_indices=rows, **lora)
+        adapted = get_peft_model(model, config)
+        if rows:  # PEFT would save the enlarged embeddings with each checkpoint
+            adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+        return adapted
     except ValueError as error:
         raise BadRecipe(f"field 'target_modules': {error}", "Name projections that the base model has") from error
 
@@ -163,12 +172,15 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise NotFound(f"the adapter in {folder} cannot be loaded: {problem}", "Train it again") from error
 
 
-def variants(base: Path, trained: Mapping[str, Path], device: Device, bits: int) -> Iterator[tuple[str, Any]]:
+def variants(
+    base: Path, trained: Mapping[str, Path], device: Device, bits: int, new_tokens: Collection[int] = ()
+) -> Iterator[tuple[str, Any]]:
     """Yield the base, then each adapter or whole model trained on it; use each before the next one is asked for.
 
     Args:
         trained: folders by name, each with an adapter or with a whole model.
         bits: see `load_base`.
+        new_tokens: ids in the sequences that the base may lack; it gets the mean embedding for them.
 
     Yields:
         `base` or the name, and the model in evaluation mode.
@@ -176,7 +188,14 @@ def variants(base: Path, trained: Mapping[str, Path], device: Device, bits: int)
     Raises:
         NotFound: a folder holds nothing that fits the base.
     """
-    model = load_base(base, device, bits).eval()
+    ids = {*new_tokens, *(id for folder in trained.values() for id in tokens_of_adapter(folder))}
+
+    def bare() -> Any:
+        loaded = load_base(base, device, bits).eval()
+        make_room(loaded, ids)
+        return loaded
+
+    model = bare()
     yield "base", model
     for name, folder in trained.items():
         if (folder / "adapter_config.json").is_file():
@@ -186,6 +205,8 @@ def variants(base: Path, trained: Mapping[str, Path], device: Device, bits: int)
             model = adapted.unload()
             if whole:  # PEFT leaves the trained layers in the base
                 del adapted, model
-                model = load_base(base, device, bits).eval()
+                model = bare()
         else:
-            yield name, load_base(folder, device, bits).eval()
+            own = load_base(folder, device, bits).eval()
+            make_room(own, {id for id in ids if id >= own.get_input_embeddings().weight.shape[0]})
+            yield name, own

@@ -31,7 +31,8 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
         BadData: the loss is not finite, or far too high.
     """
     recipe = job.recipe
-    plan = make_plan(recipe, job.base, job.micro_batch)  # imports unsloth, if the plan uses it, before transformers
+    # imports unsloth, if the plan uses it, before transformers
+    plan = make_plan(recipe, job.base, job.micro_batch, job.new_tokens)
     import torch
     from transformers import AutoTokenizer, set_seed
 

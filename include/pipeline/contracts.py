@@ -228,6 +228,7 @@ class TemplateOutput(Contract, stage="template"):
     verified_rows: int
     encoder: str
     missing_special_tokens: list[str]
+    new_special_tokens: dict[str, int]
     untrained_special_tokens: list[str]
     base_embeddings: int | None
     base_positions: int | None

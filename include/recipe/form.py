@@ -32,6 +32,9 @@ def form(recipe: Recipe) -> dict[str, dict[str, Any]]:
                 entry["type"] = [alternative["type"] for alternative in alternatives]
             if entry.get("items", {}).get("$ref"):
                 entry["items"] = definitions[entry["items"]["$ref"].rsplit("/", 1)[-1]]
+            if isinstance(values[name], str) and "\n" in values[name]:
+                entry["format"] = "multiline"  # Airflow's field of one line would drop the line breaks
+                entry.pop("examples", None)
             entry.pop("default", None)
             entry["description_md"] = entry.pop("description")
             fields[name] = {"value": values[name], "section": section, "schema": {**entry, "title": name}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
@@ -11,6 +12,23 @@ DECIDED_VARIABLES = {
     "messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt", "strftime_now",
     "continue_final_message", "return_assistant_tokens_mask", "bos_token", "eos_token",
 }  # fmt: skip
+
+SHIPPED_TEMPLATES = (
+    "llama-3.1", "llama-3", "llama", "chatml", "zephyr", "mistral", "gemma", "phi-3", "alpaca", "vicuna", "vicuna_old",
+)  # fmt: skip
+TOKENIZER = "tokenizer"  # the template of the base's tokenizer
+TEMPLATE_FILE = r"[^\n{}]+\.(jinja2?|j2)"
+JINJA = r"\{\{|\{%"  # only in templates that a recipe has as text
+
+
+def is_inline(chat_template: str) -> bool:
+    """Return whether a recipe's `chat_template` is the Jinja text itself."""
+    return re.search(JINJA, chat_template) is not None
+
+
+def template_name(chat_template: str) -> str:
+    """Return how messages, card and pages name a recipe's `chat_template`: a text by the file that is published."""
+    return "chat_template.jinja" if is_inline(chat_template) else chat_template
 
 
 class Model(BaseModel):
@@ -28,15 +46,30 @@ class Model(BaseModel):
         description="Branch, tag or commit of the base model on the Hub. Empty (default): the newest commit. Each run "
         "pins the commit that it finds.",
     )
-    chat_template: Literal["llama-3.1", "llama-3", "chatml", "alpaca", "vicuna", "tokenizer"] = Field(
+    chat_template: str = Field(
         "llama-3.1",
-        description="Chat template that renders the conversations. `tokenizer`: the template of the base's tokenizer.",
+        description="Chat template that renders the conversations: `tokenizer` (the template of the base's tokenizer), "
+        "the name of one that ships with Retune (" + ", ".join(f"`{name}`" for name in SHIPPED_TEMPLATES) + "), a path "
+        "to a `.jinja` file, or the Jinja text itself. Each run pins the file's content.",
+        examples=[*SHIPPED_TEMPLATES, TOKENIZER],
     )
     chat_template_kwargs: dict[str, Any] = Field(
         {},
         description="Values for variables of the chat template, for example `enable_thinking: false`. Training, smoke "
         "test and evaluation use them; whoever serves the model must set them, too.",
     )
+
+    @field_validator("chat_template")
+    @classmethod
+    def _is_template(cls, template: str) -> str:
+        if not (
+            template in (*SHIPPED_TEMPLATES, TOKENIZER) or re.fullmatch(TEMPLATE_FILE, template) or is_inline(template)
+        ):
+            raise ValueError(
+                f"not a chat template: use {', '.join(SHIPPED_TEMPLATES)}, {TOKENIZER}, a path to a .jinja file, or "
+                "Jinja text"
+            )
+        return template
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -45,11 +78,12 @@ class Model(BaseModel):
             raise ValueError(f"'{sorted(own)[0]}' is not allowed here: Retune decides it")
         return variables
 
-    missing_special_tokens: Literal["refuse", "split"] = Field(
+    missing_special_tokens: Literal["refuse", "split", "add"] = Field(
         "refuse",
         description="Action if the chat template writes special tokens that the base's vocabulary does not have. "
         "`refuse`: the run fails. `split`: they are encoded as ordinary tokens, with a warning in log, report and "
-        "model card.",
+        "model card. `add`: they become new tokens, whose embeddings are trained and published with the adapter; so "
+        "are those of special tokens that the base has never been trained on.",
     )
     special_tokens_in_text: Literal["literal", "parse"] = Field(
         "literal",

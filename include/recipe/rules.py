@@ -34,6 +34,12 @@ def check_rules(recipe: RecipeFields) -> None:
         raise ValueError("method is dpo: its pairs cannot be packed, and on_too_long must be drop")
     if recipe.engine == "unsloth" and (recipe.method == "dpo" or recipe.full_finetuning or recipe.num_processes > 1):
         raise ValueError("engine is unsloth, which trains only an adapter, by sft, on one GPU: set engine to auto")
+    layers = sorted({"embed_tokens", "lm_head"} & {*recipe.target_modules, *recipe.modules_to_save})
+    if recipe.missing_special_tokens == "add" and layers and not recipe.full_finetuning:
+        raise ValueError(
+            "missing_special_tokens is add, which trains the rows of the new tokens alone: leave "
+            f"{' and '.join(layers)} out of target_modules and modules_to_save"
+        )
     _check_evaluation(recipe)
     _check_sweep(recipe)
 

@@ -14,6 +14,7 @@ from include.data.sources import is_hub_id, short_name
 from include.paths import PROJECT
 from include.pipeline.contracts import Contract, EvaluateOutput, SmokeTestOutput
 from include.recipe import Recipe
+from include.recipe.model import template_name
 from include.reporting.plots import loss_plot
 
 MAX_ANSWERS = 12  # answers on the approval page; answers with failed checks come first
@@ -35,7 +36,7 @@ def page_templates() -> Environment:
     """Return the Jinja environment of `templates/`. It escapes HTML, and an undefined name is an error.
 
     Filters: `thousands` (1,234), `cell` (any text as a Markdown table cell), `sentence`, `short_name` (of a
-    dataset). Test: `hub_id`.
+    dataset), `template_name` (of a recipe's `chat_template`). Test: `hub_id`.
     """
     environment = Environment(
         loader=FileSystemLoader(PROJECT / "include" / "reporting" / "templates"),
@@ -48,6 +49,7 @@ def page_templates() -> Environment:
     environment.filters["cell"] = _cell
     environment.filters["sentence"] = _sentence
     environment.filters["short_name"] = short_name
+    environment.filters["template_name"] = template_name
     environment.tests["hub_id"] = is_hub_id
     return environment
 

@@ -35,6 +35,9 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
             if "adapter" in job:
                 from peft import PeftModel
 
+                size = len(AutoTokenizer.from_pretrained(job["tokenizer"])) if "tokenizer" in job else 0
+                if size > model.get_input_embeddings().num_embeddings:
+                    model.resize_token_embeddings(size)  # as the card says
                 model = PeftModel.from_pretrained(model, job["adapter"]).eval()
             ids = torch.tensor([job["ids"]])
             found["logits"] = model(input_ids=ids).logits[0].tolist()

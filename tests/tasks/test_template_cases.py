@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from include.errors import BadRecipe
+from include.errors import BadRecipe, NotFound, TooCostly
+from include.paths import PROJECT
 from tests.conftest import conversation
 from tests.rows import ROWS, lines, messages, prepared_rows
 
@@ -133,6 +134,17 @@ def test_special_tokens_that_were_never_trained_are_a_warning(
     assert artifact(pipeline(small_recipe(), "template")).metadata.untrained_special_tokens == []
 
 
+@pytest.mark.parametrize(("case", "name"), [("19", "s_vocab"), ("20", "s_untrained")])
+def test_tokens_without_an_embedding_or_without_training_can_be_trained(
+    case: str, name: str, material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    base = next((material / "cases").glob(f"{case}-*")) / name
+    fields = {"base_model": str(base), "chat_template": "chatml", "missing_special_tokens": "add"}
+    made = artifact(pipeline(small_recipe(**fields), "template")).metadata
+    assert made.new_special_tokens == {"<|im_start|>": 512, "<|im_end|>": 513}
+    assert (made.base_embeddings, made.untrained_special_tokens) == (514, [])
+
+
 def test_rows_longer_than_the_base_are_refused_and_a_longer_limit_is_a_warning(
     material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,3 +232,34 @@ def test_a_row_with_markup_that_the_template_would_change_is_left_out(
     # a template that does not look for it writes it as text
     own.pop("base_model")
     assert left_out(artifact(pipeline(small_recipe(**own), "template"))) == []
+
+
+def test_a_changed_template_file_makes_new_artifacts_and_the_saved_tokenizer_holds_it(
+    tmp_path: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable
+) -> None:
+    own, source = tmp_path / "own.jinja", (PROJECT / "include" / "templates" / "llama-3.jinja").read_text("utf-8")
+    recipe = small_recipe(chat_template=str(own))
+
+    def prepared() -> tuple[dict[str, str], bytes]:
+        lineage = pipeline(recipe, "template")
+        return lineage, (artifact(lineage).local() / "tokenizer" / "chat_template.jinja").read_bytes()
+
+    own.write_text(source)
+    first, saved = prepared()
+    assert saved == own.read_bytes()
+    assert prepared()[0] == first, "the same file, the same artifacts"
+    own.write_text(source + "{# the same text #}")
+    second, saved = prepared()
+    assert saved == own.read_bytes()
+    assert second["resolve"] != first["resolve"] and second["template"] != first["template"]
+    assert second["validate"] == first["validate"], "neither of them writes tools"
+    own.unlink()
+    with pytest.raises(NotFound, match=r"the file .*own\.jinja cannot be read"):
+        prepared()
+
+
+def test_a_template_that_only_some_rows_make_endless_ends_the_stage(small_recipe: Callable, pipeline: Callable) -> None:
+    source = (PROJECT / "include" / "templates" / "llama-3.jinja").read_text("utf-8")
+    source += "{% if ' plus ' in messages[0].content %}{{ messages[0].content * 10**9 }}{% endif %}"
+    with pytest.raises(TooCostly, match=r"chat_template\.jinja cannot be used: it needs too much memory"):
+        pipeline(small_recipe(chat_template=source), "template")

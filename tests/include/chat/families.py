@@ -18,10 +18,12 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from include.paths import PROJECT
 from tests.conftest import LLAMA_3_SPLIT
 
 Message = dict[str, Any]
 TODAY = date(2024, 7, 26)  # for templates that write the date
+SHIPPED = PROJECT / "include" / "templates"
 TRL = Path(find_spec("trl").origin).parent / "chat_templates"  # type: ignore[union-attr, arg-type]
 CORPUS = ["What does Anna of house 0 make on day 0? Anna of house 0 makes bread on day 0, number 0.\n\n"] * 4
 
@@ -34,6 +36,7 @@ class Family:
         ends: the texts of the tokens that end an answer, of which the template writes one; the last one that it writes
             counts. None where the template writes no end: the header of the next turn ends the answer.
         template: a template of TRL.
+        shipped: a template that Retune ships.
         published: the name of a tokenizer in `fetch.py`.
         case: a folder of the material.
         model_type: for config.json: some published tokenizers name a class that is not theirs, and transformers
@@ -47,6 +50,7 @@ class Family:
 
     ends: tuple[str, ...] | None
     template: str = ""
+    shipped: str = ""
     published: str = ""
     case: str = ""
     model_type: str = "llama"
@@ -111,6 +115,7 @@ _PHI = {
     "pad": "<unk>",
     "special": "<|end|> <|user|> <|assistant|> <|system|>",
 }
+_SENTENCE = {"ends": ("</s>",), "bos": "<s>", "eos": "</s>", "pad": "<unk>"}
 
 FAMILIES: dict[str, Family] = {
     # the published tokenizers
@@ -176,6 +181,23 @@ FAMILIES: dict[str, Family] = {
         }.items()
     },
     "trl/llama3, split as GPT-2 does": Family(template="llama3", gpt2_split=True, **_LLAMA),  # type: ignore[arg-type]
+    # the templates that Retune ships, for bases without one of their own
+    **{
+        f"shipped/{name}": Family(shipped=name, **fields)  # type: ignore[arg-type]
+        for name, fields in {
+            "alpaca": _SENTENCE,
+            "chatml": _QWEN,
+            "gemma": {**_GEMMA, "special": "<start_of_turn> <end_of_turn>"},
+            "llama": _SENTENCE,
+            "llama-3": _LLAMA,
+            "llama-3.1": _LLAMA,
+            "mistral": {**_SENTENCE, "special": "[INST] [/INST]"},
+            "phi-3": _PHI,
+            "vicuna": _SENTENCE,
+            "vicuna_old": _SENTENCE,
+            "zephyr": {**_SENTENCE, "special": "<|system|> <|user|> <|assistant|>"},
+        }.items()
+    },
 }
 _GEMMA4_TOKENS = "<|turn> <turn|> <|channel> <channel|> <|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> " + (
     '<tool_response|> <|"|> <|think|>'
@@ -199,8 +221,9 @@ def make_folder(family: Family, folder: Path, material: Path, published: Callabl
             os.symlink(template, folder / template.name)
     else:
         _small_tokenizer(family).save_pretrained(folder)
-    if family.template or family.case:
+    if family.template or family.case or family.shipped:
         source = TRL / f"{family.template}.jinja" if family.template else material / family.case / "chat_template.jinja"
+        source = SHIPPED / f"{family.shipped}.jinja" if family.shipped else source
         (folder / "chat_template.jinja").write_text(source.read_text("utf-8"), "utf-8")
     (folder / "config.json").write_text(json.dumps({"model_type": family.model_type, "transformers_version": "5.17.0"}))
     return folder

@@ -108,8 +108,8 @@ def tokenizer(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def chat(folder: Path) -> ChatFormat:
-    return ChatFormat(folder, chat_template="tokenizer", base_name="tests/base")
+def chat(family: str, folder: Path) -> ChatFormat:
+    return ChatFormat(folder, chat_template=FAMILIES[family].shipped or "tokenizer", base_name="tests/base")
 
 
 def given(messages: list[Message], thoughts: tuple[str | None, ...] | None, form: str, tools: Any) -> Conversation:
@@ -203,7 +203,7 @@ def test_the_table_of_templates_says_what_happens(family: str, chat: ChatFormat)
     ends = ", ".join(f"`{chat.decode([token])}`" for token in chat.stop_tokens)
     cells = [
         family,
-        "small" if FAMILIES[family].template and not FAMILIES[family].published else "published",
+        "published" if FAMILIES[family].published or FAMILIES[family].case else "small",
         ends,
         outcome(chat, "three"),
         outcome(chat, "thoughts in all"),
@@ -225,7 +225,7 @@ def chat_of(tmp_path_factory: pytest.TempPathFactory, material: Path, published:
 
     def make(name: str) -> ChatFormat:
         folder = f.make_folder(FAMILIES[name], tmp_path_factory.mktemp("family") / "base", material, published)
-        return ChatFormat(folder, chat_template="tokenizer", base_name="tests/base")
+        return ChatFormat(folder, chat_template=FAMILIES[name].shipped or "tokenizer", base_name="tests/base")
 
     return make
 
@@ -267,3 +267,47 @@ def test_results_get_the_names_and_ids_of_their_calls(chat_of: Callable[[str], C
         ("get_weather", "call00000"),
         ("get_weather", "call00001"),
     ]
+
+
+VICUNA = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the human's questions.\n"
+)
+# what the model is asked after a system message and an exchange, and without them
+PROMPTS = {
+    "zephyr": (
+        "<|system|>\nBe kind.</s>\n<|user|>\nOne?</s>\n<|assistant|>\nFirst.</s>\n<|user|>\nTwo?</s>\n<|assistant|>\n",
+        "<|user|>\nOne?</s>\n<|assistant|>\n",
+    ),
+    "phi-3": (
+        "<|system|>\nBe kind.<|end|>\n<|user|>\nOne?<|end|>\n<|assistant|>\nFirst.<|end|>\n<|user|>\nTwo?<|end|>\n"
+        "<|assistant|>\n",
+        "<|user|>\nOne?<|end|>\n<|assistant|>\n",
+    ),
+    "vicuna_old": (
+        "<s>Be kind.\n### Human: One?\n### Assistant: First.</s>\n### Human: Two?\n### Assistant:",
+        f"<s>{VICUNA}### Human: One?\n### Assistant:",
+    ),
+    "mistral": ("<s>[INST] Be kind. One? [/INST]First.</s>[INST] Two? [/INST]", "<s>[INST] One? [/INST]"),
+    "llama": (
+        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nOne? [/INST] First. </s><s>[INST] Two? [/INST]",
+        "<s>[INST] One? [/INST]",
+    ),
+    "gemma": (
+        "<bos><start_of_turn>user\nBe kind. One?<end_of_turn>\n<start_of_turn>model\nFirst.<end_of_turn>\n"
+        "<start_of_turn>user\nTwo?<end_of_turn>\n<start_of_turn>model\n",
+        "<bos><start_of_turn>user\nOne?<end_of_turn>\n<start_of_turn>model\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_shipped_templates_write_the_form_of_their_models(name: str, chat_of: Callable[[str], ChatFormat]) -> None:
+    template, (whole, plain) = chat_of(f"shipped/{name}").template, PROMPTS[name]
+    assert template.render(f.turns("One?", "First.", "Two?", system="Be kind."), True) == whole
+    assert template.render(f.turns("One?"), True) == plain
+    if name == "gemma":
+        assert template.render(f.turns("One? ", " First.", "\nTwo?", system=" Be kind.\n"), True) == whole
+    for wrong in ("critic", "tool"):
+        with pytest.raises(BadData, match="does not accept a conversation"):
+            template.render([*f.PLAIN, {"role": wrong, "content": "Why?"}])

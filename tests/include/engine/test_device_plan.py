@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,15 @@ def test_unsloth_trains_the_architectures_that_it_was_tried_with() -> None:
                 _gpu_engine(recipe(**fields), architecture, True)
         else:
             assert "cannot be imported" in _gpu_engine(recipe(**fields), architecture, True)[1][0]
+
+
+def test_new_tokens_are_trained_by_transformers_and_the_head_counts_as_trained(base: Path) -> None:
+    recipe = validate_recipe({"name": "x", "engine": "unsloth"}, "x")
+    engine, notes = _gpu_engine(recipe, "llama", True, new_tokens=True)
+    assert engine == "transformers" and "new tokens, whose rows unsloth does not train" in notes[0]
+    assert trains_head(recipe, [512]) and not trains_head(recipe)
+    whole = recipe.model_copy(update={"full_finetuning": True})
+    assert not trains_head(whole, [512]), "TRL's own loss then reads the weights that are trained"
+    model, plan = empty_model(base, "base"), gpu_plan(micro_batch=2, accumulation=4)
+    more = predict_peak(model, recipe, replace(plan, new_tokens=[512]), 4096)
+    assert more - predict_peak(model, recipe, plan, 4096) > 2**30, "the logits of all tokens"

@@ -10,8 +10,9 @@ import jsonschema
 import pytest
 
 from include.errors import BadRecipe, NotFound
-from include.paths import recipe_files
+from include.paths import PROJECT, recipe_files
 from include.recipe import Operations, Recipe, find_recipe, form, load_all, load_recipe, validate_recipe
+from include.recipe.model import SHIPPED_TEMPLATES
 from include.recipe.schema import SECTIONS
 
 
@@ -24,7 +25,9 @@ from include.recipe.schema import SECTIONS
         ({"r": 0}, "field 'r': input should be greater than or equal to 1, got 0"),
         ({"lora_dropout": 1.0}, "field 'lora_dropout': input should be less than 1"),
         ({"learning_rate": float("nan")}, "field 'learning_rate'"),
-        ({"chat_template": "lama"}, "field 'chat_template': input should be 'llama-3.1'"),
+        ({"chat_template": "lama"}, "field 'chat_template': not a chat template: use llama-3.1, llama-3, "),
+        ({"chat_template": "own.txt"}, "a path to a .jinja file, or Jinja text, got 'own.txt'"),
+        ({"chat_template": "a\nb.jinja"}, "field 'chat_template': not a chat template"),
         ({"chat_template_kwargs": {"tools": []}}, "field 'chat_template_kwargs': 'tools' is not allowed here"),
         ({"max_steps": 0}, "max_steps is 0"),
         (
@@ -116,6 +119,22 @@ def test_a_dataset_is_a_name_or_a_list_of_names_also_in_the_form(dataset: Any) -
             validate_recipe({"name": "x", "dataset": wrong}, "a test")
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, fields["dataset"]["schema"])
+
+
+@pytest.mark.parametrize("template", ["chatml", "templates/own.jinja", "{{ messages }}", "{% set a = messages %}\n"])
+def test_a_chat_template_is_a_name_a_path_or_text_also_in_the_form(template: str) -> None:
+    field = form(validate_recipe({"name": "x", "chat_template": template}, "a test"))["chat_template"]
+    assert field["value"] == template
+    jsonschema.validate(template, field["schema"])
+    if "\n" in template:
+        assert field["schema"]["format"] == "multiline" and "examples" not in field["schema"]
+    else:
+        assert "format" not in field["schema"] and {"chatml", "tokenizer"} < {*field["schema"]["examples"]}
+
+
+def test_every_shipped_template_has_a_file() -> None:
+    files = {file.stem for file in (PROJECT / "include" / "templates").glob("*.jinja")}
+    assert files == {*SHIPPED_TEMPLATES}
 
 
 def test_every_field_is_in_one_section() -> None:
