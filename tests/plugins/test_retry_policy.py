@@ -17,6 +17,7 @@ ACTIONS = {
     "RetuneError": DEFAULT,  # its cause is not known: it is tried again like any exception
     "PermanentError": FAIL,
     "BadRecipe": FAIL,
+    "TooCostly": FAIL,  # the template would cost as much again
     "BadData": FAIL,
     "NotFound": FAIL,
     "NoPermission": FAIL,
