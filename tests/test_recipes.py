@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import ascii_lowercase
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.architectures import config_of
+from tests.conftest import PROJECT
 from tests.services.hub import Hub
 
 pytestmark = pytest.mark.engine
@@ -28,7 +31,7 @@ ROWS = 40
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A Hub; the environment has its address and token."""
-    with Hub(user="your-name") as hub:
+    with Hub(user="my-name") as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", hub.write_token)
         yield hub
@@ -148,3 +151,16 @@ def test_the_reference_recipe_ends_before_its_registry(
     of = run(hub, retune, var, "llama32_3b_finetome", "mlabonne/FineTome-100k", finetome())
     assert metadata(of("train"))["steps"] == 2
     assert "publish" in metadata(of("evaluate"))["verdict"]
+
+
+def test_the_example_of_the_readme_runs_to_its_gate(
+    hub: Hub, retune: Callable, var: Path, published: Callable, write_recipe: Callable, tmp_path: Path
+) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (PROJECT / "README.md").read_text("utf-8"), re.DOTALL)
+    fields = yaml.safe_load(next(block for block in blocks if "dataset:" in block))
+    publish_base(hub, fields["base_model"], "Llama", published("smollm2"), tmp_path)
+    data = tmp_path / "support.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in finetome()))
+    write_recipe("my_model", **fields | {"dataset": str(data)})
+    done = retune("stage", "my_model", *(p for k, v in SMALL.items() if k != "engine" for p in ("--set", f"{k}={v}")))
+    assert "publish failed: the candidate is not published: smoke test: 1 of 1 answers fail as_expected" in done.stderr

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from include.engine.jobs import TrainJob
 from include.errors import BadRecipe, NotFound, TooCostly
 from include.paths import PROJECT
+from include.pipeline.stage import pinned_recipe
+from include.storage.artifacts import Store
 from tests.conftest import conversation
 from tests.rows import ROWS, lines, messages, prepared_rows
+from tests.services.engine import log_of
 
 BROKEN = "special tokens in the text of a turn break the form of the template (special_tokens_in_text: parse)"
 IN_PART = "in part: an exchange that alone is longer than max_seq_length"
@@ -171,16 +177,44 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", FAMILIES)
-def test_the_families_own_templates_are_used(
-    case: str, material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, left_out: Callable
+# trains in one process what would need one process for each
+TRAIN_ALL = """
+import sys
+from pathlib import Path
+from include.engine.jobs import TrainJob
+from include.engine.train import train
+for path in sys.argv[1:]:
+    train(TrainJob.from_json(Path(path).read_bytes()), lambda *_, **__: None)
+"""
+
+
+@pytest.mark.engine
+def test_the_families_own_templates_are_used_and_their_bases_train(
+    material: Path, small_recipe: Callable, pipeline: Callable, artifact: Callable, left_out: Callable, tmp_path: Path
 ) -> None:
-    folder, (base, data) = next((material / "cases").glob(f"{case}-*")), FAMILIES[case]
-    own = {"dataset": str(folder / f"{data}.jsonl"), "base_model": str(folder / base), "chat_template": "tokenizer"}
-    made = artifact(pipeline(small_recipe(**own, max_seq_length=512, holdout_share=0.4), "template"))
-    assert made.metadata.verified_rows == 24
-    assert made.metadata.train.conversations + made.metadata.holdout.conversations == 24
-    assert left_out(made) == []
+    jobs = []
+    for case, (base, data) in FAMILIES.items():
+        folder = next((material / "cases").glob(f"{case}-*"))
+        own = {"dataset": str(folder / f"{data}.jsonl"), "base_model": str(folder / base), "chat_template": "tokenizer"}
+        recipe = small_recipe(**own, max_seq_length=512, holdout_share=0.4, max_steps=3)
+        lineage = pipeline(recipe, "template")
+        made = artifact(lineage)
+        assert made.metadata.verified_rows == 24, case
+        assert made.metadata.train.conversations + made.metadata.holdout.conversations == 24, case
+        assert left_out(made) == [], case
+        job = TrainJob(
+            recipe=pinned_recipe(Store(), lineage), base=folder / base, base_name=base, base_revision=None,
+            tokenizer=made.local() / "tokenizer", rows=made.files("train"), holdout=made.files("holdout"),
+            out=tmp_path / case, run_name=case,
+        )  # fmt: skip
+        (tmp_path / f"{case}.json").write_bytes(job.to_json())
+        jobs.append(str(tmp_path / f"{case}.json"))
+    done = subprocess.run([sys.executable, "-c", TRAIN_ALL, *jobs], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for case in FAMILIES:
+        losses = [entry["loss"] for entry in log_of(tmp_path / case)]
+        assert len(losses) == 3, case
+        assert losses[-1] < losses[0], case
 
 
 def test_reasoning_is_trained_as_the_template_writes_it(
