@@ -88,7 +88,7 @@ def config_of(name: str, wide: bool = False) -> Any:
 def make_base(name: str, folder: Path, wide: bool = False) -> None:
     """Write a model with random weights, and a tokenizer of bytes."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
@@ -99,6 +99,7 @@ def make_base(name: str, folder: Path, wide: bool = False) -> None:
     alphabet = [*named.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE({token: id for id, token in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     tokenizer.save_pretrained(folder)

@@ -80,6 +80,11 @@ class ChatFormat:
         name = template_name(chat_template)
         variables = dict(chat_template_kwargs or {})
         self.template = ChatTemplate(name, source, tokenizer.named_tokens, tokenizer.added, variables)
+        if unread := self.template.unread_variables:
+            raise BadRecipe(
+                f"field 'chat_template_kwargs': the chat template {name} does not read {', '.join(unread)}",
+                "Correct the name, or leave it out",
+            )
         self.new_tokens: dict[str, int] = {}
         if self.template.missing and missing_special_tokens == "add":
             self.new_tokens = tokenizer.add(self.template.missing)

@@ -156,15 +156,30 @@ class ChatTemplate:
         return re.findall("|".join(map(re.escape, sorted(found, key=len, reverse=True))), text) if found else []
 
     @cached_property
-    def markup(self) -> tuple[str, ...]:
-        """Return the texts that the template looks for in contents, such as `</think>`: it changes these contents."""
-        from jinja2 import Environment, TemplateError, nodes
+    def _tree(self) -> Any:
+        """The template as jinja reads it; None if it cannot, which the first rendering tells."""
+        from jinja2 import Environment, TemplateError
 
         environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-        found: set[str] = set()
         try:
-            tree = environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.source))
-        except (TemplateError, RecursionError):  # told by the first rendering
+            return environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.source))
+        except (TemplateError, RecursionError):
+            return None
+
+    @cached_property
+    def unread_variables(self) -> list[str]:
+        """Return the names in `chat_template_kwargs` that the template does not read."""
+        from jinja2.meta import find_undeclared_variables
+
+        return [] if self._tree is None else sorted({*self.variables} - find_undeclared_variables(self._tree))
+
+    @cached_property
+    def markup(self) -> tuple[str, ...]:
+        """Return the texts that the template looks for in contents, such as `</think>`: it changes these contents."""
+        from jinja2 import nodes
+
+        found: set[str] = set()
+        if (tree := self._tree) is None:
             return ()
         for compare in tree.find_all(nodes.Compare):
             if any(operand.op in ("in", "notin") for operand in compare.ops) and isinstance(compare.expr, nodes.Const):

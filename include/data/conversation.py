@@ -122,8 +122,12 @@ class Unreadable(Exception):
 def split_thoughts(content: str) -> tuple[str, str] | None:
     """Return the thoughts and the answer of a text that begins with `<think>...</think>`, or None; "" for thoughts that
     are empty, as in the answers of models that may think or not.
+
+    The begin may be missing, as in answers of models whose prompt opens it; then a line ends behind `</think>`.
     """
     found = re.match(rf"\s*{THINK}(.*?){END_THINK}(.*)", content, re.DOTALL)
+    if not found:
+        found = re.match(rf"((?:(?!{THINK}).)*?){END_THINK}[ \t]*(\n.*|$)", content, re.DOTALL)
     return (found[1].strip(), found[2].strip("\n")) if found else None
 
 

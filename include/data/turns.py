@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -25,6 +26,8 @@ ALLOWED_NEXT = {  # by role, "" at the start
     "tool": {"assistant", "tool"},
 }  # fmt: skip
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")  # of an answer, in their order
+# in the text of an answer, where reasoning must not be left
+THOUGHT_MARKUP = re.compile(r"</?think(?:ing)?>|<\|(?:begin|end)_of_thought\|>", re.IGNORECASE)
 # the flags and the thoughts have readers of their own
 READ_KEYS = {"from", "value", "role", "content", *TRAIN_FLAGS, *UNREAD_FLAGS, *THOUGHT_KEYS}
 TEXT_PARTS = {None, "text", "input_text", "output_text"}
@@ -87,7 +90,7 @@ def read_turns(turns: list[Any], parsed: ParsedRow, merge_turns: bool, first: in
                 numbers.append(number)
                 continue
         thought = ""
-        if len(turn) > 2 or (role == "assistant" and THINK in text):
+        if len(turn) > 2 or (role == "assistant" and (reasoning != "keep" or THINK in text or END_THINK in text)):
             thought, text = _read_thoughts(turn, role, text, parsed, number, reasoning)
         if "\x00" in text:
             text = text.replace("\x00", "")
@@ -235,6 +238,8 @@ def _read_thoughts(
     elif found:
         parsed.add_repair("empty reasoning removed")
         return "", found[1]
+    elif role == "assistant" and reasoning != "keep" and (stray := THOUGHT_MARKUP.search(text)):
+        parsed.add_fault("reasoning", f"turn {number}: {stray[0]} in the text, which may be reasoning")
     return "", text
 
 

@@ -311,3 +311,10 @@ def test_shipped_templates_write_the_form_of_their_models(name: str, chat_of: Ca
     for wrong in ("critic", "tool"):
         with pytest.raises(BadData, match="does not accept a conversation"):
             template.render([*f.PLAIN, {"role": wrong, "content": "Why?"}])
+
+
+def test_a_variable_that_the_template_does_not_read_is_named(tmp_path: Path, material: Path, published: Any) -> None:
+    folder = f.make_folder(FAMILIES["Qwen3"], tmp_path / "base", material, published)
+    ChatFormat(folder, chat_template="tokenizer", chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(BadRecipe, match=r"'chat_template_kwargs': .* does not read enable_thinkin\."):
+        ChatFormat(folder, chat_template="tokenizer", chat_template_kwargs={"enable_thinkin": False})

@@ -131,6 +131,7 @@ ANSWER = "The answer."
         ({"content": ANSWER, "reasoning_content": " I think. \n"}, []),
         ({"content": ANSWER, "thinking": "I think."}, []),
         ({"content": f"<think>\nI think.\n</think>\n\n{ANSWER}"}, ["reasoning in the text is read as reasoning"]),
+        ({"content": f"I think.\n</think>\n\n{ANSWER}"}, ["reasoning in the text is read as reasoning"]),
         (
             {"content": f"<think>I think.</think>{ANSWER}", "reasoning": "I think."},
             ["reasoning in the text is read as reasoning"],
@@ -172,18 +173,27 @@ def test_reasoning_that_nobody_can_place_refuses_the_row(turns: list[dict[str, s
 
 
 @pytest.mark.parametrize("reasoning", ["keep", "drop", "refuse"])
-def test_empty_reasoning_is_none_and_a_tag_within_an_answer_is_text(reasoning: str) -> None:
+def test_empty_reasoning_is_none(reasoning: str) -> None:
     question = {"role": "user", "content": "<think> Why?"}
-    for given, answer, repairs in (
-        (f"<think>\n\n</think>\n\n{ANSWER}", ANSWER, ["empty reasoning removed"]),
-        ("It writes <think> first.", "It writes <think> first.", []),
-    ):
-        raw = json.dumps({"messages": [question, {"role": "assistant", "content": given}]}).encode()
-        parsed = parse_row(raw, reasoning=reasoning)
-        assert (parsed.conversation.contents[1], parsed.conversation.thoughts) == (answer, ())
-        assert not any(parsed.faults.values())
-        assert parsed.repairs == repairs
-        assert Conversation.of([question, {"role": "assistant", "content": given}]) == parsed.conversation
+    answer = {"role": "assistant", "content": f"<think>\n\n</think>\n\n{ANSWER}"}
+    parsed = parse_row(json.dumps({"messages": [question, answer]}).encode(), reasoning=reasoning)
+    assert (parsed.conversation.contents[1], parsed.conversation.thoughts) == (ANSWER, ())
+    assert not any(parsed.faults.values())
+    assert parsed.repairs == ["empty reasoning removed"]
+    assert Conversation.of([question, answer]) == parsed.conversation
+
+
+@pytest.mark.parametrize(
+    "text", ["It writes <think> first.", "Close it with </think> and go on.", "<Thinking>A.</Thinking>B.",
+             "<|begin_of_thought|>A.<|end_of_thought|>B."],
+)  # fmt: skip
+def test_a_tag_within_an_answer_is_text_and_refused_where_no_reasoning_may_be_left(text: str) -> None:
+    raw = json.dumps({"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": text}]})
+    kept, dropped, refused = (parse_row(raw.encode(), reasoning=choice) for choice in ("keep", "drop", "refuse"))
+    assert (kept.conversation.contents[1], kept.conversation.thoughts) == (text, ())
+    assert kept.faults["reasoning"] == 0
+    assert dropped.faults["reasoning"] == refused.faults["reasoning"] == 1
+    assert "in the text, which may be reasoning" in refused.detail
 
 
 def test_preference_rows_with_reasoning_in_their_answers_are_refused_unless_it_is_dropped() -> None:
