@@ -39,7 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
 }  # fmt: skip
 ROWS = "rows/00000.arrow"
-AS_WRITTEN = {"fit_device": False}
+AS_WRITTEN = {"fit_device": False, "kernels": "plain"}
 PACKED = {"packing": True, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"engine": "transformers", **AS_WRITTEN},

@@ -52,7 +52,8 @@ def training_config(recipe: Recipe, plan: Plan, out: Path, run_name: str) -> Any
     }
     if recipe.method == "sft":
         arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
-        if trains_head(recipe, plan.new_tokens):  # TRL's default reads the head's own weights, without its adapter
+        # TRL's default reads the head's own weights, without its adapter; the fast kernels have their own loss
+        if trains_head(recipe, plan.new_tokens) or plan.kernels == "fast":
             arguments["loss_type"] = "nll"
     if recipe.early_stopping_patience:  # measure the holdout loss at every checkpoint and keep the best one
         arguments |= {

@@ -1,31 +1,63 @@
-"""Packed rows: the proof that no row sees another one, and attention with PyTorch's variable-length kernel.
+"""Rows joined into one sequence: the batches, attention that keeps the rows apart, and the proof that it does.
 
-transformers has such a kernel only with the flash-attn package, which must be compiled for each machine; with a mask,
-memory grows with the square of the packed length.
+transformers has such attention only with the flash-attn package, which must be compiled for each machine; with a mask,
+memory grows with the square of the joined length.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+from include.chat.tokenized import IGNORED
 from include.errors import BadRecipe
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments that transformers may pass
 PROBE = 8  # tokens of each row
 
 
-def use_varlen(model: Any) -> None:
-    """Make a model on a GPU compute attention with `torch.nn.attention.varlen`.
+class JoinRows:
+    """Make a batch of rows, or of packed sequences of rows: one sequence without padding.
 
-    Its batches are one sequence of rows, each of which begins where `position_ids` (1 x tokens) is 0.
+    The batch has `input_ids`, `labels`, `position_ids` (each 1 x tokens), `cu_seq_lens_q` (rows + 1: where each row
+    begins, and the end) and `trained` (positions whose next token is trained). They are computed before the batch is
+    on the device, so that the host need not wait for it.
+    """
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of some rows with `input_ids` and `labels`, packed ones with `seq_lengths`."""
+        import numpy as np
+        import torch
+
+        lengths = [n for example in examples for n in example.get("seq_lengths") or [len(example["input_ids"])]]
+        ids, labels = (
+            np.concatenate([example[name] for example in examples]).astype(np.int64) for name in ("input_ids", "labels")
+        )
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        labels[starts[:-1]] = IGNORED  # the first token of a row has nothing before it
+        return {
+            "input_ids": torch.from_numpy(ids)[None],
+            "labels": torch.from_numpy(labels)[None],
+            "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts[:-1], lengths))[None],
+            "cu_seq_lens_q": torch.from_numpy(starts.astype(np.int32)),
+            "trained": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED)),
+        }
+
+
+def join_rows(model: Any, longest: int | None = None) -> None:
+    """Make a model take joined rows, each of which begins where `position_ids` (1 x tokens) is 0, and compute their
+    attention apart: on a GPU with `torch.nn.attention.varlen`, on a CPU row by row.
+
+    Args:
+        longest: tokens that no row exceeds; None to find the longest one in each batch, for which the host waits.
 
     Raises:
         BadRecipe: at the first batch, if the model's attention is not plain causal attention, with windows or without.
     """
     import torch
-    from torch.nn.attention.varlen import varlen_attn
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import repeat_kv
+
+    attend_rows = _attend_on_gpu() if model.device.type == "cuda" else torch.compiler.disable(_attend_on_cpu)
 
     def attend(
         module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, cu_seq_lens_q: Any = None,
@@ -36,27 +68,54 @@ def use_varlen(model: Any) -> None:
                 f"field 'packing': the base's attention has {', '.join(unsupported)}, which packed rows do not get",
                 "Set packing to false",
             )
-        groups = module.num_key_value_groups
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # tokens x heads x size
-        starts, longest = cu_seq_lens_q, max_length_q
         window = arguments.get("sliding_window")  # tokens that a token sees, itself included
-        out: Any = varlen_attn(
-            query, key, value, starts, starts, longest, longest, scale=scaling,
-            window_size=(-1 if window is None else window - 1, 0),
-        )  # fmt: skip
-        return out[None], None
+        return attend_rows(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)[None], None
 
     def find_rows(_: Any, positional: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        positions: Any = arguments["position_ids"]
-        starts = torch.nonzero(positions[0] == 0).flatten()
-        starts = torch.cat([starts, starts.new_tensor([positions.shape[1]])]).to(torch.int32)
-        return positional, {**arguments, "cu_seq_lens_q": starts, "max_length_q": int(positions.max()) + 1}
+        positions, starts = arguments["position_ids"], arguments.get("cu_seq_lens_q")
+        if starts is None:
+            starts = torch.nonzero(positions[0] == 0).flatten()
+            starts = torch.cat([starts, starts.new_tensor([positions.shape[1]])]).to(torch.int32)
+        most = longest or int(positions.max()) + 1
+        return positional, {**arguments, "cu_seq_lens_q": starts, "max_length_q": most}
 
-    AttentionInterface.register("varlen", attend)
-    AttentionMaskInterface.register("varlen", lambda *_, **__: None)
-    model.set_attn_implementation("varlen")
+    AttentionInterface.register("rows", attend)
+    AttentionMaskInterface.register("rows", lambda *_, **__: None)
+    model.set_attn_implementation("rows")
     model.base_model.register_forward_pre_hook(find_rows, with_kwargs=True)
+
+
+def _attend_on_gpu() -> Any:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes fewer heads of keys than of queries without this argument
+    grouped: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    def attend(query: Any, key: Any, value: Any, starts: Any, longest: int, scale: Any, window: int | None) -> Any:
+        window_size = (-1 if window is None else window - 1, 0)
+        return varlen_attn(
+            query, key, value, starts, starts, longest, longest, scale=scale, window_size=window_size, **grouped
+        )
+
+    return attend
+
+
+def _attend_on_cpu(
+    query: Any, key: Any, value: Any, starts: Any, longest: int, scale: Any, window: int | None
+) -> Any:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    rows = []
+    for parts in zip(*(states.split(starts.diff().tolist()) for states in (query, key, value)), strict=True):
+        mask, tokens = None, len(parts[0])
+        if window is not None and tokens > window:
+            mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().triu(1 - window)
+        heads = (states.transpose(0, 1)[None] for states in parts)
+        row = scaled_dot_product_attention(*heads, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        rows.append(row[0].transpose(0, 1))
+    return torch.cat(rows)
 
 
 def check_packing(model: Any) -> None:

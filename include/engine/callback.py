@@ -97,7 +97,8 @@ class LastBatches:
 
         def remember(_: Any, __: Any, arguments: dict[str, Any]) -> None:
             if model.training and arguments.get("input_ids") is not None:
-                self._batches.append((arguments["input_ids"], arguments.get("attention_mask")))
+                starts = arguments.get("cu_seq_lens_q")
+                self._batches.append((arguments["input_ids"], arguments.get("attention_mask"), starts))
 
         model.register_forward_pre_hook(remember, with_kwargs=True)
 
@@ -108,7 +109,10 @@ class LastBatches:
             rows: the training set.
         """
         sequences = set()
-        for ids, mask in self._batches:
+        for ids, mask, starts in self._batches:
+            if starts is not None:  # rows joined into one sequence
+                sequences |= {tuple(row.tolist()) for row in ids[0].split(starts.diff().tolist())}
+                continue
             masked = mask is not None and mask.shape == ids.shape
             keep = mask.bool().tolist() if masked else [[True] * ids.shape[1]] * len(ids)
             for line, kept in zip(ids.tolist(), keep, strict=True):

@@ -43,11 +43,11 @@ def fits_dense(model: Any) -> bool:
     if model.device.type == "cuda":
         available = torch.cuda.mem_get_info(model.device)[0]
     else:
-        available = _available_host_memory()
+        available = available_host_memory()
     return MARGIN * dense_bytes(model) <= available
 
 
-def _available_host_memory() -> int:
+def available_host_memory() -> int:
     """Return the bytes of host memory that can still be used: of the machine, and of the control group's limit."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from include.engine.compatibility import HEAD_AND_EMBEDDINGS, adaptable_layers, empty_model, layers_to_adapt
+from include.engine.dequantize import available_host_memory
 from include.engine.distributed import RANK, WORLD_SIZE, all_reduce_max
 from include.errors import BadRecipe
 from include.recipe import Recipe
@@ -52,8 +53,10 @@ class Plan(Device):
         processes: how many train together, each on a GPU of its own.
         micro_batch, accumulation: conversations per process and micro-step, and micro-steps per optimizer step; the
             product of the three is the recipe's.
+        kernels: `fast` (`include.engine.kernels`) or `plain`.
+        dense: whether 4-bit weights are dequantized once and not at each use.
         liger: whether Liger's kernels replace those of transformers.
-        attention: how transformers computes it; `varlen` is `include.engine.attention`.
+        attention: how transformers computes it; `rows` is `include.engine.attention`.
         shrunk: whether the micro-batch is the largest that may be tried, after a larger one did not fit.
         new_tokens: ids of tokens whose embeddings are trained beside the adapter.
         predicted_bytes: device memory at the peak; 0 on a CPU, and where it is not known.
@@ -67,6 +70,8 @@ class Plan(Device):
     accumulation: int
     shrunk: bool = False
     processes: int = 1
+    kernels: str = "plain"
+    dense: bool = False
     liger: bool = False
     attention: str = "sdpa"
     new_tokens: list[int] = field(default_factory=list)
@@ -130,28 +135,54 @@ def make_plan(recipe: Recipe, base: Path, micro_batch: int | None = None, new_to
         processes=WORLD_SIZE,
         new_tokens=list(new_tokens),
     )
+    fast = recipe.kernels == "auto" and recipe.method == "sft" and "loss_type" not in recipe.training_arguments
     if not gpu:
         if plan.optim not in ("adamw_torch", "adafactor"):
             plan.notes.append(f"adamw_torch replaces {plan.optim}, which needs a GPU")
             plan.optim = "adamw_torch"
-        return plan
-    bf16 = plan.dtype == "bfloat16"
-    liger = importlib.util.find_spec("liger_kernel") is not None
+        return fast_kernels(plan) if fast else plan
+    fast = fast and plan.dtype == "bfloat16" and importlib.util.find_spec("torch.nn.attention.varlen") is not None
     architecture = orjson.loads((base / "config.json").read_bytes()).get("model_type")
-    plan.engine, plan.notes = _gpu_engine(recipe, architecture, liger and bf16, bool(new_tokens))
+    plan.engine, plan.notes = _gpu_engine(recipe, architecture, fast, bool(new_tokens))
     if plan.engine == "unsloth":
-        plan.gradient_checkpointing = "unsloth"
-    else:
-        # for DPO, TRL computes another way with it; it reads the head's own weights, without its adapter
-        plan.liger = liger and recipe.method == "sft" and not trains_head(recipe, new_tokens)
-        if bf16 and recipe.packing and importlib.util.find_spec("torch.nn.attention.varlen"):
-            plan.attention = "varlen"
+        return replace(plan, gradient_checkpointing="unsloth")
+    return fast_kernels(plan) if fast else plain_kernels(plan, recipe)
+
+
+def fast_kernels(plan: Plan) -> Plan:
+    """Return a plan with the fast kernels; on a CPU that multiplies numbers of 16 bits, in them."""
+    dtype = "bfloat16" if plan.device == "cpu" and _cpu_has_bfloat16() else plan.dtype
+    return replace(plan, kernels="fast", attention="rows", dtype=dtype)
+
+
+def plain_kernels(plan: Plan, recipe: Recipe, reason: str | None = None) -> Plan:
+    """Return a plan with the kernels of transformers and Liger.
+
+    Args:
+        reason: why the fast ones are not used, for people.
+    """
+    notes = [*plan.notes, f"plain kernels: {reason}"] if reason else plan.notes
+    plan = replace(plan, kernels="plain", dense=False, attention="sdpa", notes=notes)
+    if plan.device == "cpu":
+        return replace(plan, dtype="float32")
+    # for DPO, TRL computes another way with Liger; it reads the head's own weights, without its adapter
+    liger = recipe.method == "sft" and not trains_head(recipe, plan.new_tokens)
+    plan.liger = liger and importlib.util.find_spec("liger_kernel") is not None
+    varlen = importlib.util.find_spec("torch.nn.attention.varlen")
+    if plan.dtype == "bfloat16" and recipe.packing and varlen:
+        plan.attention = "rows"
     return plan
 
 
+def _cpu_has_bfloat16() -> bool:
+    """Return whether the CPU has instructions that multiply bfloat16; without them it is slower than float32."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and bool({"avx512_bf16", "amx_bf16"} & set(info.read_text().split()))
+
+
 def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan:
-    """Choose micro-batch and gradient checkpointing so that the device is used and its memory suffices; the effective
-    batch stays. On a CPU, return the plan unchanged.
+    """Choose micro-batch, gradient checkpointing and dense weights so that the device is used and its memory suffices;
+    the effective batch stays. On a CPU with plain kernels, return the plan unchanged.
 
     The host launches the kernels of one micro-step at a time, so that speed grows with the micro-batch; checkpointing
     halves it (both measured, see bench/train.json). For an architecture whose memory is not known, the recipe's own
@@ -160,11 +191,12 @@ def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan
     Args:
         base: the base model's folder.
         longest: tokens of the longest sequence.
-        free: bytes of device memory.
+        free: bytes of the device's memory.
     """
-    if plan.device != "cuda" or not recipe.fit_device:
+    gpu, fast = plan.device == "cuda", plan.kernels == "fast"
+    if not recipe.fit_device or not (gpu or fast):
         return plan
-    if recipe.device_memory_gib:
+    if recipe.device_memory_gib and gpu:
         free = min(free, int(recipe.device_memory_gib * 2**30))
     batch = plan.micro_batch * plan.accumulation
     largest = plan.micro_batch if plan.shrunk else batch
@@ -172,31 +204,41 @@ def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan
     model = empty_model(base, recipe.base_model)
     if reason := unusual_layers(model.config.get_text_config()):
         note = f"this base's memory is not predicted ({reason}); if it does not fit, a smaller micro-batch is tried"
-        return replace(plan, gradient_checkpointing=checkpointed, notes=[*plan.notes, note])
+        return replace(plan, gradient_checkpointing=gpu and checkpointed, notes=[*plan.notes, note])
     choices = [
-        replace(plan, micro_batch=micro, accumulation=batch // micro, gradient_checkpointing=checkpointing)
+        replace(
+            plan, micro_batch=micro, accumulation=batch // micro, gradient_checkpointing=checkpointing, dense=dense
+        )
         for micro in range(1, largest + 1)
         if batch % micro == 0
-        for checkpointing in (False, checkpointed)
-    ]
+        for checkpointing in ((False, checkpointed) if gpu else (False,))
+        for dense in ((False, True) if fast and recipe.load_in_4bit else (False,))
+    ]  # fmt: skip
     for choice in choices:
         sequences = choice.micro_batch * (2 if recipe.method == "dpo" else 1)
         tokens = sequences * (recipe.max_seq_length if recipe.packing else longest)
         choice.predicted_bytes = predict_peak(model, recipe, choice, tokens)
     fitting = [choice for choice in choices if choice.predicted_bytes * HEADROOM <= free]
-    best = max(fitting or choices[1:2], key=lambda c: c.micro_batch * (1 if c.gradient_checkpointing else 2))
-    best.notes.append(
-        f"{best.micro_batch} x {best.accumulation} {'with' if best.gradient_checkpointing else 'without'} gradient "
-        f"checkpointing: {best.predicted_bytes / 2**30:.1f} GiB predicted, {free / 2**30:.1f} GiB free"
-    )
-    return best
+    best = max(fitting or [min(choices, key=lambda c: c.predicted_bytes)], key=_speed)
+    used = f"{best.micro_batch} x {best.accumulation}"
+    if gpu:
+        used += f" {'with' if best.gradient_checkpointing else 'without'} gradient checkpointing"
+    if best.dense:
+        used += ", weights dequantized once"
+    predicted = f"{best.predicted_bytes / 2**30:.1f} GiB predicted, {free / 2**30:.1f} GiB free"
+    return replace(best, notes=[*best.notes, f"{used}: {predicted}"])
+
+
+def _speed(plan: Plan) -> float:
+    """Return a number that grows with the speed of a plan, for the same effective batch (see bench/train.json)."""
+    return plan.micro_batch * (1 if plan.gradient_checkpointing else 2) * (1.1 if plan.dense else 1)
 
 
 def free_memory(device: str) -> int:
-    """Return the free bytes of this process's GPU, the fewest where several train together; 0 on a CPU."""
+    """Return the free bytes of this process's GPU, the fewest where several train together; on a CPU of the host."""
     import torch
 
-    return -all_reduce_max(-torch.cuda.mem_get_info()[0], device) if device == "cuda" else 0
+    return -all_reduce_max(-torch.cuda.mem_get_info()[0], device) if device == "cuda" else available_host_memory()
 
 
 def unusual_layers(config: Any) -> str | None:
@@ -235,12 +277,15 @@ def predict_peak(model: Any, recipe: Recipe, plan: Plan, tokens: int) -> int:
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear) and m is not head)
     others = sum(p.numel() for p in model.parameters()) - linear
     vocabulary = head.weight.shape[0]
+    dense_bytes = 4 if plan.dtype == "float32" else 2  # of a weight or an activation
     adam_bytes = 2 if plan.optim.endswith("_8bit") else 8  # for each parameter
     if recipe.full_finetuning:
         weights, trained = 0.0, (linear + others) * (4 + 4 + adam_bytes)
     else:
-        weight_bytes = 0.53 if recipe.load_in_4bit else 1.03 if recipe.load_in_8bit else 2  # with their scales
-        weights = linear * weight_bytes + others * 2
+        # with their scales, which the fast kernels hold in 32 bits
+        four = dense_bytes if plan.dense else 0.57 if plan.kernels == "fast" else 0.53
+        weight_bytes = four if recipe.load_in_4bit else 1.03 if recipe.load_in_8bit else dense_bytes
+        weights = linear * weight_bytes + others * dense_bytes
         adapted_names = layers_to_adapt(recipe.target_modules, model)
         adapted = sum(
             sum(module.weight.shape)
@@ -249,8 +294,9 @@ def predict_peak(model: Any, recipe: Recipe, plan: Plan, tokens: int) -> int:
         )
         whole = sum(vocabulary * hidden for name in HEAD_AND_EMBEDDINGS if name in recipe.modules_to_save)
         trained = (recipe.r * adapted + whole) * (4 + 4 + adam_bytes)
-    in_layer = 2 * (4 * hidden + (heads + 2 * groups) * head_dim + 3 * inner)
-    overhead = 1 if plan.engine == "unsloth" else 1.2 if plan.liger else 2  # of transformers' own kernels (measured)
+    in_layer = dense_bytes * (4 * hidden + (heads + 2 * groups) * head_dim + 3 * inner)
+    # of transformers' own kernels (measured)
+    overhead = 1 if plan.engine == "unsloth" else 1.2 if plan.liger or plan.kernels == "fast" else 2
     if not plan.gradient_checkpointing:
         activations = tokens * layers * in_layer * overhead
     else:
@@ -274,15 +320,14 @@ def _trains_outside_layers(recipe: Recipe) -> bool:
 
 
 def _gpu_engine(
-    recipe: Recipe, architecture: str | None, fast_packing: bool, new_tokens: bool = False
+    recipe: Recipe, architecture: str | None, fast: bool, new_tokens: bool = False
 ) -> tuple[str, list[str]]:
     """Return the engine, and a note if it is not Unsloth although the recipe leaves the choice.
 
     Raises:
         BadRecipe: the recipe asks for Unsloth, and it cannot be imported, or may mix packed rows.
 
-    Packed rows are trained by transformers with Liger's kernels and `include.engine.attention`: 28,900 tokens/s in
-    bench/train.json, against 15,100 with Unsloth on such a device.
+    Where the fast kernels run, transformers is faster than Unsloth, packed or not (bench/train.json).
     """
     if recipe.engine == "transformers":
         return "transformers", []
@@ -298,7 +343,7 @@ def _gpu_engine(
         "several processes": recipe.num_processes > 1,
         "embed_tokens, lm_head or modules_to_save, of which unsloth trains others": _trains_outside_layers(recipe),
         "new tokens, whose rows unsloth does not train": new_tokens,
-        "packed rows": recipe.packing and recipe.engine == "auto" and fast_packing,
+        "the fast kernels": fast and recipe.engine == "auto",
         f"it does not train {architecture} as well": recipe.engine == "auto" and unknown,
     }
     if applying := [reason for reason, applies in reasons.items() if applies]:

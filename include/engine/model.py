@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from include.engine.compatibility import layers_to_adapt, other_towers
+from include.engine.dequantize import dequantize
 from include.engine.device_plan import Device, Plan
 from include.engine.new_tokens import make_room, tokens_of_adapter, trainable_rows
 from include.errors import BadRecipe, NotFound
@@ -113,6 +114,8 @@ def load_trainable(base: Path, recipe: Recipe, plan: Plan) -> Any:
     else:
         model = load_base(base, plan, weight_bits(recipe))
         make_room(model, plan.new_tokens)
+        if plan.dense:
+            dequantize(model)
     lora["target_modules"] = layers_to_adapt(recipe.target_modules, model)
     if towers := other_towers(model):
         lora["exclude_modules"] = towers

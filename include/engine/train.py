@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from include.chat.tokenized import load_rows, sample
 from include.chat.tokenizer import copy_tokenizer
 from include.engine.arguments import training_config
-from include.engine.attention import check_packing, use_varlen
+from include.engine.attention import JoinRows, check_packing, join_rows
 from include.engine.checkpoints import ADAPTER, CHECKPOINTS, newest_checkpoint
-from include.engine.device_plan import PLAN, Plan, fit, free_memory, make_plan
+from include.engine.device_plan import PLAN, Plan, fit, free_memory, make_plan, plain_kernels
 from include.engine.distributed import RANK, init_process_group
 from include.engine.jobs import Progress, TrainJob, TrainResult
 from include.engine.model import load_trainable
@@ -47,12 +49,7 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
     tokenizer = AutoTokenizer.from_pretrained(job.tokenizer)
     if plan.engine == "transformers":
         set_seed(recipe.seed)  # for the adapter's first weights; Unsloth sets the seed itself
-    model = load_trainable(job.base, recipe, plan)
-    plain = model if recipe.full_finetuning else model.get_base_model()
-    if plan.attention == "varlen":
-        use_varlen(plain)
-    if recipe.packing and plan.engine == "transformers":  # Unsloth has another way to say where rows begin
-        check_packing(plain)
+    model, plan = _load(job, plan, _longest(rows))
     config = training_config(recipe, plan, job.out, job.run_name)
     if RANK == 0:
         atomic_write(job.out / PLAN, to_json(plan.as_dict()))
@@ -60,7 +57,7 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
             progress(note)
     dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     callback = TrainingCallback(job.out, recipe, progress, plan.device)
-    trainer = _trainer(job, config, model, rows, tokenizer, callback)
+    trainer = _trainer(job, plan, config, model, rows, tokenizer, callback)
     trained: Any = trainer.model
     for name, parameter in trained.named_parameters():
         # TRL casts the adapter of a quantized base to bfloat16, in which small updates are lost.
@@ -118,14 +115,56 @@ def _longest(rows: Any) -> int:
     return int((lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])).max())
 
 
-def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, callback: Any) -> Any:
+def _load(job: TrainJob, plan: Plan, longest: int) -> tuple[Any, Plan]:
+    """Return the model to train and the plan: with plain kernels, if the fast ones cannot be used with this base.
+
+    Args:
+        longest: tokens of the longest row.
+
+    Raises:
+        BadRecipe: packed rows would see each other.
+    """
+    import torch
+    from transformers import set_seed
+
+    recipe = job.recipe
+    model = load_trainable(job.base, recipe, plan)
+    if plan.kernels == "fast":
+        from include.engine.kernels import use_kernels
+
+        most = recipe.max_seq_length if recipe.packing else longest
+        mixed = torch.autocast(plan.device, torch.bfloat16, enabled=plan.dtype == "bfloat16")
+        try:
+            with mixed:
+                done = use_kernels(model, most, {} if plan.device == "cuda" else None)
+            return model, replace(plan, notes=[*plan.notes, f"fast kernels: {', '.join(done)}"])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of any class: it depends on the base and on many libraries
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        del model
+        gc.collect()
+        if plan.device == "cuda":
+            torch.cuda.empty_cache()
+        plan = fit(plain_kernels(plan, recipe, reason), recipe, job.base, longest, free_memory(plan.device))
+        set_seed(recipe.seed)
+        model = load_trainable(job.base, recipe, plan)
+    plain = model if recipe.full_finetuning else model.get_base_model()
+    if plan.attention == "rows":
+        join_rows(plain)
+    if recipe.packing and plan.engine == "transformers":  # Unsloth has another way to say where rows begin
+        check_packing(plain)
+    return model, plan
+
+
+def _trainer(job: TrainJob, plan: Plan, config: Any, model: Any, rows: Any, tokenizer: Any, callback: Any) -> Any:
     """Return TRL's trainer of the recipe's method, on rows that are token ids already.
 
     Raises:
         BadRecipe: a package that `report_to` names is not installed, or the settings exclude each other.
     """
     import datasets
-    from transformers import EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback, Trainer
     from trl import DPOTrainer, SFTTrainer, pack_dataset
 
     class PairTrainer(DPOTrainer):
@@ -140,6 +179,19 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
                 trained.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
                 trained.set_adapter("default")
 
+    class JoinedTrainer(SFTTrainer):
+        """Never ask the device for a number between two entries of the log: the host would wait, then the device."""
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **arguments: Any) -> Any:
+            inputs.pop("_prediction_loss_only", None)
+            return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs, **arguments)
+
+        def _track_num_input_tokens(self, inputs: Any) -> None:
+            if plan.processes > 1:
+                super()._track_num_input_tokens(inputs)
+            else:
+                self.state.num_input_tokens_seen += inputs["input_ids"].numel()
+
     datasets.disable_caching()  # the rows are in no file of the dataset's, and nothing may be written beside them
     recipe, callbacks, holdout = job.recipe, [callback], None
     if config.eval_strategy != "no":
@@ -151,11 +203,16 @@ def _trainer(job: TrainJob, config: Any, model: Any, rows: Any, tokenizer: Any, 
         rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe.max_seq_length)
     if config.n_gpu > 1:  # transformers would wrap the model in DataParallel and multiply the batch
         raise RetuneError(f"this process sees {config.n_gpu} GPUs and may use one", "Set CUDA_VISIBLE_DEVICES to it")
+    fast = plan.kernels == "fast"
+    kind: Any = PairTrainer if recipe.method == "dpo" else JoinedTrainer if fast else SFTTrainer
     try:
-        return (PairTrainer if recipe.method == "dpo" else SFTTrainer)(
+        trainer = kind(
             model=model, args=config, train_dataset=rows, eval_dataset=holdout, processing_class=tokenizer,
             callbacks=callbacks,
         )  # fmt: skip
+        if fast:
+            trainer.data_collator = JoinRows()  # TRL takes none beside its own for packed rows
+        return trainer
     except RuntimeError as error:
         if recipe.report_to and "requires" in str(error):
             problem = " ".join(str(error).split())

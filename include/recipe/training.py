@@ -68,7 +68,13 @@ class Training(BaseModel):
     engine: Literal["auto", "unsloth", "transformers"] = Field(
         "auto",
         description="`unsloth` needs a supported GPU; `transformers` (with PEFT and bitsandbytes) runs anywhere;"
-        " `auto` uses Unsloth if there is a supported GPU.",
+        " `auto` takes the faster one for the base and the device.",
+    )
+    kernels: Literal["auto", "plain"] = Field(
+        "auto",
+        description="`auto`: rows without padding, adapters fused with their layers, a loss on trained tokens only, "
+        "compiled layers on a GPU, bfloat16 on a CPU that has it: each where the gradient is proved to stay the same "
+        "when training begins; `plain`: the code of transformers, PEFT and TRL as it is.",
     )
     per_device_train_batch_size: int = Field(2, ge=1, le=4096, description="Conversations per device and micro-step.")
     gradient_accumulation_steps: int = Field(4, ge=1, le=4096, description="Micro-steps per optimizer step.")
@@ -102,8 +108,9 @@ class Training(BaseModel):
     )
     fit_device: bool = Field(
         True,
-        description="On a GPU (default), choose batch size and gradient checkpointing by the free memory. The "
-        "effective batch (batch size times accumulation) stays the same. Off: use the values of the recipe unchanged.",
+        description="On (default): choose batch size, gradient checkpointing and how weights are held by the free "
+        "memory. The effective batch (batch size times accumulation) stays the same. Off: use the values of the recipe "
+        "unchanged.",
     )
     num_processes: int = Field(
         1,

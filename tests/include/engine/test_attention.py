@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from bench.architectures import config_of
-from include.engine.attention import use_varlen
+from include.engine.attention import join_rows
 from include.errors import BadRecipe
 
 
@@ -28,7 +28,7 @@ def test_packed_rows_have_the_logits_and_gradients_that_they_have_alone(window: 
     alone.float().pow(2).mean().backward()
     expected = model.model.layers[0].self_attn.q_proj.weight.grad.clone()
     model.zero_grad()
-    use_varlen(model)
+    join_rows(model)
     positions = torch.cat([torch.arange(row.shape[1], device="cuda") for row in rows])[None]
     packed = model(torch.cat(rows, 1), position_ids=positions).logits
     packed.float().pow(2).mean().backward()
@@ -41,6 +41,6 @@ def test_packed_rows_have_the_logits_and_gradients_that_they_have_alone(window: 
 
 def test_a_base_whose_attention_has_sinks_is_not_packed_wrongly() -> None:
     model = AutoModelForCausalLM.from_config(config_of("gpt-oss"))
-    use_varlen(model)
+    join_rows(model)
     with pytest.raises(BadRecipe, match="field 'packing': the base's attention has s_aux"):
         model(torch.zeros(1, 4, dtype=torch.long), position_ids=torch.arange(4)[None])
