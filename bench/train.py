@@ -67,7 +67,9 @@ def make_base(folder: str, device: str) -> None:
     alphabet = [*pre_tokenizers.ByteLevel.alphabet(), "<end>"]
     backend = Tokenizer(models.BPE({token: id for id, token in enumerate(sorted(alphabet))}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
 
 
 def make_rows(folder: str, rows: str, longest: str, vocabulary: str = "8000") -> None:

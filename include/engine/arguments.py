@@ -50,6 +50,8 @@ def training_config(recipe: Recipe, plan: Plan, out: Path, run_name: str) -> Any
         "dataloader_pin_memory": plan.device == "cuda",
         "ddp_find_unused_parameters": False if plan.processes > 1 else None,
     }
+    if plan.kernels == "fast" and not recipe.lora_dropout:  # a CUDA graph cannot read the random state
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "preserve_rng_state": False}
     if recipe.method == "sft":
         arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
         # TRL's default reads the head's own weights, without its adapter; the fast kernels have their own loss

@@ -14,15 +14,23 @@ from include.errors import BadRecipe
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments that transformers may pass
 PROBE = 8  # tokens of each row
+SHAPES, ROWS = 512, 32  # with few shapes, the numbers of tokens and of rows are multiples of these
 
 
 class JoinRows:
     """Make a batch of rows, or of packed sequences of rows: one sequence without padding.
 
     The batch has `input_ids`, `labels`, `position_ids` (each 1 x tokens), `cu_seq_lens_q` (rows + 1: where each row
-    begins, and the end) and `trained` (positions whose next token is trained). They are computed before the batch is
-    on the device, so that the host need not wait for it.
+    begins, and the end), `trained` (positions whose next token is trained), `targets` (these tokens) and `tokens`
+    (their number). They are computed before the batch is on the device, so that the host need not wait for it.
+
+    Args:
+        padded: tokens that no row exceeds, if the shapes of batches are to be few (for CUDA graphs): rows of padding
+            are added, none longer than this.
     """
+
+    def __init__(self, padded: int | None = None):
+        self._padded = padded
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of some rows with `input_ids` and `labels`, packed ones with `seq_lengths`."""
@@ -33,14 +41,26 @@ class JoinRows:
         ids, labels = (
             np.concatenate([example[name] for example in examples]).astype(np.int64) for name in ("input_ids", "labels")
         )
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        labels[starts[:-1]] = IGNORED  # the first token of a row has nothing before it
+        tokens, ends = len(ids), np.cumsum(lengths)
+        labels[[0, *ends[:-1]]] = IGNORED  # the first token of a row has nothing before it
+        trained = np.flatnonzero(labels[1:] != IGNORED)
+        targets = labels[trained + 1]
+        if self._padded:
+            padding = -tokens % SHAPES
+            lengths += [min(self._padded, padding - start) for start in range(0, padding, self._padded)]
+            lengths += [0] * (-len(lengths) % ROWS)
+            ids, labels = np.pad(ids, (0, padding)), np.pad(labels, (0, padding), constant_values=IGNORED)
+            unused = -len(trained) % max(SHAPES, len(ids) // 4)
+            trained, targets = np.pad(trained, (0, unused)), np.pad(targets, (0, unused), constant_values=IGNORED)
+            ends = np.cumsum(lengths)
         return {
             "input_ids": torch.from_numpy(ids)[None],
             "labels": torch.from_numpy(labels)[None],
-            "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts[:-1], lengths))[None],
-            "cu_seq_lens_q": torch.from_numpy(starts.astype(np.int32)),
-            "trained": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORED)),
+            "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(ends - lengths, lengths))[None],
+            "cu_seq_lens_q": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+            "trained": torch.from_numpy(trained),
+            "targets": torch.from_numpy(targets),
+            "tokens": tokens,
         }
 
 
@@ -101,9 +121,7 @@ def _attend_on_gpu() -> Any:
     return attend
 
 
-def _attend_on_cpu(
-    query: Any, key: Any, value: Any, starts: Any, longest: int, scale: Any, window: int | None
-) -> Any:
+def _attend_on_cpu(query: Any, key: Any, value: Any, starts: Any, longest: int, scale: Any, window: int | None) -> Any:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 

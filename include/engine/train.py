@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from include.chat.tokenized import load_rows, sample
 from include.chat.tokenizer import copy_tokenizer
 from include.engine.arguments import training_config
-from include.engine.attention import JoinRows, check_packing, join_rows
+from include.engine.attention import check_packing, join_rows
 from include.engine.checkpoints import ADAPTER, CHECKPOINTS, newest_checkpoint
 from include.engine.device_plan import PLAN, Plan, fit, free_memory, make_plan, plain_kernels
 from include.engine.distributed import RANK, init_process_group
@@ -42,14 +43,15 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
 
     init_process_group(plan.device)
     rows = load_rows(job.rows)
-    plan = fit(plan, recipe, job.base, _longest(rows), free_memory(plan.device))
+    longest = max(_longest(rows), _longest(load_rows(job.holdout)))
+    plan = fit(plan, recipe, job.base, longest, free_memory(plan.device))
     if recipe.device_memory_gib and plan.device == "cuda":
         total = torch.cuda.get_device_properties().total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, recipe.device_memory_gib * 2**30 / total))
     tokenizer = AutoTokenizer.from_pretrained(job.tokenizer)
     if plan.engine == "transformers":
         set_seed(recipe.seed)  # for the adapter's first weights; Unsloth sets the seed itself
-    model, plan = _load(job, plan, _longest(rows))
+    model, plan = _load(job, plan, longest)
     config = training_config(recipe, plan, job.out, job.run_name)
     if RANK == 0:
         atomic_write(job.out / PLAN, to_json(plan.as_dict()))
@@ -57,7 +59,7 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
             progress(note)
     dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     callback = TrainingCallback(job.out, recipe, progress, plan.device)
-    trainer = _trainer(job, plan, config, model, rows, tokenizer, callback)
+    trainer = _trainer(job, plan, config, model, rows, longest, tokenizer, callback, progress)
     trained: Any = trainer.model
     for name, parameter in trained.named_parameters():
         # TRL casts the adapter of a quantized base to bfloat16, in which small updates are lost.
@@ -132,11 +134,10 @@ def _load(job: TrainJob, plan: Plan, longest: int) -> tuple[Any, Plan]:
     if plan.kernels == "fast":
         from include.engine.kernels import use_kernels
 
-        most = recipe.max_seq_length if recipe.packing else longest
         mixed = torch.autocast(plan.device, torch.bfloat16, enabled=plan.dtype == "bfloat16")
         try:
             with mixed:
-                done = use_kernels(model, most, {} if plan.device == "cuda" else None)
+                done = use_kernels(model, longest, {} if plan.device == "cuda" else None)
             return model, replace(plan, notes=[*plan.notes, f"fast kernels: {', '.join(done)}"])
         except torch.OutOfMemoryError:
             raise
@@ -157,14 +158,17 @@ def _load(job: TrainJob, plan: Plan, longest: int) -> tuple[Any, Plan]:
     return model, plan
 
 
-def _trainer(job: TrainJob, plan: Plan, config: Any, model: Any, rows: Any, tokenizer: Any, callback: Any) -> Any:
+def _trainer(
+    job: TrainJob, plan: Plan, config: Any, model: Any, rows: Any, longest: int, tokenizer: Any, callback: Any,
+    progress: Progress,
+) -> Any:  # fmt: skip
     """Return TRL's trainer of the recipe's method, on rows that are token ids already.
 
     Raises:
         BadRecipe: a package that `report_to` names is not installed, or the settings exclude each other.
     """
     import datasets
-    from transformers import EarlyStoppingCallback, Trainer
+    from transformers import EarlyStoppingCallback
     from trl import DPOTrainer, SFTTrainer, pack_dataset
 
     class PairTrainer(DPOTrainer):
@@ -179,19 +183,6 @@ def _trainer(job: TrainJob, plan: Plan, config: Any, model: Any, rows: Any, toke
                 trained.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
                 trained.set_adapter("default")
 
-    class JoinedTrainer(SFTTrainer):
-        """Never ask the device for a number between two entries of the log: the host would wait, then the device."""
-
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **arguments: Any) -> Any:
-            inputs.pop("_prediction_loss_only", None)
-            return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs, **arguments)
-
-        def _track_num_input_tokens(self, inputs: Any) -> None:
-            if plan.processes > 1:
-                super()._track_num_input_tokens(inputs)
-            else:
-                self.state.num_input_tokens_seen += inputs["input_ids"].numel()
-
     datasets.disable_caching()  # the rows are in no file of the dataset's, and nothing may be written beside them
     recipe, callbacks, holdout = job.recipe, [callback], None
     if config.eval_strategy != "no":
@@ -203,16 +194,16 @@ def _trainer(job: TrainJob, plan: Plan, config: Any, model: Any, rows: Any, toke
         rows = pack_dataset(rows.select_columns(["input_ids", "labels"]), recipe.max_seq_length)
     if config.n_gpu > 1:  # transformers would wrap the model in DataParallel and multiply the batch
         raise RetuneError(f"this process sees {config.n_gpu} GPUs and may use one", "Set CUDA_VISIBLE_DEVICES to it")
-    fast = plan.kernels == "fast"
-    kind: Any = PairTrainer if recipe.method == "dpo" else JoinedTrainer if fast else SFTTrainer
+    kind: Any = PairTrainer if recipe.method == "dpo" else SFTTrainer
+    if plan.kernels == "fast":
+        from include.engine.joined_trainer import JoinedTrainer
+
+        kind = partial(JoinedTrainer, longest=longest, progress=progress)
     try:
-        trainer = kind(
+        return kind(
             model=model, args=config, train_dataset=rows, eval_dataset=holdout, processing_class=tokenizer,
             callbacks=callbacks,
         )  # fmt: skip
-        if fast:
-            trainer.data_collator = JoinRows()  # TRL takes none beside its own for packed rows
-        return trainer
     except RuntimeError as error:
         if recipe.report_to and "requires" in str(error):
             problem = " ".join(str(error).split())
