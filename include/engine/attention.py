@@ -50,8 +50,9 @@ class JoinRows:
             lengths += [min(self._padded, padding - start) for start in range(0, padding, self._padded)]
             lengths += [0] * (-len(lengths) % ROWS)
             ids, labels = np.pad(ids, (0, padding)), np.pad(labels, (0, padding), constant_values=IGNORED)
-            unused = -len(trained) % max(SHAPES, len(ids) // 4)
-            trained, targets = np.pad(trained, (0, unused)), np.pad(targets, (0, unused), constant_values=IGNORED)
+            unused = np.arange(-len(trained) % max(SHAPES, len(ids) // 16)) % len(ids)
+            trained = np.concatenate([trained, unused])
+            targets = np.pad(targets, (0, len(unused)), constant_values=IGNORED)
             ends = np.cumsum(lengths)
         return {
             "input_ids": torch.from_numpy(ids)[None],
@@ -130,8 +131,8 @@ def _attend_on_cpu(query: Any, key: Any, value: Any, starts: Any, longest: int, 
         mask, tokens = None, len(parts[0])
         if window is not None and tokens > window:
             mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().triu(1 - window)
-        heads = (states.transpose(0, 1)[None] for states in parts)
-        row = scaled_dot_product_attention(*heads, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        q, k, v = (states.transpose(0, 1)[None] for states in parts)
+        row = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
         rows.append(row[0].transpose(0, 1))
     return torch.cat(rows)
 

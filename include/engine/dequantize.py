@@ -40,10 +40,8 @@ def fits_dense(model: Any) -> bool:
     """Return whether the dense weights take at most half of the memory that is available on the model's device."""
     import torch
 
-    if model.device.type == "cuda":
-        available = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        available = available_host_memory()
+    on_gpu = model.device.type == "cuda"
+    available = torch.cuda.mem_get_info(model.device)[0] if on_gpu else available_host_memory()
     return MARGIN * dense_bytes(model) <= available
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -81,7 +81,9 @@ class StepGraphs:
         kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=cast(Any, self._pool.id), stream=self._stream, capture_error_mode="thread_local"
+            ):
                 loss = self._step(kept)
         except torch.OutOfMemoryError:
             raise
