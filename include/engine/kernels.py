@@ -56,15 +56,16 @@ class _CrossEntropy(torch.autograd.Function):
 def _entropy(logits: Tensor, targets: Tensor, scale: float, cap: float) -> tuple[Tensor, Tensor]:
     """Return the sum of the cross entropies, without ignored targets, and its gradient by the logits (tokens x
     vocabulary)."""
-    scaled = logits.float() * scale
-    slope: Any = 1.0
+    scaled = logits.float() if scale == 1 else logits.float() * scale
+    factor: Any = (targets[:, None] != IGNORED) * scale
     if cap:
         squashed = torch.tanh(scaled / cap)
-        scaled, slope = squashed * cap, 1 - squashed * squashed
-    log_sum, kept = scaled.logsumexp(-1, keepdim=True), targets[:, None] != IGNORED
+        scaled, factor = squashed * cap, (1 - squashed * squashed) * factor
+    log_sum = scaled.logsumexp(-1, keepdim=True)
+    loss = log_sum - scaled.gather(1, targets[:, None].clamp(min=0))
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    loss = ((log_sum - scaled.gather(1, targets[:, None].clamp(min=0))) * kept).sum()
-    return loss, (((scaled - log_sum).exp() - is_target.float()) * kept * slope * scale).to(logits.dtype)
+    grad = (scaled - log_sum).exp_().add_(is_target, alpha=-1).mul_(factor)
+    return (loss * (targets[:, None] != IGNORED)).sum(), grad.to(logits.dtype)
 
 
 def loss_on_trained_tokens(model: Any, compiled: bool) -> None:
