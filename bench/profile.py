@@ -55,13 +55,14 @@ def profile(job: Any, steps: int) -> dict[str, Any]:
                 self.profiler.__exit__(None, None, None)
 
     profiler, make = Profiler(), train._trainer
+    module: Any = train
 
     def with_profiler(*arguments: Any) -> Any:
         trainer = make(*arguments)
         trainer.add_callback(profiler)
         return trainer
 
-    train._trainer = with_profiler
+    module._trainer = with_profiler
     train.train(job, lambda *_, **__: None)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"

@@ -184,8 +184,7 @@ def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan
     """Choose micro-batch, gradient checkpointing and dense weights so that the device is used and its memory suffices;
     the effective batch stays. On a CPU with plain kernels, return the plan unchanged.
 
-    The host launches the kernels of one micro-step at a time, so that speed grows with the micro-batch; checkpointing
-    halves it (both measured, see bench/train.json). For an architecture whose memory is not known, the recipe's own
+    For an architecture whose memory is not known, the recipe's own
     micro-batch is used with checkpointing; after running out of memory, training goes on with a smaller one.
 
     Args:
@@ -219,7 +218,8 @@ def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan
         tokens = sequences * (recipe.max_seq_length if recipe.packing else longest)
         choice.predicted_bytes = predict_peak(model, recipe, choice, tokens)
     fitting = [choice for choice in choices if choice.predicted_bytes * HEADROOM <= free]
-    best = max(fitting or [min(choices, key=lambda c: c.predicted_bytes)], key=_speed)
+    usual = recipe.max_seq_length if recipe.packing else longest // 3  # tokens of a sequence
+    best = max(fitting or [min(choices, key=lambda c: c.predicted_bytes)], key=lambda c: _speed(c, usual))
     used = f"{best.micro_batch} x {best.accumulation}"
     if gpu:
         used += f" {'with' if best.gradient_checkpointing else 'without'} gradient checkpointing"
@@ -229,9 +229,16 @@ def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan
     return replace(best, notes=[*best.notes, f"{used}: {predicted}"])
 
 
-def _speed(plan: Plan) -> float:
-    """Return a number that grows with the speed of a plan, for the same effective batch (see bench/train.json)."""
-    return plan.micro_batch * (1 if plan.gradient_checkpointing else 2) * (1.1 if plan.dense else 1)
+def _speed(plan: Plan, usual: int) -> float:
+    """Return a number that grows with the speed of a plan, for the same effective batch (fitted to bench/train.json).
+
+    Args:
+        usual: tokens of a sequence.
+    """
+    if plan.kernels == "plain":  # the host launches kernels one by one, and that takes as long for a small micro-batch
+        return plan.micro_batch * (1 if plan.gradient_checkpointing else 2)
+    tokens = plan.micro_batch * usual
+    return tokens / (tokens + 500) * (0.75 if plan.gradient_checkpointing else 1) * (1 if plan.dense else 0.9)
 
 
 def free_memory(device: str) -> int:

@@ -34,7 +34,7 @@ def _lora(
         The outputs (tokens x all outputs), and [x, x A'].
     """
     tokens, inputs = x.shape
-    wide = x.new_empty(tokens, inputs + _columns_of(len(a)))
+    wide = x.new_empty(tokens, inputs + _columns(inputs, len(a)))
     wide[:, :inputs] = x
     torch.mm(x, a.t(), out=wide[:, inputs : inputs + len(a)])
     wide[:, inputs + len(a) :] = 0
@@ -42,14 +42,15 @@ def _lora(
         both = weight[0]
     else:
         both = a.new_empty(len(b), wide.shape[1])
-        both[:, :inputs] = _dense(weight, a, sizes)
-        _write_adapters(both, b, sizes, scale)
+        for rows, dense in zip(both.split(sizes), _dense(weight, a, sizes), strict=True):
+            rows[:, :inputs] = dense
+        _write_adapters(both, inputs, b, sizes, scale)
     return wide @ both.t() if bias is None else torch.addmm(bias, wide, both.t()), wide
 
 
 @_lora.register_fake
 def _(x: Tensor, weight: list[Tensor], bias: Any, a: Tensor, b: Tensor, sizes: list[int], scale: float) -> Any:
-    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], x.shape[1] + _columns_of(len(a)))
+    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], x.shape[1] + _columns(x.shape[1], len(a)))
 
 
 @torch.library.custom_op("retune::lora_backward", mutates_args=())
@@ -69,7 +70,7 @@ def _lora_backward(
         torch.mm(part.t(), down, out=grad_up)
     grad_low *= scale
     grad_b *= scale
-    dense = weight[0][:, :inputs] if len(weight) == 1 else _dense(weight, a, sizes)
+    dense = weight[0][:, :inputs] if len(weight) == 1 else torch.cat(_dense(weight, a, sizes))
     return (grad @ dense).addmm_(grad_low, a), grad_low.t() @ x, grad_b
 
 
@@ -92,24 +93,26 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
 _lora.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _columns_of(ranks: int) -> int:
-    """Return the columns beside x and W: a multiple of 8, since matrix products need rows of whole 16 bytes."""
-    return -(-ranks // 8) * 8
+def _columns(inputs: int, ranks: int) -> int:
+    """Return the number of columns beside x and W, so many that matrix products are fast: rows of whole 16 bytes, in
+    wide layers of whole 128 bytes."""
+    multiple = 64 if inputs >= 2048 else 8
+    return -(-ranks // multiple) * multiple
 
 
-def _dense(weight: list[Tensor], a: Tensor, sizes: list[int]) -> Tensor:
-    """Return W (all outputs x inputs) from the 4-bit values and scales of each layer."""
-    dense = a.new_empty(sum(sizes), a.shape[1])
-    for packed, scales, part in zip(weight[::2], weight[1::2], dense.split(sizes), strict=True):
-        block = 2 * packed.numel() // scales.numel()
-        torch.ops.bitsandbytes.dequantize_4bit.out(packed, scales, block, "nf4", part.shape, part.dtype, out=part)
-    return dense
+def _dense(weight: list[Tensor], a: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Return W (outputs x inputs) of each layer from its 4-bit values and their scales."""
+    dequantize = torch.ops.bitsandbytes.dequantize_4bit
+    return [
+        dequantize(packed, scales, 2 * packed.numel() // scales.numel(), "nf4", (outputs, a.shape[1]), a.dtype)
+        for packed, scales, outputs in zip(weight[::2], weight[1::2], sizes, strict=True)
+    ]
 
 
-def _write_adapters(both: Tensor, b: Tensor, sizes: list[int], scale: float) -> None:
+def _write_adapters(both: Tensor, inputs: int, b: Tensor, sizes: list[int], scale: float) -> None:
     """Write scale B beside W, those of several layers as a block diagonal matrix; the columns after it are 0."""
     rank = b.shape[1]
-    columns = both[:, both.shape[1] - _columns_of(len(sizes) * rank) :]
+    columns = both[:, inputs:]
     columns.zero_()
     for place, (rows, up) in enumerate(zip(columns.split(sizes), b.split(sizes), strict=True)):
         rows[:, place * rank : (place + 1) * rank] = up * scale
@@ -125,7 +128,8 @@ class _Group:
         self.weight = [tensor for base in bases for tensor in _tensors(base)]
         self.dense = len(self.weight) == len(bases)
         if self.dense:
-            inputs, columns = bases[0].in_features, _columns_of(len(bases) * layers[0].r[ADAPTER])
+            inputs = bases[0].in_features
+            columns = _columns(inputs, len(bases) * layers[0].r[ADAPTER])
             both = self.weight[0].new_zeros(sum(self.sizes), inputs + columns)
             for base, rows in zip(bases, both.split(self.sizes), strict=True):
                 rows[:, :inputs] = base.weight
@@ -144,7 +148,8 @@ class _Group:
     def write_adapters(self) -> None:
         """Write the adapters' present values beside the dense weights."""
         with torch.no_grad():
-            _write_adapters(self.weight[0], self._stacked("lora_B"), self.sizes, self.layers[0].scaling[ADAPTER])
+            b, scale = self._stacked("lora_B"), self.layers[0].scaling[ADAPTER]
+            _write_adapters(self.weight[0], self.layers[0].in_features, b, self.sizes, scale)
 
     def _stacked(self, name: str) -> Tensor:
         return torch.cat([getattr(layer, name)[ADAPTER].weight for layer in self.layers])
@@ -163,7 +168,7 @@ def fuse_adapters(model: Any) -> tuple[int, int]:
     fused, total, dense = 0, 0, []
     for parent in model.modules():
         adapted = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
-        left = {name: layer for name, layer in adapted.items() if _can_be_fused(layer)}
+        left: dict[str, Any] = {name: layer for name, layer in adapted.items() if _can_be_fused(layer)}
         total, fused = total + len(adapted), fused + len(left)
         groups = [names for names in GROUPS if left.keys() >= set(names) and len({_kind(left[n]) for n in names}) == 1]
         while groups or left:
@@ -172,7 +177,7 @@ def fuse_adapters(model: Any) -> tuple[int, int]:
             group = _Group(layers)
             dense += [group] if group.dense else []
             for place, layer in enumerate(layers):
-                layer.group, layer.place, layer.__class__ = group, place, _fused_class(type(layer))
+                layer.group, layer.place, layer.__class__ = group, place, _fused_class(layer.__class__)
 
     def write_adapters(*_: Any) -> None:
         for group in dense:
@@ -204,15 +209,16 @@ def _kind(layer: Any) -> tuple[Any, ...]:
 
 def _tensors(base: Any) -> list[Tensor]:
     """Return the dense weight of a layer, or its 4-bit values and their scales in 32 bits."""
-    if not hasattr(base.weight, "quant_state"):
-        return [base.weight]
-    state = base.weight.quant_state
+    weight: Any = base.weight
+    if type(base) is torch.nn.Linear:
+        return [weight]
+    state: Any = weight.quant_state
     if state.nested:  # the scales are quantized, too: dense ones take 6 % of the layer's memory and save a kernel
         from bitsandbytes.functional import dequantize_blockwise
 
         state.absmax = (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
         state.nested, state.state2, state.offset = False, None, None
-    return [base.weight.data, state.absmax]
+    return [weight.data, state.absmax]
 
 
 @cache
