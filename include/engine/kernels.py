@@ -18,10 +18,10 @@ from torch import Tensor
 
 from include.chat.tokenized import IGNORED
 from include.engine.attention import JoinRows, check_packing, join_rows
+from include.engine.device_plan import CHUNK
 from include.engine.fused_lora import fuse_adapters
 
 SMALL = 0.002  # standard deviation of an adapter's B during the proof
-CHUNK = 2048  # tokens whose logits are in memory at once
 PROBE = (48, 33)  # tokens of the rows that the proof computes
 # of a gradient, relative to its norm: in bfloat16 the plain way itself differs by as much from one batch to the next
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25}

@@ -54,7 +54,7 @@ def test_the_plan_uses_the_free_memory_and_keeps_the_effective_batch(
     base: Path, gib: int, fields: dict, micro: int, checkpointing: object
 ) -> None:
     recipe = validate_recipe({"name": "x", **fields}, "x")
-    plan = fit(gpu_plan(micro_batch=2, accumulation=4), recipe, base, longest=2040, free=gib * 2**30)
+    plan = fit(gpu_plan(micro_batch=2, accumulation=4), recipe, base, lengths=[2040], free=gib * 2**30)
     assert (plan.micro_batch, plan.gradient_checkpointing) == (micro, checkpointing)
     assert plan.micro_batch * plan.accumulation == 8
     if recipe.fit_device:
@@ -65,7 +65,7 @@ def test_the_plan_uses_the_free_memory_and_keeps_the_effective_batch(
 def test_without_a_prediction_the_recipes_batch_is_tried_with_checkpointing(tmp_path: Path) -> None:
     config_of("gpt-oss").save_pretrained(tmp_path)
     recipe = validate_recipe({"name": "x"}, "x")
-    plan = fit(gpu_plan(micro_batch=2, accumulation=4), recipe, tmp_path, longest=2040, free=79 * 2**30)
+    plan = fit(gpu_plan(micro_batch=2, accumulation=4), recipe, tmp_path, lengths=[2040], free=79 * 2**30)
     assert (plan.micro_batch, plan.accumulation, plan.gradient_checkpointing) == (2, 4, "unsloth")
     assert plan.notes == [
         "this base's memory is not predicted (mixture of experts); if it does not fit, a smaller micro-batch is tried"
@@ -76,7 +76,7 @@ def test_without_a_prediction_the_recipes_batch_is_tried_with_checkpointing(tmp_
 def test_after_out_of_memory_no_larger_micro_batch_is_tried(base: Path) -> None:
     recipe = validate_recipe({"name": "x"}, "x")
     shrunk = gpu_plan(micro_batch=4, accumulation=2, shrunk=True)
-    assert fit(shrunk, recipe, base, longest=2040, free=79 * 2**30).micro_batch == 4
+    assert fit(shrunk, recipe, base, lengths=[2040], free=79 * 2**30).micro_batch == 4
 
 
 def test_predictions_were_close_to_what_the_benchmark_measured() -> None:
