@@ -65,7 +65,8 @@ class Way:
     length: int = 2048
 
 
-LONG: dict[str, Any] = {"steps": 60, "skipped": 30}  # as many steps as the reference recipe has: each new shape of a batch is captured
+# as many steps as the reference recipe has, since each new shape of a batch is captured first
+LONG: dict[str, Any] = {"steps": 60, "skipped": 30}
 PACKED: dict[str, Any] = {"packing": True, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
 WAYS = {
     "reference": Way({"engine": "unsloth", "fit_device": False}),

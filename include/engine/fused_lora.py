@@ -191,12 +191,13 @@ def _can_be_fused(layer: Any) -> bool:
     from bitsandbytes.nn import Linear4bit
     from torch.nn import Identity, Linear
 
-    base: Any = layer.get_base_layer()
+    base = layer.get_base_layer()
+    weight: Any = base.weight
     return (
         list(layer.lora_A) == [ADAPTER] == layer.active_adapters
         and isinstance(layer.lora_dropout[ADAPTER], Identity)
         and not (layer.lora_variant or layer.lora_bias[ADAPTER] or layer.fan_in_fan_out or layer.merged)
-        and (type(base) is Linear or (isinstance(base, Linear4bit) and base.weight.quant_state.quant_type == "nf4"))
+        and (type(base) is Linear or (isinstance(base, Linear4bit) and weight.quant_state.quant_type == "nf4"))
         and not any(parameter.requires_grad for parameter in base.parameters())
     )
 
