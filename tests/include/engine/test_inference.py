@@ -45,11 +45,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     return make
 
 
-def ask(base: Path, adapter: Path, prompts: list[list[int]], **fields: Any) -> tuple[GenerateResult, list[str]]:
+def ask(
+    base: Path, adapter: Path, prompts: list[list[int]], pad: int = 2, **fields: Any
+) -> tuple[GenerateResult, list[str]]:
     """Return the answers to prompts and the lines for people."""
     recipe = validate_recipe({"name": "x", "max_new_tokens": 24, **fields}, "x")
     lines: list[str] = []
-    result = generate(GenerateJob(recipe, base, adapter, prompts, [2, 77], 2), lambda line, **_: lines.append(line))
+    result = generate(GenerateJob(recipe, base, adapter, prompts, [2, 77], pad), lambda line, **_: lines.append(line))
     return result, lines
 
 
@@ -99,9 +101,10 @@ def test_a_base_in_which_padding_counts_answers_one_by_one(bases: Callable, monk
      {"num_beams": 3}, {"generation_arguments": {"min_new_tokens": 3}}],
 )  # fmt: skip
 def test_an_answer_does_not_depend_on_the_other_prompts(fields: dict[str, Any], bases: Callable) -> None:
-    together = ask(*bases("Llama"), ROWS, **fields)[0]
+    greedy = ask(*bases("Llama"), ROWS)[0].adapter[1]
+    together = ask(*bases("Llama"), ROWS, pad=greedy[0], **fields)[0]  # padding with a token that is an answer's
     assert together.adapter == [ask(*bases("Llama"), [prompt], **fields)[0].adapter[0] for prompt in ROWS]
-    assert together.adapter[1] != ask(*bases("Llama"), ROWS)[0].adapter[1] or "generation_arguments" in fields
+    assert together.adapter[1] != greedy or "generation_arguments" in fields
 
 
 def test_batches_are_bounded_by_tokens_and_halved_when_memory_runs_out(
@@ -202,3 +205,12 @@ def test_layers_are_computed_by_onednn_only_while_asked_and_where_memory_allows(
     monkeypatch.setattr(cpu_linear, "available_host_memory", lambda: 0)
     with packed_for_cpu(model):
         assert ran() == {"aten::linear"}
+
+
+def test_a_layer_with_a_bias_computes_the_same_by_onednn() -> None:
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(9, 7), torch.randn(2, 3, 9)
+    with torch.inference_mode():
+        expected = layer(x)
+        with packed_for_cpu(layer):
+            torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-6)
