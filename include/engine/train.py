@@ -51,7 +51,7 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
     tokenizer = AutoTokenizer.from_pretrained(job.tokenizer)
     if plan.engine == "transformers":
         set_seed(recipe.seed)  # for the adapter's first weights; Unsloth sets the seed itself
-    model, plan = _load(job, plan, longest)
+    model, plan = _load(job, plan, rows, longest)
     config = training_config(recipe, plan, job.out, job.run_name)
     if RANK == 0:
         atomic_write(job.out / PLAN, to_json(plan.as_dict()))
@@ -117,11 +117,12 @@ def _longest(rows: Any) -> int:
     return int((lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])).max())
 
 
-def _load(job: TrainJob, plan: Plan, longest: int) -> tuple[Any, Plan]:
+def _load(job: TrainJob, plan: Plan, rows: Any, longest: int) -> tuple[Any, Plan]:
     """Return the model to train and the plan: with plain kernels, if the fast ones cannot be used with this base.
 
     Args:
-        longest: tokens of the longest row.
+        rows: the training set.
+        longest: tokens that no row exceeds.
 
     Raises:
         BadRecipe: packed rows would see each other.
@@ -137,7 +138,7 @@ def _load(job: TrainJob, plan: Plan, longest: int) -> tuple[Any, Plan]:
         mixed = torch.autocast(plan.device, torch.bfloat16, enabled=plan.dtype == "bfloat16")
         try:
             with mixed:
-                done = use_kernels(model, longest, {} if plan.device == "cuda" else None)
+                done = use_kernels(model, rows, longest, {} if plan.device == "cuda" else None)
             return model, replace(plan, notes=[*plan.notes, f"fast kernels: {', '.join(done)}"])
         except torch.OutOfMemoryError:
             raise
