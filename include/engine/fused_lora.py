@@ -192,7 +192,7 @@ def _can_be_fused(layer: Any) -> bool:
     from torch.nn import Identity, Linear
 
     base = layer.get_base_layer()
-    weight: Any = base.weight
+    weight: Any = getattr(base, "weight", None)
     return (
         list(layer.lora_A) == [ADAPTER] == layer.active_adapters
         and isinstance(layer.lora_dropout[ADAPTER], Identity)

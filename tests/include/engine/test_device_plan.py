@@ -80,7 +80,7 @@ LENGTHS = [100] * 90 + [1000] * 9 + [2040]
     ("gib", "fields", "micro", "checkpointing", "dense"),
     [
         (79, {}, 8, False, True),
-        (14, {}, 4, False, False),
+        (14, {}, 8, True, True),
         (8, {}, 8, True, False),
         (79, {"load_in_4bit": False}, 8, False, False),
         (24, {"packing": True}, 2, False, True),
@@ -102,7 +102,7 @@ def test_a_cpu_takes_the_whole_batch_at_once_where_memory_allows(base: Path) -> 
     before = replace(gpu_plan(micro_batch=2, accumulation=4), **cpu, gradient_checkpointing=False, kernels="fast")
     recipe = validate_recipe({"name": "x"}, "x")
     plans = [fit(before, recipe, base, lengths=LENGTHS, free=gib * 2**30) for gib in (400, 24, 1)]
-    assert [plan.micro_batch for plan in plans] == [8, 4, 1]
+    assert [plan.micro_batch for plan in plans] == [8, 2, 1]
     assert not any(plan.gradient_checkpointing for plan in plans)
     assert fit(replace(before, kernels="plain"), recipe, base, lengths=LENGTHS, free=2**40).micro_batch == 2
 
