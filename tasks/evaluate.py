@@ -33,7 +33,7 @@ def live_version(context: StageContext, train: Output[TrainOutput]) -> Version |
 
 
 @stage(
-    version=6,
+    version=7,
     recipe_fields=(
         "method", "beta", "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length",
         "max_holdout_rows", *Gate.model_fields,

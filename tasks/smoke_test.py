@@ -20,7 +20,7 @@ TEMPLATE = "chat_template.jinja"
 
 
 @stage(
-    version=3,
+    version=4,
     recipe_fields=(
         "base_model", "base_revision", "chat_template", "chat_template_kwargs", "missing_special_tokens",
         "special_tokens_in_text",

@@ -30,7 +30,7 @@ RESUME_FILES = (TRAINING_LOG, OOM_EVENTS)  # needed to resume a training, beside
 
 
 @stage(
-    version=6,
+    version=7,
     recipe_fields=(
         "base_model", "base_revision", "load_in_4bit", "load_in_8bit", "max_seq_length", "max_holdout_rows",
         *Lora.model_fields, *(field for field in Training.model_fields if field not in ("hang_timeout", "sweep")),

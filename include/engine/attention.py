@@ -14,6 +14,7 @@ from include.errors import BadRecipe
 
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments that transformers may pass
 PROBE = 8  # tokens of each row
+SHORT = 400  # tokens
 SHAPES, ROWS = 512, 32  # with few shapes, the numbers of tokens and of rows are multiples of these
 
 
@@ -131,9 +132,12 @@ def _attend_on_cpu(query: Any, key: Any, value: Any, starts: Any, longest: int, 
         mask, tokens = None, len(parts[0])
         if window is not None and tokens > window:
             mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().triu(1 - window)
-        q, k, v = (states.transpose(0, 1)[None] for states in parts)
+        # for short rows PyTorch's attention in bfloat16 takes more than twice the time
+        q, k, v = (
+            states.transpose(0, 1)[None].to(torch.float32 if tokens < SHORT else query.dtype) for states in parts
+        )
         row = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
-        rows.append(row[0].transpose(0, 1))
+        rows.append(row[0].transpose(0, 1).to(query.dtype))
     return torch.cat(rows)
 
 

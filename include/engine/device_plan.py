@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from include.engine.compatibility import HEAD_AND_EMBEDDINGS, adaptable_layers, empty_model, layers_to_adapt
@@ -19,6 +20,7 @@ from include.errors import BadRecipe
 from include.recipe import Recipe
 
 PLAN = "plan.json"
+CHUNK = 2048  # tokens whose logits the fast kernels hold at once
 HEADROOM = 1.15  # free memory over predicted memory
 # architectures (`model_type`) that Unsloth has trained on a GPU with the losses and about the memory of transformers
 # (bench/architectures.json); of Gemma 3 it takes twice the memory, and gpt-oss gets an adapter that fits no other model
@@ -180,17 +182,16 @@ def _cpu_has_bfloat16() -> bool:
     return info.exists() and bool({"avx512_bf16", "amx_bf16"} & set(info.read_text().split()))
 
 
-def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan:
+def fit(plan: Plan, recipe: Recipe, base: Path, lengths: Any, free: int) -> Plan:
     """Choose micro-batch, gradient checkpointing and dense weights so that the device is used and its memory suffices;
     the effective batch stays. On a CPU with plain kernels, return the plan unchanged.
 
-    The host launches the kernels of one micro-step at a time, so that speed grows with the micro-batch; checkpointing
-    halves it (both measured, see bench/train.json). For an architecture whose memory is not known, the recipe's own
+    For an architecture whose memory is not known, the recipe's own
     micro-batch is used with checkpointing; after running out of memory, training goes on with a smaller one.
 
     Args:
         base: the base model's folder.
-        longest: tokens of the longest sequence.
+        lengths: tokens of each sequence.
         free: bytes of the device's memory.
     """
     gpu, fast = plan.device == "cuda", plan.kernels == "fast"
@@ -215,11 +216,10 @@ def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan
         for dense in ((False, True) if fast and recipe.load_in_4bit else (False,))
     ]  # fmt: skip
     for choice in choices:
-        sequences = choice.micro_batch * (2 if recipe.method == "dpo" else 1)
-        tokens = sequences * (recipe.max_seq_length if recipe.packing else longest)
-        choice.predicted_bytes = predict_peak(model, recipe, choice, tokens)
+        choice.predicted_bytes = predict_peak(model, recipe, choice, _most_tokens(choice, recipe, lengths))
     fitting = [choice for choice in choices if choice.predicted_bytes * HEADROOM <= free]
-    best = max(fitting or [min(choices, key=lambda c: c.predicted_bytes)], key=_speed)
+    usual = recipe.max_seq_length if recipe.packing else float(np.mean(lengths))
+    best = max(fitting or [min(choices, key=lambda c: c.predicted_bytes)], key=lambda c: _speed(c, usual))
     used = f"{best.micro_batch} x {best.accumulation}"
     if gpu:
         used += f" {'with' if best.gradient_checkpointing else 'without'} gradient checkpointing"
@@ -229,9 +229,30 @@ def fit(plan: Plan, recipe: Recipe, base: Path, longest: int, free: int) -> Plan
     return replace(best, notes=[*best.notes, f"{used}: {predicted}"])
 
 
-def _speed(plan: Plan) -> float:
-    """Return a number that grows with the speed of a plan, for the same effective batch (see bench/train.json)."""
-    return plan.micro_batch * (1 if plan.gradient_checkpointing else 2) * (1.1 if plan.dense else 1)
+def _most_tokens(plan: Plan, recipe: Recipe, lengths: Any) -> int:
+    """Return the tokens of the largest micro-batch that is to be expected, padding included.
+
+    Joined rows are added up: of so many rows the sum is hardly ever more than four standard deviations above its mean.
+    """
+    sequences, longest = plan.micro_batch * (2 if recipe.method == "dpo" else 1), int(np.max(lengths))
+    if recipe.packing:
+        return sequences * recipe.max_seq_length
+    if plan.kernels == "plain":
+        return sequences * longest
+    likely = sequences * np.mean(lengths) + 4 * np.std(lengths) * sequences**0.5
+    return int(max(longest, min(sequences * longest, likely)))
+
+
+def _speed(plan: Plan, usual: float) -> float:
+    """Return a number that grows with the speed of a plan, for the same effective batch (fitted to bench/train.json).
+
+    Args:
+        usual: tokens of a sequence, in the mean.
+    """
+    if plan.kernels == "plain":  # the host launches kernels one by one, and that takes as long for a small micro-batch
+        return plan.micro_batch * (1 if plan.gradient_checkpointing else 2)
+    tokens = plan.micro_batch * usual
+    return tokens / (tokens + 500) * (0.75 if plan.gradient_checkpointing else 1) * (1 if plan.dense else 0.9)
 
 
 def free_memory(device: str) -> int:
@@ -304,7 +325,8 @@ def predict_peak(model: Any, recipe: Recipe, plan: Plan, tokens: int) -> int:
     # without a loss in chunks: logits in 16 and 32 bits and their gradient; with a trained head a gradient in both
     head_bytes = 12 if trains_head(recipe, plan.new_tokens) else 8 if hasattr(config, "logits_scaling") else 0
     logits = tokens * vocabulary * head_bytes
-    return int(weights + trained + activations + logits + 2**30 // overhead)
+    rest = CHUNK * vocabulary * 8 if plan.kernels == "fast" else 2**30 // overhead  # logits and their gradient
+    return int(weights + trained + activations + logits + rest)
 
 
 def trains_head(recipe: Recipe, new_tokens: Collection[int] = ()) -> bool:

@@ -11,7 +11,9 @@ from include.engine.jobs import LogitsJob, LogitsResult, LossesJob, LossesResult
 from include.engine.model import variants, weight_bits
 from include.errors import BadData
 
-BATCH_TOKENS = 4096  # padded tokens of one forward pass: the logits of a 128k vocabulary then take 2 GB
+# padded tokens of one forward pass: on a GPU the logits of a 128k vocabulary then take 2 GB; a CPU has nothing to gain
+# from a large batch, and the system spends time on fresh memory for it
+BATCH_TOKENS = {"cuda": 4096, "cpu": 1024}
 
 Sequence = tuple[list[int], list[int]]  # ids and labels
 
@@ -68,7 +70,7 @@ def _log_likelihoods(model: Any, sequences: list[Sequence], device: str, progres
     """Return the log-likelihood (nats) of each sequence's trained tokens; halve the batches when memory runs out."""
     import torch
 
-    batch_tokens = BATCH_TOKENS
+    batch_tokens = BATCH_TOKENS[device]
     while True:
         try:
             return _batched_log_likelihoods(model, sequences, device, batch_tokens)
@@ -84,7 +86,7 @@ def _log_likelihoods(model: Any, sequences: list[Sequence], device: str, progres
 def _batched_log_likelihoods(model: Any, sequences: list[Sequence], device: str, batch_tokens: int) -> list[float]:
     """Return the log-likelihoods, computed in batches of at most so many padded tokens."""
     import torch
-    from torch.nn.functional import cross_entropy
+    from torch.nn.functional import cross_entropy, pad
     from torch.nn.utils.rnn import pad_sequence
 
     lengths = [len(ids) for ids, _ in sequences]
@@ -98,12 +100,36 @@ def _batched_log_likelihoods(model: Any, sequences: list[Sequence], device: str,
         ids = pad_sequence([torch.tensor(ids) for ids, _ in chosen], batch_first=True).to(device)
         labels = pad_sequence([torch.tensor(labels) for _, labels in chosen], batch_first=True, padding_value=IGNORED)
         mask = pad_sequence([torch.ones(len(ids)) for ids, _ in chosen], batch_first=True).to(device)
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        targets = labels[:, 1:].to(device)
-        entropies = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
-        for i, entropy in zip(batch, entropies.tolist(), strict=True):
-            sums[i] = -entropy
+        targets = pad(labels[:, 1:], (0, 1), value=IGNORED).to(device)  # the token after each
+        trained = targets != IGNORED
+        entropies = cross_entropy(_logits(model, ids, mask, trained), targets[trained], reduction="none")
+        for i, entropy in zip(batch, entropies.split(trained.sum(1).tolist()), strict=True):
+            sums[i] = -entropy.sum().item()
     return sums
+
+
+def _logits(model: Any, ids: Any, mask: Any, wanted: Any) -> Any:
+    """Return the logits (float32) at the wanted positions; the head computes no others.
+
+    Args:
+        ids, mask: rows x tokens.
+        wanted: rows x tokens, boolean.
+
+    Returns:
+        wanted positions, row by row, x vocabulary.
+    """
+
+    def only_wanted(_: Any, inputs: tuple[Any, ...]) -> Any:
+        return (inputs[0][wanted][None], *inputs[1:])
+
+    head = model.get_output_embeddings()
+    if head is None:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[wanted].float()
+    hook = head.register_forward_pre_hook(only_wanted)
+    try:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
+    finally:
+        hook.remove()
 
 
 def logits(job: LogitsJob, progress: Progress) -> LogitsResult:

@@ -10,7 +10,8 @@ from typing import Any
 import orjson
 
 from include.engine.compatibility import layers_to_adapt, other_towers
-from include.engine.dequantize import dequantize
+from include.engine.cpu_linear import packed_for_cpu
+from include.engine.dequantize import dequantize, fits_dense
 from include.engine.device_plan import Device, Plan
 from include.engine.new_tokens import make_room, tokens_of_adapter, trainable_rows
 from include.errors import BadRecipe, NotFound
@@ -180,6 +181,9 @@ def variants(
 ) -> Iterator[tuple[str, Any]]:
     """Yield the base, then each adapter or whole model trained on it; use each before the next one is asked for.
 
+    4-bit weights are dequantized once where memory allows. On a CPU this changes nothing in what is computed; on a GPU
+    bitsandbytes computes a single token with a kernel of its own, which rounds otherwise. No gradients.
+
     Args:
         trained: folders by name, each with an adapter or with a whole model.
         bits: see `load_base`.
@@ -193,23 +197,28 @@ def variants(
     """
     ids = {*new_tokens, *(id for folder in trained.values() for id in tokens_of_adapter(folder))}
 
-    def bare() -> Any:
-        loaded = load_base(base, device, bits).eval()
-        make_room(loaded, ids)
+    def load(folder: Path, lacking: Collection[int]) -> Any:
+        loaded = load_base(folder, device, bits).eval()
+        make_room(loaded, lacking)
+        if bits == 4 and fits_dense(loaded):
+            dequantize(loaded)
         return loaded
 
-    model = bare()
-    yield "base", model
+    model = load(base, ids)
+    with packed_for_cpu(model):
+        yield "base", model
     for name, folder in trained.items():
         if (folder / "adapter_config.json").is_file():
             adapted = load_adapter(model, folder)
-            yield name, adapted.eval()
+            with packed_for_cpu(adapted):
+                yield name, adapted.eval()
             whole = adapted.peft_config["default"].modules_to_save
             model = adapted.unload()
             if whole:  # PEFT leaves the trained layers in the base
                 del adapted, model
-                model = bare()
+                model = load(base, ids)
         else:
             own = load_base(folder, device, bits).eval()
             make_room(own, {id for id in ids if id >= own.get_input_embeddings().weight.shape[0]})
-            yield name, own
+            with packed_for_cpu(own):
+                yield name, own

@@ -43,15 +43,15 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
 
     init_process_group(plan.device)
     rows = load_rows(job.rows)
-    longest = max(_longest(rows), _longest(load_rows(job.holdout)))
-    plan = fit(plan, recipe, job.base, longest, free_memory(plan.device))
+    plan = fit(plan, recipe, job.base, _lengths(rows), free_memory(plan.device))
     if recipe.device_memory_gib and plan.device == "cuda":
         total = torch.cuda.get_device_properties().total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, recipe.device_memory_gib * 2**30 / total))
     tokenizer = AutoTokenizer.from_pretrained(job.tokenizer)
     if plan.engine == "transformers":
         set_seed(recipe.seed)  # for the adapter's first weights; Unsloth sets the seed itself
-    model, plan = _load(job, plan, longest)
+    longest = int(max(_lengths(rows).max(), _lengths(load_rows(job.holdout)).max()))
+    model, plan = _load(job, plan, rows, longest)
     config = training_config(recipe, plan, job.out, job.run_name)
     if RANK == 0:
         atomic_write(job.out / PLAN, to_json(plan.as_dict()))
@@ -104,8 +104,8 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
     )
 
 
-def _longest(rows: Any) -> int:
-    """Return the tokens of the longest sequence: of a row, or of a pair's prompt with one of its answers."""
+def _lengths(rows: Any) -> Any:
+    """Return the tokens of each row; of a pair, of its prompt with the longer of its answers."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -113,15 +113,16 @@ def _longest(rows: Any) -> int:
         name: pc.list_value_length(rows.data.column(name)).to_numpy() for name in rows.column_names if "ids" in name
     }
     if "input_ids" in lengths:
-        return int(lengths["input_ids"].max())
-    return int((lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])).max())
+        return lengths["input_ids"]
+    return lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
 
 
-def _load(job: TrainJob, plan: Plan, longest: int) -> tuple[Any, Plan]:
+def _load(job: TrainJob, plan: Plan, rows: Any, longest: int) -> tuple[Any, Plan]:
     """Return the model to train and the plan: with plain kernels, if the fast ones cannot be used with this base.
 
     Args:
-        longest: tokens of the longest row.
+        rows: the training set.
+        longest: tokens that no row exceeds.
 
     Raises:
         BadRecipe: packed rows would see each other.
@@ -137,7 +138,7 @@ def _load(job: TrainJob, plan: Plan, longest: int) -> tuple[Any, Plan]:
         mixed = torch.autocast(plan.device, torch.bfloat16, enabled=plan.dtype == "bfloat16")
         try:
             with mixed:
-                done = use_kernels(model, longest, {} if plan.device == "cuda" else None)
+                done = use_kernels(model, rows, longest, {} if plan.device == "cuda" else None)
             return model, replace(plan, notes=[*plan.notes, f"fast kernels: {', '.join(done)}"])
         except torch.OutOfMemoryError:
             raise
@@ -147,7 +148,7 @@ def _load(job: TrainJob, plan: Plan, longest: int) -> tuple[Any, Plan]:
         gc.collect()
         if plan.device == "cuda":
             torch.cuda.empty_cache()
-        plan = fit(plain_kernels(plan, recipe, reason), recipe, job.base, longest, free_memory(plan.device))
+        plan = fit(plain_kernels(plan, recipe, reason), recipe, job.base, _lengths(rows), free_memory(plan.device))
         set_seed(recipe.seed)
         model = load_trainable(job.base, recipe, plan)
     plain = model if recipe.full_finetuning else model.get_base_model()

@@ -70,7 +70,7 @@ def test_packed_rows_train_as_alone_or_packing_is_refused(name: str, results: di
             "field 'packing': in this base the rows of a packed sequence see each other. Set packing to false."
         )
     else:
-        assert packed["losses"] == pytest.approx(alone, abs=1e-5)
+        assert packed["losses"] == pytest.approx(alone, abs=1e-3), "in bfloat16, where the CPU has it"
 
 
 @pytest.mark.parametrize("name", NOT_STANDARD)

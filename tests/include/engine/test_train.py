@@ -158,7 +158,7 @@ def test_two_processes_keep_the_effective_batch_stop_together_and_end_like_one(
     result = supervise.run(job, together, ignore)
     assert result.resumed_from == checkpoint.name
     plan = result.plan
-    assert (plan.processes, plan.micro_batch, plan.accumulation) == (2, 2, 2), "2 x 2 x 2 for 2 x 4"
+    assert (plan.processes, plan.micro_batch, plan.accumulation) == (2, 4, 1), "2 x 4 x 1 for 2 x 4"
     one, two = log_of(alone), log_of(together)
     assert [entry["step"] for entry in two] == list(range(1, 51))
     assert [entry["tokens"] for entry in two] == [entry["tokens"] for entry in one], "the same rows in every step"
@@ -206,8 +206,8 @@ def test_the_loss_counts_assistant_tokens_only_and_packed_rows_do_not_see_each_o
             total -= logits[kept].gather(1, labels[kept][:, None]).sum().item()
             count += kept.sum().item()
     # all rows are in the one step, alone or packed: the same tokens in the same surroundings have the same loss
-    assert losses[False] == pytest.approx(total / count, abs=2e-4)
-    assert losses[True] == pytest.approx(total / count, abs=2e-4)
+    assert losses[False] == pytest.approx(total / count, abs=1e-3), "in bfloat16, where the CPU has it"
+    assert losses[True] == pytest.approx(total / count, abs=1e-3)
 
 
 # put before the engine's own code: a device that holds so many conversations at once and no more
@@ -221,7 +221,9 @@ class Hook:
             from transformers import LlamaModel
             forward = LlamaModel.forward
             def limited(self, *args, **kwargs):
-                if self.training and kwargs["input_ids"].shape[0] > 2:
+                starts = kwargs.get("cu_seq_lens_q")
+                rows = len(kwargs["input_ids"]) if starts is None else len(starts) - 1
+                if self.training and torch.is_grad_enabled() and rows > 2:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate too much")
                 return forward(self, *args, **kwargs)
             LlamaModel.forward = limited
@@ -333,10 +335,10 @@ def test_settings_that_the_trainer_refuses_and_a_second_visible_gpu_end_in_one_s
     config = training_config(recipe, CPU_PLAN, tmp_path, "x")
     model, tokenizer = load_trainable(tiny_base, recipe, CPU_PLAN), AutoTokenizer.from_pretrained(tiny_base)
     with pytest.raises(BadRecipe, match="field 'training_arguments': the trainer refuses the recipe: .*chunked_nll"):
-        _trainer(job, config, model, rows, tokenizer, TrainerCallback())
+        _trainer(job, CPU_PLAN, config, model, rows, 3, tokenizer, TrainerCallback(), ignore)
     config._n_gpu = 2
     with pytest.raises(RetuneError, match="this process sees 2 GPUs and may use one"):
-        _trainer(job, config, model, rows, tokenizer, TrainerCallback())
+        _trainer(job, CPU_PLAN, config, model, rows, 3, tokenizer, TrainerCallback(), ignore)
 
 
 def test_training_stops_early_when_the_holdout_loss_no_longer_falls(train_job: Callable, tmp_path: Path) -> None:
