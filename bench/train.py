@@ -105,16 +105,21 @@ def make_base(folder: str, size: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def row_lengths(random: Any, rows: int, longest: int) -> Any:
+    """Return lengths like FineTome's (median 282 tokens) if `longest` is 2,040, and in proportion otherwise."""
+    import numpy as np
+
+    return (np.clip(random.lognormal(5.8, 0.75, rows), 20, 2040) * longest / 2040).astype(int)
+
+
 def make_rows(folder: str, rows: str, longest: str, vocabulary: str = "8000") -> None:
-    """Write prepared rows: random ids below `vocabulary`, 5 of 8 trained. Lengths are like FineTome's (mean 378, median
-    282 tokens) if `longest` is 2,040, and in proportion otherwise.
-    """
+    """Write prepared rows: random ids below `vocabulary`, 5 of 8 trained, of `row_lengths`."""
     import numpy as np
 
     from include.chat.tokenized import Encoded, batch, write_rows
 
     random = np.random.default_rng(0)
-    lengths = (np.clip(random.lognormal(5.8, 0.75, int(rows)), 20, 2040) * int(longest) / 2040).astype(int)
+    lengths = row_lengths(random, int(rows), int(longest))
     ends, numbers = lengths.cumsum(), np.arange(len(lengths))
     ids = random.integers(10, int(vocabulary), ends[-1]).astype(np.int32)
     trained = np.arange(len(ids)) - np.repeat(ends - lengths, lengths) >= np.repeat(lengths * 3 // 8, lengths)

@@ -232,14 +232,14 @@ def fit(plan: Plan, recipe: Recipe, base: Path, lengths: Any, free: int) -> Plan
 def _most_tokens(plan: Plan, recipe: Recipe, lengths: Any) -> int:
     """Return the tokens of the largest micro-batch that is to be expected, padding included.
 
-    Joined rows are added up: of so many rows the sum is hardly ever more than four standard deviations above its mean.
+    Joined rows are added up: of so many rows the sum is hardly ever more than three standard deviations above its mean.
     """
     sequences, longest = plan.micro_batch * (2 if recipe.method == "dpo" else 1), int(np.max(lengths))
     if recipe.packing:
         return sequences * recipe.max_seq_length
     if plan.kernels == "plain":
         return sequences * longest
-    likely = sequences * np.mean(lengths) + 4 * np.std(lengths) * sequences**0.5
+    likely = sequences * np.mean(lengths) + 3 * np.std(lengths) * sequences**0.5
     return int(max(longest, min(sequences * longest, likely)))
 
 
@@ -325,7 +325,8 @@ def predict_peak(model: Any, recipe: Recipe, plan: Plan, tokens: int) -> int:
     # without a loss in chunks: logits in 16 and 32 bits and their gradient; with a trained head a gradient in both
     head_bytes = 12 if trains_head(recipe, plan.new_tokens) else 8 if hasattr(config, "logits_scaling") else 0
     logits = tokens * vocabulary * head_bytes
-    rest = CHUNK * vocabulary * 8 if plan.kernels == "fast" else 2**30 // overhead  # logits and their gradient
+    # logits and their gradient
+    rest = min(tokens, CHUNK) * vocabulary * 4 + 2**28 if plan.kernels == "fast" else 2**30 // overhead
     return int(weights + trained + activations + logits + rest)
 
 
