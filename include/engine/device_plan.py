@@ -143,7 +143,9 @@ def make_plan(recipe: Recipe, base: Path, micro_batch: int | None = None, new_to
             plan.notes.append(f"adamw_torch replaces {plan.optim}, which needs a GPU")
             plan.optim = "adamw_torch"
         return fast_kernels(plan) if fast else plan
-    fast = fast and plan.dtype == "bfloat16" and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    # several GPUs have not been measured with them
+    fast = fast and plan.dtype == "bfloat16" and varlen and WORLD_SIZE == 1
     architecture = orjson.loads((base / "config.json").read_bytes()).get("model_type")
     plan.engine, plan.notes = _gpu_engine(recipe, architecture, fast, bool(new_tokens))
     if plan.engine == "unsloth":

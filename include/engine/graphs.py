@@ -89,5 +89,6 @@ class StepGraphs:
             raise
         except RuntimeError as error:
             self.failure = " ".join(str(error).split())[:300]
+            self._pool = torch.cuda.MemPool()  # the other one is left as it was during the capture
             return
         self._captured[shape] = _Captured(graph, kept, loss)

@@ -5,6 +5,7 @@ It imports TRL at once, so only `include.engine.train` imports it, after Unsloth
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class JoinedTrainer(SFTTrainer):
             import bitsandbytes.optim.optimizer
 
             bitsandbytes.optim.optimizer.sync_gpu = lambda _: None  # type: ignore[assignment]
+        # without PyTorch's wrapper for several processes, whose hooks run on another stream than a graph
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.data_collator = JoinRows(longest if self._on_gpu else None)  # TRL takes none for packed rows
 
     def compute_loss(
