@@ -144,10 +144,14 @@ def make_plan(recipe: Recipe, base: Path, micro_batch: int | None = None, new_to
             plan.optim = "adamw_torch"
         return fast_kernels(plan) if fast else plan
     varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    # several GPUs have not been measured with them
-    fast = fast and plan.dtype == "bfloat16" and varlen and WORLD_SIZE == 1
+    fast = fast and plan.dtype == "bfloat16" and varlen
+    several = fast and WORLD_SIZE > 1  # not measured with the fast kernels
+    fast = fast and not several
     architecture = orjson.loads((base / "config.json").read_bytes()).get("model_type")
     plan.engine, plan.notes = _gpu_engine(recipe, architecture, fast, bool(new_tokens))
+    if several:
+        faster = "" if recipe.packing else "; for rows that are not packed, one GPU is faster (docs/benchmarks.md)"
+        plan.notes.append(f"plain kernels on several GPUs{faster}")
     if plan.engine == "unsloth":
         return replace(plan, gradient_checkpointing="unsloth")
     return fast_kernels(plan) if fast else plain_kernels(plan, recipe)
