@@ -69,10 +69,10 @@ class JoinedTrainer(SFTTrainer):
 
             self._graphs = StepGraphs(step, [p for p in model.parameters() if p.requires_grad])
             wrapped.zero_grad = model.zero_grad = self._graphs.zero_grad
+        before = self._graphs.failure
         loss = self._graphs({**inputs, "items": items})
-        if self._graphs.failure:
-            self._progress(f"no CUDA graphs: {self._graphs.failure}")
-            self._graphs.failure = ""
+        if self._graphs.failure != before:
+            self._progress(f"no more CUDA graphs: {self._graphs.failure}")
         return loss
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
