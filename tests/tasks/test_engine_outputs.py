@@ -24,7 +24,7 @@ STAGES_OF_THE_ENGINE = ("train", "smoke_test", "evaluate", "publish", "verify")
 # values that depend on the machine, the time, the place, the versions of packages, or on a difference near zero
 OF_THIS_RUN = {
     "seconds", "tokens_per_second", "peak_memory_bytes", "base_model_name_or_path", "transformers_version",
-    "peft_version", "device_name", "notes", "checks", "failures", "stopped", "same_tokens",
+    "peft_version", "device_name", "dtype", "predicted_bytes", "notes", "checks", "failures", "stopped", "same_tokens",
 }  # fmt: skip
 NOT_AN_OUTPUT = {"engine.log", "job.json"}  # of the engine's process
 TOLERANCE = 0.005  # of losses (nats) and gradient norms: processors round differently
