@@ -35,7 +35,7 @@ def profile(job: Any, steps: int) -> dict[str, Any]:
         steps: of the job's recipe.
 
     Returns:
-        For a step of the profiled ones: seconds, seconds in which no kernel ran, and milliseconds of each group.
+        For one of the profiled steps: its milliseconds, those in which no kernel ran, and those of each group.
     """
     import torch
     from transformers import TrainerCallback

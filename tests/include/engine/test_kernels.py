@@ -188,7 +188,6 @@ def test_small_updates_survive_in_bfloat16() -> None:
         base = x.float() @ model[0].base_layer.weight.float().t()
         with torch.no_grad():
             a = peft_model.base_model.model[0].lora_A["default"].weight.float()
-            update = torch.full_like(base, 0.0)
             peft_model.base_model.model[0].lora_B["default"].weight.fill_(2e-4)
             update = (x.float() @ a.t()) @ torch.full((8, 256), 2e-4)
             if fused:
@@ -238,7 +237,7 @@ def test_batches_of_few_shapes_have_the_same_loss_and_gradients() -> None:
     assert padded["input_ids"].shape == padded["labels"].shape == padded["position_ids"].shape == (1, 512)
     assert padded["trained"].shape == padded["targets"].shape == (512,)
     assert padded["cu_seq_lens_q"].shape == (33,)
-    assert padded["cu_seq_lens_q"].diff().max() == 64, "padding is no longer row than the others"
+    assert padded["cu_seq_lens_q"].diff().max() == 64, "no row of padding is longer than the others"
     assert padded["tokens"] == batch["tokens"] == 91
     expected, found = gradients(model, batch), gradients(model, padded)
     assert found[0] == pytest.approx(expected[0], abs=1e-5)
