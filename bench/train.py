@@ -280,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="all that the device can run")
-    parser.add_argument("--profile", action="store_true", help="also run each way on one GPU but TRL with PyTorch's profiler")
+    parser.add_argument("--profile", action="store_true", help="also profile each way that takes one GPU, but not TRL")
     parser.add_argument("--add", action="store_true", help="keep the runs in --out, which must be of the same device")
     parser.add_argument("--out", help="bench/train.json on a GPU, var/train.json elsewhere")
     arguments = parser.parse_args()
